@@ -1,0 +1,25 @@
+"""The one family of errors users meet: what is wrong, where, and what to do."""
+
+
+class PrecalibError(Exception):
+    """Base of every error precalib raises on purpose; its text is written for the user."""
+
+
+class FormatError(PrecalibError):
+    """Packed tensors or a layout that break the format of `precalib_kernels.layout`."""
+
+
+class SourceError(PrecalibError):
+    """A checkpoint that cannot be quantized as it stands."""
+
+
+class RecipeError(PrecalibError):
+    """A recipe or option that does not exist or does not fit the checkpoint."""
+
+
+class OutputError(PrecalibError):
+    """An output directory that cannot be written, or is not what it should be."""
+
+
+class ServingError(PrecalibError):
+    """A layer or checkpoint that the vLLM plugin cannot serve."""

@@ -1,0 +1,1 @@
+"""The offline quantizer and its command `precalib`."""

@@ -1,0 +1,5 @@
+"""The vLLM plugin: `--quantization precalib`."""
+
+
+def register() -> None:
+    """x"""
