@@ -5,8 +5,11 @@ G = ceil(K / group_size) groups; the last one may be shorter ("ragged"). Every w
 `bits`-wide code in the base plane, salient weights included: theirs are the low bits of a
 wider code, whose high bits lie in a second plane. The value of a weight is
 
-    base      W[n, k] = s[n, g] * (level[code] - zero[n, g]) * column_scale[k]
-    salient   W[n, k] = grid(salient code; row n)            * column_scale[k]
+    base      W[n, k] = s[n, g] * (level[code] - zero[n, g]) / limit * column_scale[k]
+    salient   W[n, k] = grid(salient code; row n)                    * column_scale[k]
+
+where limit is the largest magnitude among the levels, so that a scale is the value of the
+outermost level and keeps clear of float16's subnormal numbers.
 
 Tensor names below are suffixes of the module that owned the weight. All side tensors are 2-D,
 and a row slice, or a column slice at a group boundary, is a slice of each of them, which is
@@ -75,8 +78,7 @@ class Layout:
                    group, code 255 standing for a scale of zero.
     salient_count: the most salient weights a group may have, 0 … 32.
     salient_bits:  width of a salient code: `bits` or 8.
-    salient_grid:  "row": row_scale * step * (code - 128), 8 bits and "log8" only, where `step`
-                   maps code 255 to the largest level (see `row_step`);
+    salient_grid:  "row": row_scale * (code - 128) / 127, 8 bits and "log8" only;
                    "sign-magnitude": ±(salient_offset + salient_scale * magnitude), the top bit
                    of the code being the sign;
                    "min-max": salient_offset + salient_scale * code.
@@ -142,9 +144,9 @@ class Layout:
         return tuple(range(2**self.bits)) if self.levels is None else self.levels
 
     @property
-    def row_step(self) -> float:
-        """Step of the "row" salient grid in units of row_scale: its end is the largest level."""
-        return max(abs(level) for level in self.level_values) / 127
+    def level_limit(self) -> int:
+        """The largest magnitude among the levels."""
+        return max(abs(level) for level in self.level_values)
 
     @property
     def position_bytes(self) -> int:

@@ -52,13 +52,14 @@ def linear(
 
 
 def base_values(tensors: Mapping[str, Tensor], layout: Layout, input_size: int) -> Tensor:
-    """scale * (level - zero) of every code of the base plane, float32 [N, K]."""
+    """scale * (level - zero) / limit of every code of the base plane, float32 [N, K]."""
     codes = unpack_bits(tensors["qweight"], layout.bits, input_size)
     levels = torch.tensor(layout.level_values, dtype=torch.float32, device=codes.device)
     values = levels[codes.int()]
     if layout.uniform:
         values -= expand_groups(tensors["zeros"].float(), layout, input_size)
-    return values * expand_groups(group_scales(tensors, layout), layout, input_size)
+    steps = group_scales(tensors, layout) / layout.level_limit
+    return values * expand_groups(steps, layout, input_size)
 
 
 def group_scales(tensors: Mapping[str, Tensor], layout: Layout) -> Tensor:
@@ -98,7 +99,7 @@ def salient_values(
 def salient_grid_values(codes: Tensor, tensors: Mapping[str, Tensor], layout: Layout) -> Tensor:
     """Value of each salient code on its row's grid, float32, codes being [N, any]."""
     if layout.salient_grid == "row":
-        return tensors["row_scale"].float() * layout.row_step * (codes.float() - 128)
+        return tensors["row_scale"].float() / 127 * (codes.float() - 128)
     scale, offset = tensors["salient_scale"].float(), tensors["salient_offset"].float()
     if layout.salient_grid == "min-max":
         return offset + scale * codes.float()
