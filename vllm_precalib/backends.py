@@ -1,0 +1,191 @@
+"""The ways to compute with packed weights, best first, and the choice between them.
+
+A backend is one class: it says whether it can run, turns the tensors of the file into its own
+in-memory form once, and multiplies. To add one, write its file and put it into `BACKENDS`.
+"""
+
+import dataclasses
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from precalib_kernels import ops, reference
+from precalib_kernels.errors import ServingError
+from precalib_kernels.layout import Layout
+from precalib_kernels.positions import unpack_positions
+from vllm_precalib.compat import vllm_names
+
+with vllm_names():
+    from vllm.logger import init_logger
+    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+
+logger = init_logger("vllm.precalib")
+
+CHUNK_WEIGHTS = 1 << 22  # weights unpacked at a time: their float32 and index form is large
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """Everything the choice of a backend may depend on, for one layer on one rank.
+
+    part_sizes: rows of the matrices fused into the layer, in order.
+    dtype:      type of the activations and of the result.
+    device:     torch's name for the kind of device, "cpu" or "cuda".
+    """
+
+    layout: Layout
+    input_size: int
+    part_sizes: tuple[int, ...]
+    dtype: torch.dtype
+    device: str
+
+
+class Backend(ABC):
+    """How one layer computes. What it keeps between calls are parameters of the layer."""
+
+    name: ClassVar[str]
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+
+    @staticmethod
+    @abstractmethod
+    def can_run(task: Task) -> str | None:
+        """None, or the reason why this backend cannot take the task."""
+
+    @abstractmethod
+    def prepare(self, tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+        """The in-memory form, which becomes parameters of the layer under these names.
+
+        tensors: as named by `Layout.tensors`; column_scale has a row per part.
+        where:   the layer's name, for errors.
+
+        Raises FormatError for positions out of range. It is called again after a reload, and
+        must then return the same names and shapes.
+        """
+
+    def finish(self, layer: torch.nn.Module) -> None:  # noqa: B027
+        """Do what has to be done after the parameters are in place; by default nothing."""
+
+    @abstractmethod
+    def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x·Ŵᵀ + bias, traceable by torch.compile: x [..., K] to [..., N]."""
+
+
+class ReferenceBackend(Backend):
+    """Unpacks the weight at every call: the memory of the file, and very slow."""
+
+    name = "reference"
+
+    def __init__(self, task: Task) -> None:
+        super().__init__(task)
+        self.names = tuple(task.layout.tensors(sum(task.part_sizes), task.input_size))
+        self.layout_text = task.layout.to_text()
+
+    @staticmethod
+    def can_run(task: Task) -> str | None:  # noqa: ARG004
+        """It always can."""
+        return None
+
+    def prepare(self, tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+        """The tensors as they are, once their positions are known to be in range."""
+        layout = self.task.layout
+        if layout.salient_count:
+            step = _chunk_rows(self.task.input_size)
+            for packed in tensors["salient_positions"].split(step):
+                unpack_positions(packed, layout, self.task.input_size, where)
+        return dict(tensors)
+
+    def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
+        """One call of `precalib::linear`."""
+        packed = [getattr(layer, name) for name in self.names]
+        return ops.linear(x, packed, bias, list(self.task.part_sizes), self.layout_text)
+
+
+class DenseBackend(Backend):
+    """Unpacks once, then is an ordinary linear layer of vLLM: as fast, and as large."""
+
+    name = "dense"
+
+    def __init__(self, task: Task) -> None:
+        super().__init__(task)
+        self.unquantized = UnquantizedLinearMethod()
+
+    @staticmethod
+    def can_run(task: Task) -> str | None:  # noqa: ARG004
+        """It always can."""
+        return None
+
+    def prepare(self, tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+        """The weight [N, K] in the type of the activations."""
+        return {"weight": dense_weight(tensors, self.task, where)}
+
+    def finish(self, layer: torch.nn.Module) -> None:
+        """Let vLLM lay the weight out for this machine."""
+        self.unquantized.process_weights_after_loading(layer)
+
+    def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
+        """vLLM's own product."""
+        return self.unquantized.apply(layer, x, bias)
+
+
+BACKENDS: tuple[type[Backend], ...] = (DenseBackend, ReferenceBackend)
+
+
+def choose(
+    task: Task,
+    wanted: str | None,
+    where: str,
+    layout_name: str,
+    table: tuple[type[Backend], ...] = BACKENDS,
+) -> Backend:
+    """The backend `wanted`, or the first of `table` that can run, saying so once per layout.
+
+    Raises ServingError if there is no such backend, or it cannot run, with the reasons.
+    """
+    names = [backend.name for backend in table]
+    if wanted is not None and wanted not in names:
+        raise ServingError(
+            f'additional_config {{"precalib": {{"backend": "{wanted}"}}}}: '
+            f"there is no such backend; choose one of {', '.join(names)}"
+        )
+    refused: list[str] = []
+    for backend in table:
+        if wanted in (None, backend.name):
+            if (reason := backend.can_run(task)) is None:
+                why = "asked for" if wanted else "; ".join(["first that can run", *refused])
+                logger.info_once(
+                    "precalib computes layout %s with backend %s (%s)",
+                    layout_name,
+                    backend.name,
+                    why,
+                )
+                return backend(task)
+            refused.append(f"{backend.name}: {reason}")
+    raise ServingError(f"{where}: no backend can run this layer ({'; '.join(refused)})")
+
+
+def dense_weight(tensors: Mapping[str, Tensor], task: Task, where: str) -> Tensor:
+    """Ŵ [N, K] in task.dtype, unpacked a few rows at a time to keep the peak memory low.
+
+    Raises FormatError that begins with `where` for positions out of range.
+    """
+    device = tensors["qweight"].device
+    weight = torch.empty(sum(task.part_sizes), task.input_size, dtype=task.dtype, device=device)
+    ends, step = itertools.accumulate(task.part_sizes, initial=0), _chunk_rows(task.input_size)
+    for part, (start, end) in enumerate(itertools.pairwise(ends)):
+        for row in range(start, end, step):
+            rows = slice(row, min(row + step, end))
+            chunk = {name: tensor[rows] for name, tensor in tensors.items()}
+            if task.layout.column_scale:
+                chunk["column_scale"] = tensors["column_scale"][part : part + 1]
+            weight[rows] = reference.dequantize(chunk, task.layout, task.input_size, where=where)
+    return weight
+
+
+def _chunk_rows(input_size: int) -> int:
+    return max(1, CHUNK_WEIGHTS // input_size)
