@@ -1,0 +1,204 @@
+"""The command `precalib`."""
+
+import enum
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from offline_quantize import console, hub
+from offline_quantize.dequantize import dequantize as run_dequantize
+from offline_quantize.doctor import diagnose
+from offline_quantize.packed import open_packed, read_manifest
+from offline_quantize.plan import Options, make_plan
+from offline_quantize.quantize import quantize as run_quantize
+from offline_quantize.recipes import DEFAULT, RECIPES
+from offline_quantize.source import open_checkpoint
+from offline_quantize.verify import verify as run_verify
+from precalib_kernels.errors import PrecalibError, RecipeError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Quantize language models to 3–4 bits without data, for vLLM.",
+)
+
+
+class DType(enum.StrEnum):
+    """Types a packed checkpoint can be turned back into."""
+
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float32 = "float32"
+
+
+@app.command()
+def quantize(
+    source: Annotated[str, typer.Argument(help="Folder of a checkpoint, or a Hugging Face id.")],
+    target: Annotated[Path, typer.Argument(help="Folder to write; must be new.")],
+    recipe: Annotated[str, typer.Option(help="One of: " + ", ".join(RECIPES))] = DEFAULT,
+    bits: Annotated[int | None, typer.Option(help="Bits of a base code: 2, 3, 4.")] = None,
+    group_size: Annotated[
+        int | None, typer.Option(help="Weights per scale, a multiple of 32.")
+    ] = None,
+    alpha: Annotated[
+        float | None, typer.Option(help="Share of salient weights, 0.05 for 5 %.")
+    ] = None,
+    salient_bits: Annotated[
+        int | None, typer.Option(help="Bits of a salient code: those of the base, or 8.")
+    ] = None,
+    clip: Annotated[
+        float | None, typer.Option(help="Share of the non-salient range a min-max grid covers.")
+    ] = None,
+    override: Annotated[
+        list[str] | None,
+        typer.Option(metavar="REGEX=RECIPE", help="Another recipe for matching modules."),
+    ] = None,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(metavar="REGEX", help="Leave matching modules as they are."),
+    ] = None,
+    jobs: Annotated[int, typer.Option(help="Tensors at a time; 0: one per core.", min=0)] = 0,
+    device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda:0.")] = "cpu",
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an unfinished run.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+) -> None:
+    """Quantize a checkpoint. No data, no model class: tensors are chosen by name."""
+    changes: dict[str, Any] = {
+        "bits": bits,
+        "group_size": group_size,
+        "alpha": alpha,
+        "salient_bits": salient_bits,
+        "clip": clip,
+    }
+    options = Options(recipe, changes, [_override(text) for text in override or ()], keep or ())
+    _check_device(device)
+    plan = make_plan(open_checkpoint(hub.locate(source)), options)
+    if dry_run:
+        console.show_plan(plan)
+        return
+    total = sum(entry.nbytes for shard in plan.source.shards.values() for entry in shard.values())
+    with console.progress_bar(total) as progress:
+        outcome = run_quantize(
+            plan, target, progress, jobs or len(os.sched_getaffinity(0)), device, resume
+        )
+    if outcome.seconds is None:
+        console.out.print(f"{target} was finished before; nothing to do.")
+    console.show_kept(plan.kept, plan.source.left_out)
+    console.show_totals(outcome.manifest["totals"], outcome.seconds)
+    console.out.print(f"Serve it:  vllm serve {target} --quantization precalib", highlight=False)
+
+
+@app.command()
+def inspect(
+    directory: Annotated[Path, typer.Argument(help="Folder of a packed checkpoint.")],
+) -> None:
+    """Show what is in a packed checkpoint: every tensor, its true bits and its error."""
+    packed = open_packed(directory)
+    manifest = read_manifest(packed)
+    console.show_tensors(manifest)
+    console.show_kept(manifest["kept"], manifest["left_out"])
+    console.out.print(f"Recipe {packed.config.recipe}, made by precalib {manifest['precalib']}.")
+    console.show_totals(manifest["totals"])
+
+
+@app.command()
+def verify(
+    directory: Annotated[Path, typer.Argument(help="Folder of a packed checkpoint.")],
+    against: Annotated[
+        str | None, typer.Option(help="The source checkpoint: recompute every error.")
+    ] = None,
+) -> None:
+    """Check hashes, structure and value ranges; with --against also every error."""
+    packed = open_packed(directory)
+    source = hub.locate(against) if against else None
+    total = sum(packed.locations[n][1].nbytes for n in packed.locations)
+    faults = 0
+    with console.progress_bar(total) as progress:
+        for fault in run_verify(directory, source, progress):
+            console.err.print(fault, style="red", highlight=False)
+            faults += 1
+    if faults:
+        raise typer.Exit(1)
+    compared = " and every error is the recorded one" if source else ""
+    console.out.print(
+        f"{directory} is whole: files, structure and values of {len(packed.config.modules)} packed "
+        f"weights are right{compared}."
+    )
+
+
+@app.command()
+def dequantize(
+    directory: Annotated[Path, typer.Argument(help="Folder of a packed checkpoint.")],
+    target: Annotated[Path, typer.Argument(help="Folder to write; must be new.")],
+    dtype: Annotated[DType, typer.Option(help="Type of the weights.")] = DType.bfloat16,
+    jobs: Annotated[int, typer.Option(help="Tensors at a time; 0: one per core.", min=0)] = 0,
+) -> None:
+    """Turn a packed checkpoint back into one that transformers loads."""
+    packed = open_packed(directory)
+    total = sum(entry.nbytes for _, entry in packed.locations.values())
+    with console.progress_bar(total) as progress:
+        size = run_dequantize(
+            directory,
+            target,
+            getattr(torch, dtype.value),
+            jobs or len(os.sched_getaffinity(0)),
+            progress,
+        )
+    console.out.print(f"{target}: {console.size(size)} of {dtype.value} weights.")
+
+
+@app.command()
+def recipes() -> None:
+    """List the recipes."""
+    for name, recipe in RECIPES.items():
+        default = " (default)" if name == DEFAULT else ""
+        bits = recipe.layout.bits_per_weight(4096, 4096)
+        console.out.print(f"[bold]{name}[/bold]{default}: {recipe.about}; {bits:.2f} true bits")
+
+
+@app.command()
+def doctor() -> None:
+    """Show versions, the vLLM plugin, and which backends can run here and why."""
+    bad = False
+    for what, good, detail in diagnose():
+        mark = {True: "[green]ok[/green]  ", False: "[red]FAIL[/red]", None: "    "}[good]
+        console.out.print(f"{mark} {what:<16} {detail}", highlight=False)
+        bad = bad or (good is False and not what.startswith("backend "))
+    if bad:
+        raise typer.Exit(1)
+
+
+def _override(text: str) -> tuple[str, str]:
+    pattern, equals, name = text.rpartition("=")
+    if not equals or not pattern:
+        raise RecipeError(f"--override {text!r} is not of the form REGEX=RECIPE")
+    return pattern, name
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise RecipeError(f"--device {device}: cannot be used here ({reason})") from error
+
+
+def main() -> None:
+    """Entry point: errors meant for the user become one sentence and exit code 1."""
+    try:
+        app()
+    except PrecalibError as error:
+        console.err.print(f"precalib: {error}", style="red", highlight=False, markup=False)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        console.err.print("precalib: interrupted; --resume continues an unfinished quantization")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,271 @@
+"""The plan of a run: what happens to every tensor and what every output file will look like.
+
+It is made from headers alone, so all that can be wrong is found before a byte is written, and the
+sizes it tells are exact.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from offline_quantize import recipes, selection
+from offline_quantize.files import json_bytes
+from offline_quantize.recipes import Recipe
+from offline_quantize.source import CONFIG, INDEX, Checkpoint, refuse_unsuitable
+from offline_quantize.tensorfile import NAMES, Entry, FileLayout, lay_out
+from precalib_kernels.config import CheckpointConfig
+from precalib_kernels.errors import FormatError, RecipeError, SourceError
+from precalib_kernels.layout import FORMAT_VERSION
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the user asked for.
+
+    recipe:    name of the main recipe; `changes` are options that adjust it.
+    overrides: (pattern, recipe name) pairs, the first that matches a module wins.
+    keep:      patterns of modules to leave as they are.
+    """
+
+    recipe: str = recipes.DEFAULT
+    changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    overrides: Sequence[tuple[str, str]] = ()
+    keep: Sequence[str] = ()
+
+    @property
+    def label(self) -> str:
+        """The main recipe with its adjustments, as one writes it on the command line."""
+        flags = [f"--{k.replace('_', '-')} {v}" for k, v in self.changes.items() if v is not None]
+        return " ".join([self.recipe, *flags])
+
+
+@dataclasses.dataclass(frozen=True)
+class Packing:
+    """A weight to quantize: where it is, and under which recipe."""
+
+    name: str
+    file: str
+    entry: Entry
+    label: str
+    recipe: Recipe
+
+    @property
+    def module(self) -> str:
+        """Name of the module that owns the weight."""
+        return selection.module_of(self.name)
+
+    def outputs(self) -> dict[str, tuple[str, tuple[int, ...], int]]:
+        """Type, shape and bytes of each tensor that replaces the weight."""
+        rows, columns = self.entry.shape
+        return {
+            f"{self.module}.{suffix}": (NAMES[spec.dtype], spec.shape, spec.nbytes)
+            for suffix, spec in self.recipe.layout.tensors(rows, columns).items()
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Everything a run will do.
+
+    packings: weights to quantize, by name.
+    kept:     why each other tensor stays as it is, by name.
+    shards:   layout of every output weight file.
+    small:    contents of the other generated files, in the order they are to be written.
+    """
+
+    source: Checkpoint
+    options: Options
+    packings: Mapping[str, Packing]
+    kept: Mapping[str, str]
+    shards: Mapping[str, FileLayout]
+    small: Mapping[str, bytes]
+
+    @property
+    def weights(self) -> int:
+        """Number of weights that are quantized."""
+        return sum(packing.entry.weights for packing in self.packings.values())
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of all tensors that replace a weight."""
+        return sum(
+            packing.recipe.layout.stored_bytes(*packing.entry.shape)
+            for packing in self.packings.values()
+        )
+
+    @property
+    def kept_linears(self) -> list[str]:
+        """Modules of 2-D weights inside the decoder layers that stay as they are."""
+        return [
+            selection.module_of(name)
+            for name in self.kept
+            if name.endswith(".weight") and self.kept[name] != "not a linear weight"
+        ]
+
+    @property
+    def output_bytes(self) -> int:
+        """Exact size of the output but for its manifest, whose numbers are measured."""
+        carried = sum((self.source.root / name).stat().st_size for name in self.source.others)
+        written = sum(layout.size for layout in self.shards.values())
+        return written + carried + sum(len(data) for data in self.small.values())
+
+    def fingerprint(self, device: str) -> dict[str, Any]:
+        """What must be equal for a later run to take up this one's work."""
+        used = {packing.label: packing.recipe.to_dict() for packing in self.packings.values()}
+        return {
+            "format_version": FORMAT_VERSION,
+            "recipe": self.options.label,
+            "recipes": used,
+            "overrides": [f"{pattern}={name}" for pattern, name in self.options.overrides],
+            "keep": list(self.options.keep),
+            "device": device,
+            "source": self.source.fingerprint(),
+        }
+
+
+def make_plan(source: Checkpoint, options: Options) -> Plan:
+    """Decide about every tensor and lay out every file.
+
+    Raises RecipeError or SourceError for anything that would fail later.
+    """
+    refuse_unsuitable(source)
+    chosen = _Chooser(options)
+    packings: dict[str, Packing] = {}
+    kept: dict[str, str] = {}
+    for file, entries in source.shards.items():
+        for name, entry in entries.items():
+            reason = selection.why_kept(source, name, entry, chosen.keep)
+            if reason:
+                kept[name] = reason
+            else:
+                packings[name] = _packing(source.root / file, name, file, entry, chosen)
+    chosen.refuse_unused(packings, kept)
+    if not packings:
+        raise SourceError(
+            f"{source.root}: no tensor looks like a linear weight of a decoder layer "
+            "('….layers.N.….weight', 2-D); nothing to quantize"
+        )
+    _refuse_mixed_parts(packings, kept)
+    shards = {file: _lay_out(source, file, packings) for file in source.shards}
+    _refuse_collisions(source.root, shards)
+    plan = Plan(source, options, packings, kept, shards, {})
+    return dataclasses.replace(plan, small=_small_files(plan))
+
+
+def checkpoint_config(plan: Plan) -> CheckpointConfig:
+    """quantization_config of the output."""
+    layouts = {packing.label: packing.recipe.layout for packing in plan.packings.values()}
+    modules = {packing.module: packing.label for packing in plan.packings.values()}
+    return CheckpointConfig(plan.options.label, layouts, modules, tuple(plan.kept_linears))
+
+
+class _Chooser:
+    """The recipe of each module under the user's options."""
+
+    def __init__(self, options: Options) -> None:
+        self.main = options.label, recipes.adjust(recipes.find(options.recipe), **options.changes)
+        self.keep = [_pattern(text, "--keep") for text in options.keep]
+        self.overrides = [
+            (_pattern(text, "--override"), name, recipes.find(name))
+            for text, name in options.overrides
+        ]
+        self.used: set[str] = set()
+
+    def recipe_for(self, module: str) -> tuple[str, Recipe]:
+        for pattern, name, recipe in self.overrides:
+            if pattern.search(module):
+                self.used.add(pattern.pattern)
+                return name, recipe
+        return self.main
+
+    def refuse_unused(self, packings: Mapping[str, Packing], kept: Mapping[str, str]) -> None:
+        """A pattern that matches nothing is a typing error, found before hours of work."""
+        for pattern, _, _ in self.overrides:
+            if pattern.pattern not in self.used:
+                raise RecipeError(f"--override {pattern.pattern!r} matches no quantized module")
+        modules = [selection.module_of(name) for name in (*packings, *kept)]
+        for pattern in self.keep:
+            if not any(pattern.search(module) for module in modules):
+                raise RecipeError(f"--keep {pattern.pattern!r} matches no module")
+
+
+def _pattern(text: str, option: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise RecipeError(f"{option} {text!r} is not a regular expression: {error}") from error
+
+
+def _packing(path: Path, name: str, file: str, entry: Entry, chosen: _Chooser) -> Packing:
+    if entry.dtype not in selection.FLOAT_TYPES:
+        raise SourceError(
+            f"{path}: tensor '{name}' has type {entry.dtype}; only bfloat16, float16 and float32 "
+            "weights can be quantized, so start from the original checkpoint or use --keep"
+        )
+    label, recipe = chosen.recipe_for(selection.module_of(name))
+    rows, columns = entry.shape
+    if recipe.layout.group_size > columns:
+        raise RecipeError(
+            f"{path}: group size {recipe.layout.group_size} does not fit tensor '{name}' with "
+            f"{columns} inputs; use --group-size {columns} or smaller, or --keep it"
+        )
+    try:
+        recipe.layout.tensors(rows, columns)
+    except FormatError as error:
+        raise SourceError(f"{path}: tensor '{name}': {error}; --keep it") from error
+    return Packing(name, file, entry, label, recipe)
+
+
+def _refuse_mixed_parts(packings: Mapping[str, Packing], kept: Mapping[str, str]) -> None:
+    layouts = {p.module: p.recipe.layout for p in packings.values()}
+    everything = [*layouts, *(selection.module_of(n) for n in kept if n.endswith(".weight"))]
+    for parts in selection.fused_siblings(everything):
+        if len({layouts.get(part) for part in parts}) > 1:
+            state = ", ".join(
+                f"{part} ({'packed' if part in layouts else 'kept'})" for part in parts
+            )
+            raise RecipeError(
+                f"vLLM computes these as one layer, so they need one recipe or all be kept: {state}"
+            )
+
+
+def _lay_out(source: Checkpoint, file: str, packings: Mapping[str, Packing]) -> FileLayout:
+    tensors: dict[str, tuple[str, tuple[int, ...], int]] = {}
+    for name, entry in source.shards[file].items():
+        if name in packings:
+            tensors |= packings[name].outputs()
+        else:
+            tensors[name] = (entry.dtype, entry.shape, entry.nbytes)
+    return lay_out(tensors, source.metadata[file])
+
+
+def _refuse_collisions(root: Path, shards: Mapping[str, FileLayout]) -> None:
+    owner: dict[str, str] = {}
+    for file, layout in shards.items():
+        for name in layout.entries:
+            if name in owner:
+                raise SourceError(
+                    f"{root / file}: the packed tensor '{name}' would take the name of a tensor of "
+                    "the checkpoint; --keep its module"
+                )
+            owner[name] = file
+
+
+def _small_files(plan: Plan) -> dict[str, bytes]:
+    small: dict[str, bytes] = {}
+    if plan.source.index is not None:
+        small[INDEX] = json_bytes(index_of(plan.shards, plan.source.index))
+    config = dict(plan.source.config)
+    config["quantization_config"] = checkpoint_config(plan).to_dict()
+    small[CONFIG] = json_bytes(config)
+    return small
+
+
+def index_of(shards: Mapping[str, FileLayout], source: Mapping[str, Any]) -> dict[str, Any]:
+    """The index file of the given shards; other metadata of the source's index is kept."""
+    weight_map = {name: file for file, layout in shards.items() for name in layout.entries}
+    size = sum(entry.nbytes for layout in shards.values() for entry in layout.entries.values())
+    metadata = dict(source.get("metadata") or {}) | {"total_size": size}
+    return {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}

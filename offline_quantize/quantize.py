@@ -1,0 +1,139 @@
+"""`precalib quantize`: a checkpoint to a packed checkpoint."""
+
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Iterator, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from offline_quantize import assembly
+from offline_quantize.encode import encode
+from offline_quantize.plan import Packing, Plan
+from offline_quantize.tensorfile import read_tensor
+from precalib_kernels.layout import FORMAT_VERSION, eq13_bits
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a run did: its manifest, and the seconds it took (None if all was there already)."""
+
+    manifest: Mapping[str, Any]
+    seconds: float | None
+
+
+def quantize(
+    plan: Plan,
+    target: Path,
+    progress: assembly.Progress,
+    jobs: int = 1,
+    device: str = "cpu",
+    resume: bool = False,
+) -> Outcome:
+    """Carry out a plan. The same plan gives the same bytes, whatever `jobs` and interruptions.
+
+    Raises PrecalibError; the target then holds at most an unfinished run, which `resume` continues.
+    """
+    start = time.monotonic()
+    fingerprint = plan.fingerprint(torch.device(device).type)
+    complete = assembly.prepare_target(target, fingerprint, plan.output_bytes, resume)
+    if complete:
+        manifest = assembly.read_manifest(target)
+        assembly.refuse_other(target, manifest["job"], _job(fingerprint))
+        return Outcome(manifest, None)
+    reports = assembly.write_shards(target, plan.shards, _tasks(plan, device), jobs, progress)
+    carried = {name: plan.source.root / name for name in plan.source.others}
+    build = functools.partial(_manifest, plan, reports, fingerprint)
+    assembly.finish(target, carried, plan.small, build, plan.shards)
+    return Outcome(assembly.read_manifest(target), time.monotonic() - start)
+
+
+def _tasks(plan: Plan, device: str) -> Iterator[assembly.Task]:
+    for file, entries in plan.source.shards.items():
+        path = plan.source.root / file
+        for name, entry in entries.items():
+            if name in plan.packings:
+                packing = plan.packings[name]
+                make = functools.partial(_pack, path, packing, device)
+                yield assembly.Task(name, file, list(packing.outputs()), entry.nbytes, make)
+            else:
+                origin = (path, entry)
+                yield assembly.Task(name, file, [name], entry.nbytes, origin=origin)
+
+
+def _pack(path: Path, packing: Packing, device: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    weight = read_tensor(path, packing.name, packing.entry).to(device)
+    encoded = encode(weight, packing.recipe, f"{path}: tensor '{packing.name}'")
+    tensors = {f"{packing.module}.{k}": v.cpu() for k, v in encoded.tensors.items()}
+    return tensors, encoded.statistics.summary()
+
+
+def _job(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a fingerprint that does not depend on where and when the source was stored."""
+    return {key: value for key, value in fingerprint.items() if key not in ("source", "device")}
+
+
+def _manifest(
+    plan: Plan,
+    reports: Mapping[str, Mapping[str, Any]],
+    fingerprint: Mapping[str, Any],
+    files: dict[str, dict[str, Any]],
+) -> dict[str, Any]:
+    tensors = {}
+    for name, packing in plan.packings.items():
+        rows, columns = packing.entry.shape
+        layout = packing.recipe.layout
+        tensors[packing.module] = {
+            "file": packing.file,
+            "shape": [rows, columns],
+            "dtype": packing.entry.dtype,
+            "recipe": packing.label,
+            "bits_per_weight": layout.bits_per_weight(rows, columns),
+            **reports[name],
+        }
+    source_bytes = sum(packing.entry.nbytes for packing in plan.packings.values())
+    kept_bytes = sum(
+        entry.nbytes
+        for entries in plan.source.shards.values()
+        for name, entry in entries.items()
+        if name in plan.kept
+    )
+    errors = [
+        (report["relative_error"], plan.packings[name].entry.weights)
+        for name, report in reports.items()
+        if name in plan.packings
+    ]
+    return {
+        "format_version": FORMAT_VERSION,
+        "precalib": version("vllm-precalib"),
+        "job": _job(fingerprint),
+        "totals": {
+            "weights": plan.weights,
+            "source_bytes": source_bytes,
+            "stored_bytes": plan.stored_bytes,
+            "kept_bytes": kept_bytes,
+            "bits_per_weight": 8 * plan.stored_bytes / plan.weights,
+            "eq13_bits_per_weight": _eq13(plan),
+            "mean_relative_error": math.fsum(e * n for e, n in errors) / plan.weights,
+            "salient_overflow": sum(tensor["salient_overflow"] for tensor in tensors.values()),
+        },
+        "files": files,
+        "tensors": tensors,
+        "kept": dict(plan.kept),
+        "left_out": list(plan.source.left_out),
+    }
+
+
+def _eq13(plan: Plan) -> float:
+    """Average bits by the paper's Eq. 13, to stand beside the true size."""
+    total = math.fsum(
+        eq13_bits(p.recipe.layout.bits, p.recipe.layout.group_size, p.recipe.alpha)
+        * p.entry.weights
+        for p in plan.packings.values()
+    )
+    return total / plan.weights

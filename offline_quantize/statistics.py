@@ -1,0 +1,67 @@
+"""What quantizing a tensor did to its weights: error, histograms, information."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BINS = 256
+
+
+class Statistics:
+    """Accumulates over blocks of rows.
+
+    Histograms have 256 equal bins over ± the largest original magnitude.
+    """
+
+    def __init__(self, largest: float) -> None:
+        self.largest = largest
+        self.weights = 0
+        self.salient = 0
+        self.overflow = 0
+        self.signal = 0.0
+        self.noise = 0.0
+        self.before = torch.zeros(BINS, dtype=torch.int64)
+        self.after = torch.zeros(BINS, dtype=torch.int64)
+
+    def add(self, original: Tensor, quantized: Tensor, salient: int, overflow: int) -> None:
+        """Take in one block of rows and its quantized values, both float32 [R, K]."""
+        self.weights += original.numel()
+        self.salient += salient
+        self.overflow += overflow
+        self.signal += float(original.square().sum())
+        self.noise += float((original - quantized).square_().sum())
+        self.before += self._histogram(original)
+        self.after += self._histogram(quantized)
+
+    def summary(self) -> dict[str, Any]:
+        """relative_error: ‖W − Ŵ‖² / ‖W‖².  kl: KL(original ‖ quantized) of the histograms, in
+        nats, both smoothed by half a weight per bin.  entropy_before, entropy_after: Shannon
+        entropy of the histograms, in bits.  salient_share; salient_overflow: weights above λ'
+        that found no place in their group and were quantized as ordinary ones.
+        """
+        return {
+            "relative_error": self.noise / self.signal if self.signal else 0.0,
+            "kl": _divergence(self.before, self.after),
+            "entropy_before": _entropy(self.before),
+            "entropy_after": _entropy(self.after),
+            "salient_share": self.salient / self.weights,
+            "salient_overflow": self.overflow,
+        }
+
+    def _histogram(self, values: Tensor) -> Tensor:
+        width = 2 * self.largest / BINS
+        index = (values / width if width else values).floor().add_(BINS // 2).clamp_(0, BINS - 1)
+        return torch.bincount(index.int().flatten(), minlength=BINS)
+
+
+def _entropy(counts: Tensor) -> float:
+    shares = counts[counts > 0].double() / counts.sum()
+    return float(-(shares * shares.log2()).sum())
+
+
+def _divergence(before: Tensor, after: Tensor) -> float:
+    p, q = before.double() + 0.5, after.double() + 0.5
+    p, q = p / p.sum(), q / q.sum()
+    return max(float((p * (p / q).log()).sum()), 0.0) if not math.isnan(float(p[0])) else 0.0
