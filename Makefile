@@ -1,0 +1,64 @@
+# `make demo` and `make test` do all of their own set-up; `make help` lists the rest.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: install demo test lint clean help
+
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+# Python files that are scripts, not part of the distribution.
+SCRIPTS := $(wildcard deploy/*.py)
+PIP = $(BIN)/python -m pip install --progress-bar off
+PIP_PROGRESS := awk '/^(Collecting|Processing) / && ++n % 20 == 0 {print "install:   " n " found"} \
+  /^Installing collected/ {print "install:   writing .venv"} {fflush()}'
+
+# Nothing of the caller's shell reaches in: other packages, other install targets, vLLM switches.
+unexport PYTHONPATH PYTHONHOME PYTHONSTARTUP VIRTUAL_ENV MYPYPATH PYTEST_ADDOPTS
+unexport PIP_TARGET PIP_PREFIX PIP_ROOT PIP_REQUIRE_VIRTUALENV
+unexport $(filter VLLM_%,$(.VARIABLES))
+export PIP_USER := 0
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+install: $(STAMP) ## make .venv with everything that demo and test need (3.6 GB)
+
+# A set-up that was cut short leaves half-written packages which pip takes for whole ones.
+$(STAMP): pyproject.toml deploy/constraints.txt deploy/vllm-metapackage/pyproject.toml
+	@if [ -e .venv/.incomplete ]; then \
+	  echo "install: the last set-up was cut short, starting afresh"; rm -rf .venv; fi
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || { \
+	  echo "install: $(PYTHON) is not Python 3.11 to 3.13; run: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)"; exit 1; }
+	@if [ ! -x $(BIN)/pip ]; then echo "install: making .venv"; rm -rf .venv; \
+	  $(PYTHON) -m venv .venv >/dev/null || { echo "install: no ensurepip, using $(PYTHON)'s own pip"; \
+	    $(PYTHON) -m venv --clear --without-pip .venv && $(PYTHON) -m pip --python $(BIN)/python install -q pip; }; fi
+	@touch .venv/.incomplete
+	@echo "install: $$(grep -c == deploy/constraints.txt) packages, some minutes the first time (details: .venv/install.log)"
+	@$(PIP) --no-compile --no-deps -r deploy/constraints.txt 2>.venv/install.log | $(PIP_PROGRESS) || { \
+	  grep -h ^ERROR .venv/install.log; \
+	  echo "install: if pip does not find torch ...+cpu, see 'CPU' in deploy/README.md"; exit 1; }
+	@echo "install: compiling Python files"
+	@$(BIN)/python -m compileall -qq -j 0 .venv/lib || true # some packages carry templates, not Python
+	@echo "install: vllm-precalib, editable"
+	@$(PIP) -qq --no-deps --no-build-isolation ./deploy/vllm-metapackage
+	@$(PIP) -qq --no-warn-conflicts --no-build-isolation -c deploy/constraints.txt -e '.[test]'
+	@rm .venv/.incomplete; touch $@
+	@echo "install: done"
+
+demo: $(STAMP) ## quantize a real model, serve it in vLLM, ask it, measure it
+	@$(BIN)/python deploy/demo.py
+
+test: lint ## lint, types and the whole test suite
+	@OMP_NUM_THREADS=1 $(BIN)/pytest
+
+lint: $(STAMP) ## ruff and mypy
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/mypy $(SCRIPTS)
+
+clean: ## remove .venv, caches and the demo's output
+	rm -rf .venv demo-output build deploy/vllm-metapackage/build *.egg-info deploy/*/*.egg-info \
+	  .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
