@@ -13,9 +13,11 @@ from offline_quantize import grids, salience
 from offline_quantize.balance import column_scale
 from offline_quantize.recipes import Recipe
 from offline_quantize.statistics import Statistics
+from offline_quantize.trellis import trellis_codes
+from precalib_kernels import reference
 from precalib_kernels.errors import SourceError
-from precalib_kernels.layout import pack_bits
-from precalib_kernels.positions import pack_positions
+from precalib_kernels.layout import Layout, pack_bits
+from precalib_kernels.salient import pack_salient
 
 BLOCK_WEIGHTS = 1 << 18  # 1 MiB of float32
 
@@ -77,50 +79,109 @@ def encode_rows(
     layout = recipe.layout
     rows, columns = block.shape
     groups = layout.groups(columns)
-    balanced = block if scale is None else block / scale
     padding = groups * layout.group_size - columns
-    grouped = torch.nn.functional.pad(balanced, (0, padding))
+    grouped = torch.nn.functional.pad(block if scale is None else block / scale, (0, padding))
     grouped = grouped.view(rows, groups, layout.group_size)
-    ordinary = torch.ones_like(grouped)  # 1 for weights of the base class, 0 for all others
+    ordinary = torch.ones_like(grouped)
     if padding:
         ordinary[:, -1, -padding:] = 0
 
-    found, wanted = 0, 0
-    positions = None
-    if layout.salient_count:
-        score = grouped.abs()
-        if recipe.rule == "tensor":
-            score = salience.soft_threshold(grouped, penalty).abs()
-            wanted = int((score > 0).sum())
-        positions = salience.largest_positions(score, layout.salient_count)
-        slots = torch.where(positions < 0, layout.group_size, positions).long()
-        found = int((positions >= 0).sum())
-        ordinary = torch.nn.functional.pad(ordinary, (0, 1)).scatter_(2, slots, 0)[..., :-1]
-
+    chosen, wanted = _choose(grouped, recipe, penalty)
+    if chosen is not None:
+        ordinary = chosen.put(ordinary, torch.zeros(()))
     if layout.uniform:
-        base = grids.min_max(grouped, ordinary, recipe)
+        packed, codes = grids.min_max(grouped, ordinary, recipe)
+        if chosen is not None:
+            chosen.encode(grouped, packed, layout)
+            codes = chosen.put(codes, chosen.codes & (2**layout.bits - 1))
     else:
-        base = grids.fit_levels(grouped, ordinary, layout)
-    packed, codes, values = base.packed, base.codes, base.values
-    if positions is not None:
-        values = torch.nn.functional.pad(values, (0, 1))
-        codes = torch.nn.functional.pad(codes, (0, 1))
-        salient = torch.nn.functional.pad(grouped, (0, 1)).gather(2, slots)
-        used = positions >= 0
-        grid = grids.salient_codes(salient, used, layout, packed)
-        packed |= grid.packed
-        values.scatter_(2, slots, grid.values)
-        codes.scatter_(2, slots, grid.codes & (2**layout.bits - 1))
-        values, codes = values[..., :-1], codes[..., :-1]
-        packed["salient_positions"] = pack_positions(positions, layout)
-        if layout.salient_code_bytes:
-            high = torch.where(used, grid.codes >> layout.bits, 0).to(torch.uint8)
-            planes = pack_bits(high, layout.salient_bits - layout.bits)
-            packed["salient_codes"] = planes.flatten(1)
-    flat = codes.reshape(rows, -1)[:, :columns]
-    packed["qweight"] = pack_bits(flat, layout.bits)
-    values = values.reshape(rows, -1)[:, :columns]
+        packed, codes = _fit(grouped, ordinary, chosen, recipe)
+
+    packed["qweight"] = pack_bits(codes.view(rows, -1)[:, :columns], layout.bits)
+    values = reference.base_values(packed, layout, columns)
+    found = 0
+    if chosen is not None:
+        high = torch.where(chosen.used, chosen.codes >> layout.bits, 0).to(torch.uint8)
+        packed["salient"] = pack_salient(chosen.positions, high, layout)
+        values = torch.nn.functional.pad(values, (0, padding)).view_as(grouped)
+        values = chosen.put(values, grids.salient_values(chosen.codes, packed, layout))
+        values = values.view(rows, -1)[:, :columns]
+        found = int(chosen.used.sum())
     return packed, values if scale is None else values * scale, (found, max(wanted - found, 0))
+
+
+@dataclasses.dataclass
+class _Salient:
+    """The salient weights of a block: where they are and, once encoded, their codes.
+
+    positions: int16 [R, G, m], -1 in unused slots;  codes: uint8 [R, G, m].
+    """
+
+    positions: Tensor
+    codes: Tensor
+
+    @property
+    def used(self) -> Tensor:
+        return self.positions >= 0
+
+    def put(self, grouped: Tensor, values: Tensor) -> Tensor:
+        """A copy of `grouped` with `values` at the salient places."""
+        size = grouped.shape[-1]
+        slots = torch.where(self.used, self.positions, size).long()
+        padded = torch.nn.functional.pad(grouped, (0, 1))  # unused slots point there
+        padded.scatter_(2, slots, values.to(grouped.dtype).expand(slots.shape))
+        return padded[..., :size].contiguous()
+
+    def encode(self, grouped: Tensor, packed: dict[str, Tensor], layout: Layout) -> None:
+        """Find the codes, given the side tensors of the base; adds those of the salient grid."""
+        weights = grouped.gather(2, self.positions.clamp(min=0).long())
+        own, self.codes = grids.salient_codes(weights, self.used, layout, packed)
+        packed.update(own)
+
+
+def _choose(grouped: Tensor, recipe: Recipe, penalty: float) -> tuple[_Salient | None, int]:
+    """The salient weights, and how many a threshold per tensor would have made salient."""
+    count = recipe.layout.salient_count
+    if not count:
+        return None, 0
+    score, wanted = grouped.abs(), 0
+    if recipe.rule == "tensor":
+        score = salience.soft_threshold(grouped, penalty).abs()
+        wanted = int((score > 0).sum())
+    positions = salience.largest_positions(score, count)
+    return _Salient(positions, torch.zeros_like(positions, dtype=torch.uint8)), wanted
+
+
+def _fit(
+    grouped: Tensor, ordinary: Tensor, chosen: _Salient | None, recipe: Recipe
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Scales and codes for non-uniform levels: from the spread, then from the codes found."""
+    layout = recipe.layout
+    wanted = grids.spread_scales(grouped, ordinary, recipe)
+    packed, codes = _fit_once(grouped, ordinary, chosen, layout, wanted)
+    for _ in range(1, recipe.fits):
+        wanted = grids.fitted_scales(grouped, ordinary, codes, layout)
+        packed, codes = _fit_once(grouped, ordinary, chosen, layout, wanted)
+    return packed, codes
+
+
+def _fit_once(
+    grouped: Tensor, ordinary: Tensor, chosen: _Salient | None, layout: Layout, wanted: Tensor
+) -> tuple[dict[str, Tensor], Tensor]:
+    packed = grids.store_scales(wanted, layout, grouped)
+    scale = reference.group_scales(packed, layout)
+    if chosen is not None:
+        chosen.encode(grouped, packed, layout)
+    if layout.trellis:
+        forced = torch.where(ordinary > 0, 2, 0).to(torch.uint8)
+        if chosen is not None:
+            forced = chosen.put(forced, chosen.codes & 1)
+        codes = trellis_codes(grouped, scale, layout, forced)
+    else:
+        codes = grids.nearest_codes(grouped, scale, layout)
+    if chosen is not None:  # the low bits of their codes take part in the trellis
+        codes = chosen.put(codes, chosen.codes & (2**layout.bits - 1))
+    return packed, codes
 
 
 def refuse_non_finite(weight: Tensor, where: str) -> None:

@@ -26,6 +26,9 @@ class Recipe:
               group (one λ' per group). "tensor": all above one λ' per tensor (the paper).
     alpha:    share of salient weights the rule aims at; 0 for none.
     clip:     share of the non-salient range that a min-max grid covers.
+    reach:    outermost level, in root mean squares of a group's ordinary weights, for
+              non-uniform levels.
+    fits:     times the codes are found with non-uniform levels; the scale is fitted in between.
     balance:  Sinkhorn iterations that find the column scale.
     """
 
@@ -34,6 +37,8 @@ class Recipe:
     rule: Literal["group", "tensor"] = "group"
     alpha: float = 0.0
     clip: float = 1.0
+    reach: float = 2.4
+    fits: int = 2
     balance: int = 0
 
     def __post_init__(self) -> None:

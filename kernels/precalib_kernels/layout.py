@@ -5,11 +5,19 @@ G = ceil(K / group_size) groups; the last one may be shorter ("ragged"). Every w
 `bits`-wide code in the base plane, salient weights included: theirs are the low bits of a
 wider code, whose high bits lie in a second plane. The value of a weight is
 
-    base      W[n, k] = s[n, g] * (level[code] - zero[n, g]) / limit * column_scale[k]
-    salient   W[n, k] = grid(salient code; row n)                    * column_scale[k]
+    base      W[n, k] = s[n, g] * (level[index] - zero[n, g]) / limit * column_scale[k]
+    salient   W[n, k] = grid(salient code; row n)                     * column_scale[k]
 
 where limit is the largest magnitude among the levels, so that a scale is the value of the
-outermost level and keeps clear of float16's subnormal numbers.
+outermost level and keeps clear of float16's subnormal numbers. The index of a weight's level is
+its code; or, with a trellis, it also depends on the low bits u of the two codes before it in its
+group (zero before the first one; codes of salient weights count like any others):
+
+    index[k] = 2 * (code[k] xor u[k-2]) + u[k-1]
+
+Then there are twice as many levels as codes, and the quantizer picks the path of least error
+through all groups' codes (trellis-coded quantization, Marcellin & Fischer 1990): about 1 dB less
+error at no stored bit.
 
 Tensor names below are suffixes of the module that owned the weight. All side tensors are 2-D,
 and a row slice, or a column slice at a group boundary, is a slice of each of them, which is
@@ -23,13 +31,12 @@ they are loaded.
 |                   | uint8   | [N, G]            | scale == "log8"                |
 | row_scale         | float16 | [N, 1]            | scale == "log8"                |
 | zeros             | uint8   | [N, G]            | uniform levels                 |
-| salient_positions | uint8   | [N, G*P]          | salient_count > 0              |
-| salient_codes     | uint8   | [N, G*C]          | and salient_bits > bits        |
+| salient           | uint8   | [N, G*S]          | salient_count > 0              |
 | salient_scale     | float16 | [N, 1]            | and salient_grid != "row"      |
 | salient_offset    | float16 | [N, 1]            | and salient_grid != "row"      |
 | column_scale      | float16 | [1, K]            | column_scale                   |
 
-P = position_bytes (see `positions.py`), C = ceil(salient_count * (salient_bits - bits) / 8).
+S = salient_bytes: positions and high code bits of a group's salient weights (`salient.py`).
 """
 
 import dataclasses
@@ -72,8 +79,9 @@ class Layout:
 
     bits:          width of a base code: 2, 3 or 4.
     group_size:    input columns that share a scale; a multiple of 32.
-    levels:        2**bits int8 levels in code order; None for uniform levels 0 … 2**bits - 1,
-                   which come with a zero point per group.
+    levels:        2**bits int8 levels in code order, twice as many with a trellis; None for
+                   uniform levels 0 … 2**bits - 1, which come with a zero point per group.
+    trellis:       whether a level's index depends on the codes before it; needs levels.
     scale:         "float16": one per group. "log8": row_scale * 2**(-code / 16), one byte per
                    group, code 255 standing for a scale of zero.
     salient_count: the most salient weights a group may have, 0 … 32.
@@ -90,6 +98,7 @@ class Layout:
     bits: int
     group_size: int
     levels: tuple[int, ...] | None = None
+    trellis: bool = False
     scale: ScaleKind = "float16"
     salient_count: int = 0
     salient_bits: int = 8
@@ -103,7 +112,8 @@ class Layout:
 
         for field in ("bits", "group_size", "salient_count", "salient_bits"):
             require(type(getattr(self, field)) is int, f"{field} must be a whole number")
-        require(type(self.column_scale) is bool, "column_scale must be true or false")
+        for field in ("trellis", "column_scale"):
+            require(type(getattr(self, field)) is bool, f"{field} must be true or false")
         require(self.bits in (2, 3, 4), "bits must be 2, 3 or 4")
         require(
             self.group_size > 0 and self.group_size % COLUMN_UNIT == 0,
@@ -114,10 +124,11 @@ class Layout:
             object.__setattr__(self, "levels", tuple(self.levels))
             require(
                 all(type(level) is int and -128 <= level <= 127 for level in self.levels)
-                and len(self.levels) == 2**self.bits,
-                f"levels must be {2**self.bits} whole numbers from -128 to 127",
+                and len(self.levels) == self.level_count,
+                f"levels must be {self.level_count} whole numbers from -128 to 127",
             )
             require(any(self.levels), "levels must not all be zero")
+        require(self.levels is not None or not self.trellis, "a trellis needs levels")
         require(
             0 <= self.salient_count <= MAX_SALIENT_COUNT,
             f"salient_count must be between 0 and {MAX_SALIENT_COUNT}",
@@ -139,9 +150,14 @@ class Layout:
         return self.levels is None
 
     @property
+    def level_count(self) -> int:
+        """Number of levels: one per code, two with a trellis."""
+        return 2 ** (self.bits + self.trellis)
+
+    @property
     def level_values(self) -> tuple[int, ...]:
-        """The levels in code order, with the uniform ones spelled out."""
-        return tuple(range(2**self.bits)) if self.levels is None else self.levels
+        """The levels in the order of their indices, with the uniform ones spelled out."""
+        return tuple(range(self.level_count)) if self.levels is None else self.levels
 
     @property
     def level_limit(self) -> int:
@@ -149,19 +165,20 @@ class Layout:
         return max(abs(level) for level in self.level_values)
 
     @property
-    def position_bytes(self) -> int:
-        """P: bytes that name which weights of a group are salient.
+    def rank_bits(self) -> int:
+        """Bits that name which weights of a group are salient.
 
         At most m of g positions can be chosen in sum(C(g, j), j = 0 … m) ways; the number of
         the choice is stored. Ten of 128 take 48 bits where a list of 7-bit indices takes 70.
         """
         ways = sum(math.comb(self.group_size, j) for j in range(self.salient_count + 1))
-        return ((ways - 1).bit_length() + 7) // 8
+        return (ways - 1).bit_length()
 
     @property
-    def salient_code_bytes(self) -> int:
-        """C: bytes per group that hold the high bits of the salient codes."""
-        return (self.salient_count * (self.salient_bits - self.bits) + 7) // 8
+    def salient_bytes(self) -> int:
+        """S: bytes per group for the positions and the high bits of the salient codes."""
+        high = self.salient_count * (self.salient_bits - self.bits)
+        return (self.rank_bits + high + 7) // 8
 
     def groups(self, input_size: int) -> int:
         """G: groups in a row of `input_size` weights, a ragged last one included."""
@@ -186,11 +203,8 @@ class Layout:
         if self.uniform:
             specs["zeros"] = TensorSpec((rows, groups), torch.uint8)
         if self.salient_count:
-            width = groups * self.position_bytes
-            specs["salient_positions"] = TensorSpec((rows, width), torch.uint8)
-            if self.salient_code_bytes:
-                width = groups * self.salient_code_bytes
-                specs["salient_codes"] = TensorSpec((rows, width), torch.uint8)
+            width = groups * self.salient_bytes
+            specs["salient"] = TensorSpec((rows, width), torch.uint8)
             if self.salient_grid != "row":
                 specs["salient_scale"] = TensorSpec((rows, 1), torch.float16)
                 specs["salient_offset"] = TensorSpec((rows, 1), torch.float16)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from precalib_kernels.errors import FormatError
 from precalib_kernels.layout import LOG_STEPS, LOG_ZERO, Layout, unpack_bits
-from precalib_kernels.positions import unpack_positions
+from precalib_kernels.salient import unpack_salient
 
 
 def dequantize(
@@ -26,8 +26,8 @@ def dequantize(
     """
     weight = base_values(tensors, layout, input_size)
     if layout.salient_count:
-        index = salient_index(tensors["salient_positions"], layout, input_size, where)
-        values = salient_values(tensors, layout, input_size, index)
+        index, codes = salient_codes(tensors, layout, input_size, where)
+        values = salient_grid_values(codes, tensors, layout)
         # unused slots point one past the end
         weight = torch.nn.functional.pad(weight, (0, 1)).scatter_(1, index, values)[:, :-1]
     if layout.column_scale:
@@ -55,7 +55,7 @@ def base_values(tensors: Mapping[str, Tensor], layout: Layout, input_size: int) 
     """scale * (level - zero) / limit of every code of the base plane, float32 [N, K]."""
     codes = unpack_bits(tensors["qweight"], layout.bits, input_size)
     levels = torch.tensor(layout.level_values, dtype=torch.float32, device=codes.device)
-    values = levels[codes.int()]
+    values = levels[level_index(codes, layout).int()]
     if layout.uniform:
         values -= expand_groups(tensors["zeros"].float(), layout, input_size)
     steps = group_scales(tensors, layout) / layout.level_limit
@@ -72,28 +72,36 @@ def group_scales(tensors: Mapping[str, Tensor], layout: Layout) -> Tensor:
     return tensors["row_scale"].float() * factors[tensors["scales"].int()]
 
 
-def salient_index(packed: Tensor, layout: Layout, input_size: int, where: str) -> Tensor:
-    """Column of every salient slot, int64 [N, G*m]; unused slots hold K."""
-    index = unpack_positions(packed, layout, input_size, where).long()
-    start = torch.arange(index.shape[1], device=index.device) * layout.group_size
-    return torch.where(index < 0, input_size, index + start[:, None]).flatten(1)
+def level_index(codes: Tensor, layout: Layout) -> Tensor:
+    """Index of each weight's level: its code, or with a trellis 2 * (code ^ u2) + u1.
 
-
-def salient_values(
-    tensors: Mapping[str, Tensor], layout: Layout, input_size: int, index: Tensor
-) -> Tensor:
-    """Value of every salient slot before the column scale, float32 [N, G*m].
-
-    index: as `salient_index` returns it; values of unused slots mean nothing.
+    codes:   uint8 [N, K] or grouped [..., group_size].
+    returns: uint8 of the same shape.
     """
-    rows, groups = index.shape[0], layout.groups(input_size)
+    if not layout.trellis:
+        return codes
+    columns = codes.shape[-1]
+    padded = torch.nn.functional.pad(codes, (0, -columns % layout.group_size))
+    low = (padded & 1).view(*codes.shape[:-1], -1, layout.group_size)
+    before = torch.nn.functional.pad(low, (2, 0))
+    one, two = before[..., 1:-1], before[..., :-2]
+    one, two = (part.flatten(-2)[..., :columns] for part in (one, two))
+    return (codes ^ two) * 2 + one
+
+
+def salient_codes(
+    tensors: Mapping[str, Tensor], layout: Layout, input_size: int, where: str
+) -> tuple[Tensor, Tensor]:
+    """Column (int64) and code (uint8) of every salient slot, both [N, G*m].
+
+    Unused slots have column K and a code that means nothing.
+    """
+    positions, high = unpack_salient(tensors["salient"], layout, input_size, where)
+    start = torch.arange(positions.shape[1], device=positions.device) * layout.group_size
+    column = torch.where(positions < 0, input_size, positions + start[:, None]).flatten(1)
     base = unpack_bits(tensors["qweight"], layout.bits, input_size)
-    codes = torch.nn.functional.pad(base, (0, 1)).gather(1, index)
-    if layout.salient_code_bytes:
-        packed = tensors["salient_codes"].view(rows, groups, layout.salient_code_bytes)
-        high = unpack_bits(packed, layout.salient_bits - layout.bits, layout.salient_count)
-        codes = codes | high.flatten(1) << layout.bits
-    return salient_grid_values(codes, tensors, layout)
+    low = torch.nn.functional.pad(base, (0, 1)).gather(1, column)
+    return column, low | high.flatten(1) << layout.bits
 
 
 def salient_grid_values(codes: Tensor, tensors: Mapping[str, Tensor], layout: Layout) -> Tensor:

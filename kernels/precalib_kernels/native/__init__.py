@@ -1,0 +1,1 @@
+"""C++ parts of precalib: compiled with the machine's own compiler at first use, then cached."""
