@@ -13,6 +13,7 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 
 def gguf_file() -> Path:
@@ -33,7 +34,7 @@ def gguf_file() -> Path:
 
 
 def write_checkpoint(directory: Path) -> Path:
-    """Write the model to `directory`, whole or not at all; an existing directory is kept as it is."""
+    """Write the model to `directory`, whole or not at all; one that exists is kept."""
     if directory.exists():
         return directory
     source = gguf_file()
@@ -43,7 +44,7 @@ def write_checkpoint(directory: Path) -> Path:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     folder, name = str(source.parent), source.name
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.bfloat16)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.bfloat16)
     # The weights are plain bf16 from here on; without this they are saved as "quantized by GGUF".
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):

@@ -1,0 +1,119 @@
+"""A `vllm serve` process: started in a process group of its own, stopped without a remainder."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import psutil
+
+COMMANDS = Path(sys.executable).parent  # where this environment's `vllm` and `precalib` are
+LOG_LINES_SHOWN = 25
+STOP_SECONDS = 20
+
+# Nothing is downloaded or reported, and no proxy stands between this machine and itself.
+QUIET_ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; the default takes a large part of the memory
+    "NO_PROXY": "127.0.0.1",
+    "no_proxy": "127.0.0.1",
+}
+
+
+def environment() -> dict[str, str]:
+    """Environment for the commands of the demo."""
+    return os.environ | QUIET_ENVIRONMENT
+
+
+class ServerError(Exception):
+    """A server died or never became ready; the text ends with its last log lines."""
+
+
+class Server:
+    """One model served on a free port of 127.0.0.1 until `stop`.
+
+    name: what requests call the model.
+    log:  file that gets all output of the server.
+    """
+
+    def __init__(self, name: str, model: Path, log: Path, *flags: str) -> None:
+        self.name, self.model, self.log = name, model, log
+        self.url = f"http://127.0.0.1:{_free_port()}"
+        command = [str(COMMANDS / "vllm"), "serve", str(model), *flags]
+        command += ["--host", "127.0.0.1", "--port", self.url.rpartition(":")[2]]
+        # Eager: compiling this model takes longer than the whole demo.
+        command += ["--served-model-name", name, "--dtype", "bfloat16", "--enforce-eager"]
+        command += ["--max-model-len", "1024", "--max-num-seqs", "8"]
+        with log.open("wb") as output:
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=environment(),
+                start_new_session=True,
+            )
+
+    def wait_until_ready(self, seconds: float = 300) -> None:
+        """Return once /health answers 200.
+
+        Raises ServerError when the process ends, or `seconds` pass, before that.
+        """
+        deadline = time.monotonic() + seconds
+        while not self._healthy():
+            if self.process.poll() is not None:
+                raise self._error(f"ended with exit code {self.process.returncode}")
+            if time.monotonic() > deadline:
+                raise self._error(f"was not ready after {seconds:.0f} s")
+            time.sleep(1)
+
+    def stop(self) -> None:
+        """End the server and every process it started; wait until they are gone."""
+        try:
+            family = psutil.Process(self.process.pid).children(recursive=True)
+        except psutil.NoSuchProcess:
+            family = []
+        self.process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(STOP_SECONDS)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)  # the leader's pid is the group's
+        for process in family:  # those that had left the group
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.process.wait(STOP_SECONDS)
+        deadline = time.monotonic() + STOP_SECONDS
+        while any(_alive(process) for process in family) and time.monotonic() < deadline:
+            time.sleep(0.05)
+
+    def _healthy(self) -> bool:
+        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        try:
+            with direct.open(f"{self.url}/health", timeout=5) as answer:
+                return bool(answer.status == 200)
+        except OSError:  # refused, reset, timed out, or an HTTP error
+            return False
+
+    def _error(self, what: str) -> ServerError:
+        lines = self.log.read_text(errors="replace").splitlines()[-LOG_LINES_SHOWN:]
+        return ServerError("\n".join([f"vllm serve {self.model.name} {what}; {self.log}:", *lines]))
+
+
+def _alive(process: psutil.Process) -> bool:
+    """False for a zombie too: in a container there may be nobody to reap it."""
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
