@@ -7,7 +7,7 @@ in-memory form once, and multiplies. To add one, write its file and put it into 
 import dataclasses
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import ClassVar
 
 import torch
@@ -16,12 +16,12 @@ from torch import Tensor
 from precalib_kernels import ops, reference
 from precalib_kernels.errors import ServingError
 from precalib_kernels.layout import Layout
-from precalib_kernels.positions import unpack_positions
 from vllm_precalib.compat import vllm_names
 
 with vllm_names():
     from vllm.logger import init_logger
     from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+    from vllm.platforms import current_platform
 
 logger = init_logger("vllm.precalib")
 
@@ -92,12 +92,9 @@ class ReferenceBackend(Backend):
         return None
 
     def prepare(self, tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
-        """The tensors as they are, once their positions are known to be in range."""
-        layout = self.task.layout
-        if layout.salient_count:
-            step = _chunk_rows(self.task.input_size)
-            for packed in tensors["salient_positions"].split(step):
-                unpack_positions(packed, layout, self.task.input_size, where)
+        """The tensors as they are, once it is known that they can be unpacked."""
+        for _ in unpacked_rows(tensors, self.task, where):
+            pass
         return dict(tensors)
 
     def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -122,7 +119,11 @@ class DenseBackend(Backend):
 
     def prepare(self, tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
         """The weight [N, K] in the type of the activations."""
-        return {"weight": dense_weight(tensors, self.task, where)}
+        shape = sum(self.task.part_sizes), self.task.input_size
+        weight = torch.empty(shape, dtype=self.task.dtype, device=tensors["qweight"].device)
+        for rows, values in unpacked_rows(tensors, self.task, where):
+            weight[rows] = values
+        return {"weight": weight}
 
     def finish(self, layer: torch.nn.Module) -> None:
         """Let vLLM lay the weight out for this machine."""
@@ -169,23 +170,26 @@ def choose(
     raise ServingError(f"{where}: no backend can run this layer ({'; '.join(refused)})")
 
 
-def dense_weight(tensors: Mapping[str, Tensor], task: Task, where: str) -> Tensor:
-    """Ŵ [N, K] in task.dtype, unpacked a few rows at a time to keep the peak memory low.
+def describe() -> Iterator[tuple[str, str | None]]:
+    """Name of every backend, with the reason why it cannot run an ordinary layer here, or None."""
+    layout = Layout(bits=4, group_size=128)
+    task = Task(layout, 4096, (4096,), torch.bfloat16, current_platform.device_type)
+    return ((backend.name, backend.can_run(task)) for backend in BACKENDS)
+
+
+def unpacked_rows(
+    tensors: Mapping[str, Tensor], task: Task, where: str
+) -> Iterator[tuple[slice, Tensor]]:
+    """Ŵ in float32 a few rows at a time, which keeps the peak memory of unpacking low.
 
     Raises FormatError that begins with `where` for positions out of range.
     """
-    device = tensors["qweight"].device
-    weight = torch.empty(sum(task.part_sizes), task.input_size, dtype=task.dtype, device=device)
-    ends, step = itertools.accumulate(task.part_sizes, initial=0), _chunk_rows(task.input_size)
+    step = max(1, CHUNK_WEIGHTS // task.input_size)
+    ends = itertools.accumulate(task.part_sizes, initial=0)
     for part, (start, end) in enumerate(itertools.pairwise(ends)):
         for row in range(start, end, step):
             rows = slice(row, min(row + step, end))
             chunk = {name: tensor[rows] for name, tensor in tensors.items()}
             if task.layout.column_scale:
                 chunk["column_scale"] = tensors["column_scale"][part : part + 1]
-            weight[rows] = reference.dequantize(chunk, task.layout, task.input_size, where=where)
-    return weight
-
-
-def _chunk_rows(input_size: int) -> int:
-    return max(1, CHUNK_WEIGHTS // input_size)
+            yield rows, reference.dequantize(chunk, task.layout, task.input_size, where=where)

@@ -15,8 +15,6 @@ import torch
 from torch import Tensor
 
 from precalib_kernels.errors import ServingError
-from precalib_kernels.layout import Layout
-from precalib_kernels.positions import pack_positions
 from vllm_precalib.config import PackedModule
 
 QKV_PARTS = {"q": 0, "k": 1, "v": 2}
@@ -142,18 +140,6 @@ class FillGuard:
         # ranks beyond the number of key-value heads hold copies
         copies = getattr(layer, "num_kv_head_replicas", 1)
         return sum(self.part_sizes[p] * self.ranks // (copies if p else 1) for p in parts)
-
-
-def plausible_positions(shape: Sequence[int], layout: Layout, input_size: int) -> Tensor:
-    """Valid salient_positions for weights that were never loaded (--load-format dummy).
-
-    As many weights of each group are salient as may be, so timings mean something.
-    """
-    groups = layout.groups(input_size)
-    slots = torch.arange(layout.salient_count).repeat(groups, 1)
-    last = input_size - (groups - 1) * layout.group_size
-    slots[-1] = slots[-1].where(slots[-1] < last, -1)
-    return pack_positions(slots[None], layout).expand(*shape).contiguous()
 
 
 def _ignore_self(loader: Callable[..., None]) -> Callable[..., None]:

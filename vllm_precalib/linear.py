@@ -11,7 +11,7 @@ from precalib_kernels.errors import ServingError
 from vllm_precalib.backends import Task, choose
 from vllm_precalib.compat import vllm_names
 from vllm_precalib.config import PackedModule, PrecalibConfig
-from vllm_precalib.filling import FillGuard, plausible_positions
+from vllm_precalib.filling import FillGuard
 from vllm_precalib.parameters import packed_parameter
 
 with vllm_names():
@@ -110,10 +110,8 @@ class PrecalibLinearMethod(LinearMethodBase):
         """
         tensors = {name: getattr(layer, name).data for name in self.names}
         if self.dummy and not self.guard.filled:
-            if (packed := tensors.get("salient_positions")) is not None:
-                packed.copy_(
-                    plausible_positions(packed.shape, self.task.layout, self.task.input_size)
-                )
+            if "salient" in tensors:
+                tensors["salient"].zero_()  # no salient weights; random bytes may be none at all
         else:
             self.guard.finish(self.names)
             self.guard.check_finite(tensors)

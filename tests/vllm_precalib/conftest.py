@@ -1,0 +1,93 @@
+"""Real vLLM layers on a pretended rank, and engines in processes of their own."""
+
+import contextlib
+import importlib.util
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+HERE = Path(__file__).parent
+
+# How each suite of engines.py is started; see section "Start-up" of vLLM's notes on CPUs.
+IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+SUITE_ENVIRONMENT = {
+    "eager": {**IN_PROCESS, "TORCHDYNAMO_DISABLE": "1"},  # the sampler would start a compiler
+    "compiled": {**IN_PROCESS, "VLLM_CPU_CI_ENV": "1", "VLLM_USE_AOT_COMPILE": "0"},
+    "parallel": {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "TORCHDYNAMO_DISABLE": "1"},
+}
+
+
+@pytest.fixture(scope="session")
+def tiny() -> ModuleType:
+    """The module tiny.py."""
+    spec = importlib.util.spec_from_file_location("tiny", HERE / "tiny.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["tiny"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def suite(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Any]]:
+    """Results of a suite of engines.py, each run once."""
+    done: dict[str, dict[str, Any]] = {}
+
+    def run(name: str) -> dict[str, Any]:
+        if name not in done:
+            done[name] = {}  # a suite that breaks is not tried again
+            common = {"OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+            process = subprocess.run(
+                [sys.executable, HERE / "engines.py", name, tmp_path_factory.mktemp(name)],
+                env={**os.environ, **common, **SUITE_ENVIRONMENT[name]},
+                capture_output=True,
+                text=True,
+                timeout=600,
+            )
+            assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-5000:]
+            done[name] = json.loads(process.stdout.splitlines()[-1])
+            done[name]["log"] = process.stdout + process.stderr
+        return done[name]
+
+    return run
+
+
+@pytest.fixture
+def logged() -> Iterator[list[tuple[str, str]]]:
+    """Level and text of what we log; vLLM may or may not pass it on to the root logger."""
+    lines: list[tuple[str, str]] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append((record.levelname, record.getMessage()))  # type: ignore[method-assign]
+    logger = logging.getLogger("vllm.precalib")
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    yield lines
+    logger.removeHandler(handler)
+    logger.setLevel(level)
+
+
+@pytest.fixture
+def rank(monkeypatch: pytest.MonkeyPatch) -> Callable[..., contextlib.AbstractContextManager[None]]:
+    """`with rank(1, of=2): …` builds vLLM layers as that tensor-parallel rank would."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+
+    @contextlib.contextmanager
+    def pretend(index: int = 0, of: int = 1, **options: Any) -> Iterator[None]:
+        for module in ("layers.linear", "parameter", "layers.vocab_parallel_embedding"):
+            path = f"vllm.model_executor.{module}.get_tensor_model_parallel"
+            monkeypatch.setattr(f"{path}_rank", lambda: index)
+            monkeypatch.setattr(f"{path}_world_size", lambda: of)
+        with set_current_vllm_config(VllmConfig(**options)):
+            yield
+
+    return pretend

@@ -1,0 +1,285 @@
+"""Engines on tiny checkpoints: run as `python engines.py SUITE FOLDER`, the last line is JSON.
+
+Every case returns the answers of vLLM next to the truth, which is transformers in float32 on the
+weights as the reference unpacks them; the tests compare. One process runs many cases because
+starting one takes longer than all of its engines.
+"""
+
+import gc
+import json
+import operator
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import tiny
+import torch
+import transformers
+import vllm
+from safetensors.torch import save_file
+from vllm.lora.request import LoRARequest
+
+PROMPTS = [[5, 17, 101, 44, 3, 150], [199, 1, 64], list(range(20, 70))]
+TOKENS = 8
+REFERENCE = {"additional_config": {"precalib": {"backend": "reference"}}}
+
+Answers = list[list[tuple[int, float]]]  # per prompt, greedy tokens with their log-probability
+
+
+def start(path: Path, **options: Any) -> vllm.LLM:
+    """A small eager float32 engine."""
+    sizes = {
+        "max_model_len": 128,
+        "max_num_seqs": 4,
+        "enforce_eager": True,
+        "dtype": "float32",
+        "skip_tokenizer_init": True,
+    }
+    return vllm.LLM(str(path), **{**sizes, **options})
+
+
+def answers(llm: vllm.LLM, **options: Any) -> Answers:
+    sampling = vllm.SamplingParams(
+        temperature=0, max_tokens=TOKENS, logprobs=1, detokenize=False, ignore_eos=True
+    )
+    prompts = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
+    outputs = llm.generate(prompts, sampling, use_tqdm=False, **options)
+    return [
+        [(t, step[t].logprob) for t, step in zip(o.token_ids, o.logprobs, strict=True)]
+        for output in outputs
+        for o in output.outputs
+    ]
+
+
+def truth(checkpoint: tiny.Checkpoint, edit: Callable[[Any], None] | None = None) -> Answers:
+    """`edit` changes the model first."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint.dense, dtype=torch.float32)
+    if edit:
+        edit(model)
+    result = []
+    for prompt in PROMPTS:
+        ids, steps = torch.tensor([prompt]), []
+        for _ in range(TOKENS):
+            with torch.no_grad():
+                logprobs = model(ids).logits[0, -1].log_softmax(-1)
+            token = int(logprobs.argmax())
+            steps.append((token, float(logprobs[token])))
+            ids = torch.cat([ids, torch.tensor([[token]])], 1)
+        result.append(steps)
+    return result
+
+
+def reload(llm: vllm.LLM, checkpoint: tiny.Checkpoint) -> None:
+    llm.collective_rpc("reload_weights", kwargs={"weights_path": str(checkpoint.packed)})
+    llm.reset_prefix_cache()  # it holds keys and values of the old weights
+
+
+def attention_or_mlp(attention: str, mlp: str) -> Callable[[str], str | None]:
+    """Layouts of a model whose last down_proj and output head are kept."""
+
+    def layout_of(module: str) -> str | None:
+        if module in ("lm_head", "model.layers.1.mlp.down_proj"):
+            return None
+        return attention if "self_attn" in module else mlp
+
+    return layout_of
+
+
+def llama(folder: Path, seed: int, **options: Any) -> tiny.Checkpoint:
+    """4- and 3-bit, ragged groups, column scales per fused part, one kept layer."""
+    layout_of = attention_or_mlp("row", "sign")
+    return tiny.build(folder, tiny.model_config("llama"), layout_of, seed, **options)
+
+
+def qwen2(folder: Path, seed: int) -> tiny.Checkpoint:
+    """4- and 2-bit, biases of q, k and v, the output head packed as well."""
+    layouts = attention_or_mlp("min-max", "plain")
+
+    def layout_of(module: str) -> str | None:
+        return "sign" if module == "lm_head" else layouts(module)
+
+    heads = {"num_attention_heads": 5, "num_key_value_heads": 1}
+    return tiny.build(folder, tiny.model_config("qwen2", **heads), layout_of, seed)
+
+
+def case_llama(folder: Path, **options: Any) -> dict[str, Any]:
+    first, second = llama(folder / "1", 1), llama(folder / "2", 2)
+    llm = start(first.packed, **options)
+    result = {
+        "quantization": llm.llm_engine.vllm_config.model_config.quantization,
+        "first": (answers(llm), truth(first)),
+    }
+    reload(llm, second)
+    return {**result, "reloaded": (answers(llm), truth(second))}
+
+
+def case_llama_reference(folder: Path) -> dict[str, Any]:
+    return case_llama(folder, quantization="precalib", **REFERENCE)
+
+
+def case_qwen2(folder: Path) -> dict[str, Any]:
+    first, second = qwen2(folder / "1", 3), qwen2(folder / "2", 4)
+    llm = start(first.packed)
+    result = {"first": (answers(llm), truth(first))}
+    reload(llm, second)
+    return {**result, "reloaded": (answers(llm), truth(second))}
+
+
+def case_phi3(folder: Path) -> dict[str, Any]:
+    """q, k and v, and gate and up, are one module each in the checkpoint."""
+
+    def build(name: str, seed: int) -> tiny.Checkpoint:
+        heads = {"num_attention_heads": 5, "num_key_value_heads": 1}
+        layout_of = attention_or_mlp("row", "sign")
+        return tiny.build(folder / name, tiny.model_config("phi3", **heads), layout_of, seed)
+
+    first, second = build("1", 11), build("2", 12)
+    llm = start(first.packed)
+    result = {"first": (answers(llm), truth(first))}
+    reload(llm, second)
+    return {**result, "reloaded": (answers(llm), truth(second))}
+
+
+def case_half_precision(folder: Path) -> dict[str, Any]:
+    """Here the truth is vLLM on the unpacked checkpoint, and it must be met exactly."""
+    checkpoint = llama(folder, 5)
+    result = {}
+    for dtype in ("bfloat16", "float16"):
+        packed = answers(start(checkpoint.packed, dtype=dtype))
+        result[dtype] = (packed, answers(start(checkpoint.dense, dtype=dtype)))
+    return result
+
+
+def case_dummy(folder: Path) -> dict[str, Any]:
+    checkpoint = llama(folder, 6)
+    llm = start(checkpoint.packed, load_format="dummy")
+    result: dict[str, Any] = {"tokens": [len(steps) for steps in answers(llm)]}
+    llm.llm_engine.vllm_config.load_config.load_format = "auto"
+    reload(llm, checkpoint)
+    return {**result, "reloaded": (answers(llm), truth(checkpoint))}
+
+
+def case_lora(folder: Path, **options: Any) -> dict[str, Any]:
+    checkpoint = llama(folder / "model", 7)
+    deltas = adapter(folder / "adapter", 0.3)
+    adapter(folder / "nothing", 0.0)
+
+    def merge(model: Any) -> None:
+        for module, delta in deltas.items():
+            model.get_submodule(module).weight.data += delta
+
+    llm = start(checkpoint.packed, enable_lora=True, max_lora_rank=8, **options)
+    with_adapter = answers(llm, lora_request=LoRARequest("adapter", 1, str(folder / "adapter")))
+    with_nothing = answers(llm, lora_request=LoRARequest("nothing", 2, str(folder / "nothing")))
+    return {
+        "adapter": (with_adapter, truth(checkpoint, merge)),
+        "nothing": (with_nothing, truth(checkpoint)),
+        "none": (answers(llm), truth(checkpoint)),
+    }
+
+
+def case_lora_reference(folder: Path) -> dict[str, Any]:
+    return case_lora(folder, **REFERENCE)
+
+
+def adapter(folder: Path, size: float) -> dict[str, torch.Tensor]:
+    """Write a LoRA adapter for packed and kept layers; returns what it adds to each weight."""
+    config = tiny.model_config("llama")
+    hidden, inner, queries = config.hidden_size, config.intermediate_size, 4 * config.head_dim
+    shapes = {
+        "self_attn.q_proj": (queries, hidden),
+        "self_attn.k_proj": (queries // 2, hidden),
+        "self_attn.v_proj": (queries // 2, hidden),
+        "self_attn.o_proj": (hidden, queries),
+        "mlp.gate_proj": (inner, hidden),
+        "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+    }
+    rank, alpha = 8, 16
+    make = torch.Generator().manual_seed(0)
+    tensors, deltas = {}, {}
+    for layer in range(config.num_hidden_layers):
+        for name, (rows, columns) in shapes.items():
+            module = f"model.layers.{layer}.{name}"
+            a = torch.randn(rank, columns, generator=make) / columns**0.5
+            b = torch.randn(rows, rank, generator=make) * size / rank**0.5
+            tensors[f"base_model.model.{module}.lora_A.weight"] = a
+            tensors[f"base_model.model.{module}.lora_B.weight"] = b
+            deltas[module] = b @ a * alpha / rank
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    targets = [name.rpartition(".")[2] for name in shapes]
+    fields = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "target_modules": targets}
+    (folder / "adapter_config.json").write_text(json.dumps({**fields, "bias": "none"}))
+    return deltas
+
+
+def case_refused(folder: Path) -> dict[str, Any]:
+    """What the user reads when a checkpoint is not whole."""
+
+    lost = {
+        "packed": "model.layers.1.self_attn.k_proj.scales",
+        "kept": "model.layers.1.mlp.down_proj.weight",
+    }
+    texts = {}
+    for kind, name in lost.items():
+        checkpoint = llama(folder / kind, 8, edit=operator.methodcaller("pop", name))
+        try:
+            start(checkpoint.packed)
+        except Exception as error:
+            texts[kind] = f"{type(error).__name__}: {error}"
+    return texts
+
+
+def case_compiled(folder: Path, **options: Any) -> dict[str, Any]:
+    checkpoint = llama(folder, 9)
+    llm = start(checkpoint.packed, enforce_eager=False, **options)
+    return {
+        "mode": llm.llm_engine.vllm_config.compilation_config.mode.name,
+        "first": (answers(llm), truth(checkpoint)),
+    }
+
+
+def case_compiled_reference(folder: Path) -> dict[str, Any]:
+    return case_compiled(folder, **REFERENCE)
+
+
+def case_parallel(folder: Path) -> dict[str, Any]:
+    checkpoint = llama(folder, 10)
+    llm = start(checkpoint.packed, tensor_parallel_size=2, quantization="precalib")
+    return {"first": (answers(llm), truth(checkpoint))}
+
+
+SUITES = {
+    "eager": [
+        case_llama,
+        case_llama_reference,
+        case_qwen2,
+        case_phi3,
+        case_half_precision,
+        case_dummy,
+        case_lora,
+        case_lora_reference,
+        case_refused,
+    ],
+    "compiled": [case_compiled, case_compiled_reference],
+    "parallel": [case_parallel],
+}
+
+
+def main(suite: str, folder: Path) -> None:
+    results = {}
+    for case in SUITES[suite]:
+        name = case.__name__.removeprefix("case_")
+        try:
+            results[name] = case(folder / name)
+        except Exception:
+            results[name] = {"failed": traceback.format_exc()}
+        gc.collect()  # frees the engine
+    print("\n" + json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))

@@ -1,0 +1,152 @@
+"""The choice of a backend, and that each means what the reference means."""
+
+import pytest
+import torch
+from vllm.model_executor.layers.linear import ReplicatedLinear
+
+from precalib_kernels.errors import ServingError
+from precalib_kernels.reference import dequantize
+from vllm_precalib import backends
+from vllm_precalib.backends import (
+    Backend,
+    DenseBackend,
+    ReferenceBackend,
+    Task,
+    choose,
+    describe,
+    unpacked_rows,
+)
+from vllm_precalib.config import PrecalibConfig
+
+
+class Fussy(ReferenceBackend):
+    """Runs on nothing that exists."""
+
+    name = "fussy"
+
+    @staticmethod
+    def can_run(task):
+        return f"needs a quantum computer, not a {task.device}"
+
+
+@pytest.fixture
+def task(tiny):
+    return Task(tiny.ROW, 160, (48,), torch.float32, "cpu")
+
+
+def test_the_default_is_dense(task):
+    assert isinstance(choose(task, None, "fc", "row"), DenseBackend)
+    assert isinstance(choose(task, "reference", "fc", "row"), ReferenceBackend)
+
+
+def test_the_first_that_can_run_is_taken(task):
+    table = (Fussy, ReferenceBackend, DenseBackend)
+    assert type(choose(task, None, "fc", "row", table)) is ReferenceBackend
+
+
+def test_a_backend_that_cannot_run_is_not_forced(task):
+    with pytest.raises(
+        ServingError,
+        match=r"^a\.fc: no backend can run this layer \(fussy: needs a quantum computer, not a cpu",
+    ):
+        choose(task, "fussy", "a.fc", "row", (Fussy, DenseBackend))
+
+
+def test_describe_names_every_backend():
+    assert dict(describe()) == {"dense": None, "reference": None}
+
+
+def test_an_unknown_backend_is_refused_with_the_known_ones(task):
+    with pytest.raises(ServingError, match=r"no such backend; choose one of dense, reference$"):
+        choose(task, "turbo", "a.fc", "row")
+
+
+@pytest.mark.parametrize("ours", ["dense", {"backends": "dense"}])
+def test_anything_else_in_additional_config_is_refused(config_of, rank, ours):
+    with (
+        rank(additional_config={"precalib": ours}),
+        pytest.raises(ServingError, match=r'^additional_config: "precalib" is .* is known$'),
+    ):
+        ReplicatedLinear(160, 32, quant_config=config_of("fc"), prefix="fc")
+
+
+@pytest.fixture
+def config_of(tiny):
+    from precalib_kernels.config import CheckpointConfig
+
+    def make(*modules):
+        return PrecalibConfig(CheckpointConfig("t", tiny.LAYOUTS, dict.fromkeys(modules, "row")))
+
+    return make
+
+
+def test_the_choice_is_logged_once_with_its_reason(task, logged):
+    table = (Fussy, DenseBackend)
+    for where in ("first", "second"):
+        choose(task, None, where, "once", table)
+    choose(task, None, "third", "another", table)
+    choose(task, "dense", "fourth", "another", table)
+    reason = "first that can run; fussy: needs a quantum computer, not a cpu"
+    assert logged == [
+        ("INFO", f"precalib computes layout once with backend dense ({reason})"),
+        ("INFO", f"precalib computes layout another with backend dense ({reason})"),
+        ("INFO", "precalib computes layout another with backend dense (asked for)"),
+    ]
+
+
+@pytest.mark.parametrize("name", ["row", "sign", "min-max", "plain", "trellis"])
+def test_unpacking_in_pieces_changes_nothing(tiny, monkeypatch, name):
+    layout = tiny.LAYOUTS[name]
+    parts = [tiny.random_packed(layout, rows, 160, seed=rows) for rows in (48, 17, 1)]
+    tensors = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+    whole = torch.cat([dequantize(part, layout, 160) for part in parts])
+    monkeypatch.setattr(backends, "CHUNK_WEIGHTS", 5 * 160)
+    for dtype in (torch.float32, torch.bfloat16):
+        task = Task(layout, 160, (48, 17, 1), dtype, "cpu")
+        prepared = DenseBackend(task).prepare(tensors, "fc")
+        assert torch.equal(prepared["weight"], whole.to(dtype))
+
+
+def test_dense_keeps_no_packed_tensor_and_reference_all(tiny, config_of, rank):
+    tensors = tiny.random_packed(tiny.ROW, 32, 160)
+    kept = {}
+    for backend in ("dense", "reference"):
+        with rank(additional_config={"precalib": {"backend": backend}}):
+            layer = ReplicatedLinear(160, 32, False, quant_config=config_of("fc"), prefix="fc")
+        for name, tensor in tensors.items():
+            getattr(layer, name).weight_loader(getattr(layer, name), tensor)
+        layer.quant_method.process_weights_after_loading(layer)
+        kept[backend] = {name for name, _ in layer.named_parameters()}
+    assert kept == {"dense": {"weight"}, "reference": set(tensors)}
+
+
+def test_a_backend_of_its_own_in_memory_form_is_one_class(tiny, config_of, rank, monkeypatch):
+    """The slot for native kernels: other tensors under other names, and its own product."""
+
+    class Transposed(Backend):
+        name = "transposed"
+
+        @staticmethod
+        def can_run(task):
+            return None if task.device == "cpu" else "needs a CPU"
+
+        def prepare(self, tensors, where):
+            weight = torch.cat([rows for _, rows in unpacked_rows(tensors, self.task, where)])
+            return {"qweight": weight.T.contiguous(), "factor": torch.tensor([2.0])}
+
+        def apply(self, layer, x, bias):
+            y = x @ layer.qweight / layer.factor * 2
+            return y if bias is None else y + bias
+
+    monkeypatch.setattr(choose, "__defaults__", ((Transposed, DenseBackend),))
+    tensors = tiny.random_packed(tiny.ROW, 32, 160)
+    with rank():
+        layer = ReplicatedLinear(
+            160, 32, False, quant_config=config_of("fc"), prefix="fc", return_bias=False
+        )
+    for name, tensor in tensors.items():
+        getattr(layer, name).weight_loader(getattr(layer, name), tensor)
+    layer.quant_method.process_weights_after_loading(layer)
+    assert {name for name, _ in layer.named_parameters()} == {"qweight", "factor"}
+    weight = dequantize(tensors, tiny.ROW, 160)
+    torch.testing.assert_close(layer(torch.eye(160)), weight.T)

@@ -1,0 +1,161 @@
+"""Which layers are packed, in the names of vLLM and of the checkpoint, fused or not."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from vllm.model_executor.layers.linear import ReplicatedLinear
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    VocabParallelEmbedding,
+)
+from vllm.model_executor.models.utils import WeightsMapper
+
+from precalib_kernels.config import CheckpointConfig
+from precalib_kernels.errors import FormatError, ServingError
+from vllm_precalib.config import PackedModule, PrecalibConfig
+from vllm_precalib.linear import KeptLinearMethod, PrecalibLinearMethod
+
+FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+
+
+@pytest.fixture
+def config(tiny):
+    def make(modules, **more):
+        layouts = {**tiny.LAYOUTS, **more}
+        result = PrecalibConfig(CheckpointConfig("test", layouts, modules, ("lm_head",)))
+        result.packed_modules_mapping = FUSED
+        return result
+
+    return make
+
+
+def test_plain_layers(tiny, config):
+    packed = config({"a.down_proj": "row"})
+    assert packed.packed_module("a.down_proj") == PackedModule(tiny.ROW, "row", ("a.down_proj",))
+    assert packed.packed_module("b.down_proj") is None
+    assert packed.packed_module("a.down") is None
+    assert packed.packed_module("lm_head") is None
+
+
+def test_fused_layers_are_named_by_their_parts(tiny, config):
+    parts = ("a.q_proj", "a.k_proj", "a.v_proj")
+    packed = config(dict.fromkeys(parts, "row"))
+    assert packed.packed_module("a.qkv_proj") == PackedModule(tiny.ROW, "row", parts)
+    assert packed.packed_module("b.qkv_proj") is None
+
+
+def test_fused_layers_at_the_root(tiny, config):
+    packed = config({"gate_proj": "sign", "up_proj": "sign"})
+    assert packed.packed_module("gate_up_proj").parts == ("gate_proj", "up_proj")
+
+
+def test_layers_fused_in_the_checkpoint(tiny, config):
+    packed = config({"a.qkv_proj": "sign"})
+    assert packed.packed_module("a.qkv_proj") == PackedModule(tiny.SIGN, "sign", ("a.qkv_proj",))
+    packed.packed_modules_mapping = {"qkv_proj": ["qkv_proj"]}  # phi-3
+    assert packed.packed_module("a.qkv_proj") == PackedModule(tiny.SIGN, "sign", ("a.qkv_proj",))
+    assert packed.packed_module("b.qkv_proj") is None
+
+
+def test_parts_may_use_equal_layouts_of_two_names(tiny, config):
+    packed = config({"a.gate_proj": "row", "a.up_proj": "twin"}, twin=copy.copy(tiny.ROW))
+    assert packed.packed_module("a.gate_up_proj").layout == tiny.ROW
+
+
+@pytest.mark.parametrize(
+    ("modules", "stored"),
+    [
+        ({"a.q_proj": "row", "a.k_proj": "sign", "a.v_proj": "row"}, "row sign row"),
+        ({"a.q_proj": "row", "a.k_proj": "row"}, "row row kept"),
+        ({"a.v_proj": "row"}, "kept kept row"),
+    ],
+)
+def test_parts_stored_differently_are_refused_by_name(config, modules, stored):
+    q, k, v = stored.split()
+    with pytest.raises(
+        ServingError,
+        match=rf"^a\.qkv_proj: .* not: a\.q_proj \({q}\), a\.k_proj \({k}\), a\.v_proj \({v}\); "
+        "quantize the model again with one recipe for all of them, or --keep all of them$",
+    ):
+        config(modules).packed_module("a.qkv_proj")
+
+
+def test_names_follow_the_model_class(tiny, config):
+    packed = config({"model.layers.0.fc": "row", "model.visual.fc": "sign"})
+    packed.apply_vllm_mapper(
+        WeightsMapper(orig_to_new_prefix={"model.visual.": "visual.", "model.": "language_model."})
+    )
+    assert packed.packed_module("language_model.layers.0.fc").layout == tiny.ROW
+    assert packed.packed_module("visual.fc").layout == tiny.SIGN
+    assert packed.packed_module("model.layers.0.fc") is None
+
+
+def test_it_travels_to_other_processes(tiny, config):
+    packed = pickle.loads(pickle.dumps(config({"a.fc": "row"})))
+    assert packed.packed_module("a.fc").layout == tiny.ROW
+
+
+def test_from_config_reads_what_the_quantizer_writes(tiny, config):
+    checkpoint = config({"a.fc": "min-max"}).checkpoint
+    packed = PrecalibConfig.from_config(checkpoint.to_dict())
+    assert packed.packed_module("a.fc").layout == tiny.MIN_MAX
+    assert packed.get_name() == "precalib"
+    types = {torch.bfloat16, torch.float16, torch.float32}
+    assert set(packed.get_supported_act_dtypes()) == types
+
+
+def test_another_version_is_refused(config):
+    fields = config({}).checkpoint.to_dict() | {"format_version": 99}
+    with pytest.raises(FormatError, match="format_version 99, this precalib reads"):
+        PrecalibConfig.from_config(fields)
+
+
+def test_a_checkpoint_that_is_not_packed():
+    assert PrecalibConfig.get_config_filenames() == []  # then vLLM calls the class without one
+    with pytest.raises(ServingError, match=r"not packed .* 'precalib quantize SRC DST'"):
+        PrecalibConfig()
+
+
+def test_methods_of_layers(config, rank):
+    packed = config({"a.fc": "row"})
+    with rank():
+        fc = ReplicatedLinear(160, 32, quant_config=packed, prefix="a.fc")
+        other = ReplicatedLinear(160, 32, quant_config=packed, prefix="a.other")
+        assert isinstance(fc.quant_method, PrecalibLinearMethod)
+        assert isinstance(other.quant_method, KeptLinearMethod)
+        assert packed.get_quant_method(torch.nn.Identity(), "a.attn") is None
+        embedding = VocabParallelEmbedding(64, 160, quant_config=packed, prefix="embed")
+        assert packed.get_quant_method(embedding, "embed") is None
+        head = ParallelLMHead(64, 160, quant_config=packed, prefix="lm_head")
+        assert packed.get_quant_method(head, "lm_head") is None
+
+
+def test_packed_embeddings_are_refused(config, rank):
+    with (
+        rank(),
+        pytest.raises(ServingError, match=r"^embed_tokens: .* embeddings; .*--keep 'embed_tokens'"),
+    ):
+        VocabParallelEmbedding(
+            64, 160, quant_config=config({"embed_tokens": "row"}), prefix="embed_tokens"
+        )
+
+
+def test_a_packed_head_cannot_be_tied(config, rank):
+    packed = config({"lm_head": "row"})
+    with rank():
+        embedding = VocabParallelEmbedding(64, 160, quant_config=packed, prefix="embed")
+        head = ParallelLMHead(64, 160, quant_config=packed, prefix="lm_head")
+        with pytest.raises(ServingError, match=r"^lm_head is packed, but .* --keep 'lm_head'"):
+            head.tie_weights(embedding)
+
+
+def test_packed_experts_are_refused(config):
+    from vllm.model_executor.layers.fused_moe import RoutedExperts
+
+    experts = RoutedExperts.__new__(RoutedExperts)  # what it computes with is not looked at
+    packed = config({"a.mlp.experts.0.up_proj": "row"})
+    with pytest.raises(ServingError, match=r"^a\.mlp\.experts: .* cannot serve packed experts; "):
+        packed.get_quant_method(experts, "a.mlp.experts")
+    assert packed.get_quant_method(experts, "b.mlp.experts") is None

@@ -1,0 +1,83 @@
+"""vLLM engines against transformers on the weights as the reference unpacks them."""
+
+import pytest
+
+pytestmark = pytest.mark.engine
+
+# Both sides compute in float32; what differs is the order of additions. Observed: 5e-6.
+LOGPROB_TOLERANCE = 1e-3
+
+
+@pytest.fixture
+def case(suite):
+    def get(suite_name, case_name):
+        result = suite(suite_name)[case_name]
+        assert "failed" not in result, result["failed"]
+        return result
+
+    return get
+
+
+def assert_same(pair, tolerance=LOGPROB_TOLERANCE):
+    served, truth = pair
+    assert len(served) == len(truth) == 3
+    for steps, true_steps in zip(served, truth, strict=True):
+        assert [token for token, _ in steps] == [token for token, _ in true_steps]
+        for (_, logprob), (_, true_logprob) in zip(steps, true_steps, strict=True):
+            assert abs(logprob - true_logprob) <= tolerance
+
+
+@pytest.mark.parametrize("name", ["llama", "llama_reference", "qwen2", "phi3"])
+@pytest.mark.parametrize("weights", ["first", "reloaded"])
+def test_answers_are_those_of_transformers(case, name, weights):
+    assert_same(case("eager", name)[weights])
+
+
+def test_reloading_changes_the_answers(case):
+    result = case("eager", "llama")
+    assert result["first"][0] != result["reloaded"][0]
+
+
+def test_the_method_is_found_in_config_json(case):
+    assert case("eager", "llama")["quantization"] == "precalib"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_is_exactly_the_unpacked_model(case, dtype):
+    assert_same(case("eager", "half_precision")[dtype], tolerance=0)
+
+
+def test_dummy_weights_answer_and_make_room_for_real_ones(case):
+    result = case("eager", "dummy")
+    assert result["tokens"] == [8, 8, 8]
+    assert_same(result["reloaded"])
+
+
+@pytest.mark.parametrize("name", ["lora", "lora_reference"])
+def test_lora_adapters_add_to_packed_layers(case, name):
+    result = case("eager", name)
+    for adapter in ("adapter", "nothing", "none"):
+        assert_same(result[adapter])
+    assert result["nothing"][0] == result["none"][0]
+    assert result["adapter"][0] != result["none"][0]
+
+
+def test_a_checkpoint_that_is_not_whole_is_refused(case):
+    result = case("eager", "refused")
+    assert result["packed"].startswith(
+        "ServingError: model.layers.1.self_attn.k_proj.scales was not in the checkpoint; "
+    )
+    assert result["kept"].startswith(
+        "ServingError: model.layers.1.mlp.down_proj.weight was not in the checkpoint, or only"
+    )
+
+
+@pytest.mark.parametrize("name", ["compiled", "compiled_reference"])
+def test_torch_compile_traces_it(case, name):
+    result = case("compiled", name)
+    assert result["mode"] == "DYNAMO_TRACE_ONCE"
+    assert_same(result["first"])
+
+
+def test_two_ranks_answer_like_one(case):
+    assert_same(case("parallel", "parallel")["first"])
