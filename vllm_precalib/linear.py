@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from precalib_kernels.errors import ServingError
+from precalib_kernels.layout import COLUMN_UNIT
 from vllm_precalib.backends import Task, choose
 from vllm_precalib.compat import vllm_names
 from vllm_precalib.config import PackedModule, PrecalibConfig
@@ -139,10 +140,12 @@ class PrecalibLinearMethod(LinearMethodBase):
             return
         whole = input_size // group if input_size % group == 0 else 1
         fitting = [str(ranks) for ranks in range(1, whole + 1) if whole % ranks == 0]
+        finer = [size for size in range(COLUMN_UNIT, group, COLUMN_UNIT) if slice_size % size == 0]
+        again = f", or quantize the model again with --group-size {finer[-1]}" if finer else ""
         raise ServingError(
             f"{self.prefix}: its {input_size} inputs in groups of {group} cannot be split into "
             f"{input_size // slice_size} slices of {slice_size}; use a tensor-parallel size of "
-            f"{' or '.join(fitting)}, or quantize the model again with a smaller --group-size"
+            f"{' or '.join(fitting)}{again}"
         )
 
 

@@ -46,15 +46,16 @@ def suite(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str,
         if name not in done:
             done[name] = {}  # a suite that breaks is not tried again
             common = {"OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+            folder = tmp_path_factory.mktemp(name)
             process = subprocess.run(
-                [sys.executable, HERE / "engines.py", name, tmp_path_factory.mktemp(name)],
+                [sys.executable, HERE / "engines.py", name, folder],
                 env={**os.environ, **common, **SUITE_ENVIRONMENT[name]},
                 capture_output=True,
                 text=True,
                 timeout=600,
             )
             assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-5000:]
-            done[name] = json.loads(process.stdout.splitlines()[-1])
+            done[name] = json.loads((folder / "results.json").read_text())
             done[name]["log"] = process.stdout + process.stderr
         return done[name]
 

@@ -1,4 +1,4 @@
-"""Engines on tiny checkpoints: run as `python engines.py SUITE FOLDER`, the last line is JSON.
+"""Engines on tiny checkpoints: run as `python engines.py SUITE FOLDER`, which writes results.json.
 
 Every case returns the answers of vLLM next to the truth, which is transformers in float32 on the
 weights as the reference unpacks them; the tests compare. One process runs many cases because
@@ -278,7 +278,7 @@ def main(suite: str, folder: Path) -> None:
         except Exception:
             results[name] = {"failed": traceback.format_exc()}
         gc.collect()  # frees the engine
-    print("\n" + json.dumps(results))
+    (folder / "results.json").write_text(json.dumps(results))
 
 
 if __name__ == "__main__":

@@ -81,3 +81,10 @@ def test_torch_compile_traces_it(case, name):
 
 def test_two_ranks_answer_like_one(case):
     assert_same(case("parallel", "parallel")["first"])
+
+
+def test_the_backend_is_logged_once_for_all_layers_and_ranks(suite):
+    log = suite("parallel")["log"]
+    for layout in ("row", "sign"):
+        line = f"precalib computes layout {layout} with backend dense (first that can run)"
+        assert log.count(line) == 1
