@@ -6,13 +6,15 @@ its tensors are in it and on disk. `config.json` comes last, so a checkpoint wit
 then job file and journal go.
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,19 +22,27 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from offline_quantize.files import partial, publish, sync_directory, write_bytes, write_json
+from offline_quantize.files import (
+    JOB,
+    JOURNAL,
+    MANIFEST,
+    partial,
+    publish,
+    read_json,
+    sync_directory,
+    write_bytes,
+    write_json,
+)
 from offline_quantize.tensorfile import (
+    COPY_BYTES,
     Entry,
     FileLayout,
     read_pieces,
     tensor_bytes,
     write_at,
 )
-from precalib_kernels.errors import OutputError
+from precalib_kernels.errors import FormatError, OutputError, SourceError
 
-MANIFEST = "precalib.json"
-JOB = "precalib.job.json"
-JOURNAL = "precalib.journal.jsonl"
 MARGIN_BYTES = 64 << 20  # manifest, journal and the file system's own needs
 
 
@@ -64,12 +74,24 @@ class Task:
     origin: tuple[Path, Entry] | None = None
 
 
-def prepare_target(target: Path, fingerprint: Mapping[str, Any], size: int, resume: bool) -> bool:
-    """Make the target directory ready; true if everything is there already.
+def check_target(
+    target: Path,
+    source: Path,
+    fingerprint: Mapping[str, Any],
+    size: int,
+    resume: bool,
+    sign: str | None = None,
+) -> bool:
+    """Whether the target directory holds a finished run already; nothing is written.
 
-    Raises OutputError when it holds something else, when another run began there and `resume` is
-    off or that run differs (the differing key is named), or when the disk is too full.
+    sign: file that only a finished run leaves behind; the caller looks whether it is the same run.
+
+    Raises OutputError when it is the source or lies inside it, when it holds something else, when
+    another run began there and `resume` is off or that run differs (the differing key is named),
+    or when the disk is too full.
     """
+    if source.resolve() in (target.resolve(), *target.resolve().parents):
+        raise OutputError(f"{target}: lies in the source; give a directory outside of {source}")
     if target.exists() and not target.is_dir():
         raise OutputError(f"{target}: is a file; give another output directory")
     names = {path.name for path in target.iterdir()} if target.is_dir() else set()
@@ -79,25 +101,67 @@ def prepare_target(target: Path, fingerprint: Mapping[str, Any], size: int, resu
                 f"{target}: holds an unfinished run; add --resume to continue it, "
                 "or remove the directory"
             )
-        refuse_other(target, _read_json(target / JOB), fingerprint)
-    elif MANIFEST in names and "config.json" in names and resume:
+        job = read_json(target / JOB, OutputError, "remove the directory and begin again")
+        refuse_other(target, job, fingerprint)
+        if "config.json" in names:
+            return True
+    elif resume and {sign, "config.json"} <= names:
         return True
-    elif names:
+    elif names - {partial(target / JOB).name}:  # a run killed before it could say what it is
         raise OutputError(
             f"{target}: exists and is not empty; give a new directory or remove this one"
         )
     existing = next(path for path in (target, *target.absolute().parents) if path.exists())
-    done = sum(path.stat().st_size for path in target.rglob("*") if path.is_file()) if names else 0
+    done = sum(_allocated(path) for path in target.rglob("*")) if names else 0
     free = shutil.disk_usage(existing).free
     if size + MARGIN_BYTES > free + done:
         raise OutputError(
-            f"{target}: {(size + MARGIN_BYTES) / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB "
-            "are free; make room or choose another disk"
+            f"{target}: {(size + MARGIN_BYTES) / 1e9:.2f} GB are needed and "
+            f"{(free + done) / 1e9:.2f} GB are free; make room or choose another disk"
         )
-    if JOB not in names:
-        target.mkdir(parents=True, exist_ok=True)
-        write_json(target / JOB, dict(fingerprint))
     return False
+
+
+def _allocated(path: Path) -> int:
+    """Bytes of disk that a file takes; a partial weight file has its full size from the start."""
+    status = path.stat()
+    return min(status.st_size, 512 * status.st_blocks) if path.is_file() else 0
+
+
+@contextlib.contextmanager
+def own_target(target: Path, fingerprint: Mapping[str, Any]) -> Iterator[None]:
+    """Make the target directory, say in it what the run is, and keep other processes out of it.
+
+    Raises OutputError when that is not possible or when writing fails at any later point; what
+    was done then stays there and a later run can continue it.
+    """
+    descriptor = None
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(target, os.O_RDONLY)
+        _lock(descriptor, target)
+        if not (target / JOB).exists():
+            write_json(target / JOB, dict(fingerprint))
+        yield
+    except OSError as error:
+        raise OutputError(
+            f"{error.filename or target}: cannot be written ({error.strerror}); "
+            "put that right and run the same command again"
+        ) from error
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _lock(descriptor: int, target: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise OutputError(
+            f"{target}: another process is writing there; wait for it or give another directory"
+        ) from None
+    except OSError:
+        return  # a file system without locks
 
 
 def write_shards(
@@ -110,6 +174,9 @@ def write_shards(
     """Fill and publish all weight files; returns the report of every task by key.
 
     jobs: tensors worked on at once, each on one thread, so that results do not depend on it.
+
+    Raises what a task raises. If that tells of unfit data, which no later run could mend, all that
+    was written is removed.
     """
     journal = _Journal(target / JOURNAL)
     pending: dict[str, list[Task]] = {file: [] for file in shards}
@@ -121,10 +188,22 @@ def write_shards(
         with ThreadPoolExecutor(jobs) as pool:
             for file, layout in shards.items():
                 _write_shard(target / file, layout, pending[file], pool, journal, progress)
+    except (SourceError, FormatError) as error:
+        if not isinstance(error.__cause__, OSError):
+            _discard(target, shards)
+        raise
     finally:
         torch.set_num_threads(threads)
         journal.close()
     return journal.reports
+
+
+def _discard(target: Path, shards: Iterable[str]) -> None:
+    for path in (target / name for name in (*shards, JOURNAL, JOB)):
+        path.unlink(missing_ok=True)
+        partial(path).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # not empty, or a mount point
+        target.rmdir()
 
 
 def finish(
@@ -133,6 +212,7 @@ def finish(
     small: Mapping[str, bytes],
     manifest: Callable[[dict[str, dict[str, Any]]], dict[str, Any]] | None,
     shards: Iterable[str],
+    progress: Progress,
 ) -> None:
     """Copy the other files, write manifest and configuration, and close the run.
 
@@ -142,26 +222,38 @@ def finish(
     for name, origin in carried.items():
         path = target / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(origin, partial(path))
+        with partial(path).open("wb") as file:
+            for piece in read_pieces(origin):
+                file.write(piece)
         publish(path)
     *early, last = small
     for name in early:
         write_bytes(target / name, small[name])
     if manifest is not None:
-        files = {name: digest(target / name) for name in sorted((*shards, *carried, *early))}
+        names = sorted((*shards, *carried, *early))
+        files = {name: digest(target / name, progress) for name in names}
         files[last] = {"size": len(small[last]), "sha256": hashlib.sha256(small[last]).hexdigest()}
         write_json(target / MANIFEST, manifest(files))
     write_bytes(target / last, small[last])
-    for leftover in (JOURNAL, JOB):
-        (target / leftover).unlink(missing_ok=True)
-    sync_directory(target)
+    sweep(target)
 
 
-def digest(path: Path) -> dict[str, Any]:
+def sweep(target: Path) -> None:
+    """Remove what only an unfinished run needs; the job file last, as it tells of one."""
+    for name in (JOURNAL, JOB):
+        (target / name).unlink(missing_ok=True)
+        sync_directory(target)
+
+
+def digest(path: Path, progress: Progress) -> dict[str, Any]:
     """Size and sha256 of a file."""
-    with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"size": path.stat().st_size, "sha256": sha256}
+    progress.begin(f"sha256 of {path.name}")
+    sha256, size = hashlib.sha256(), 0
+    for piece in read_pieces(path):
+        sha256.update(piece)
+        size += len(piece)
+        progress.advance(len(piece))
+    return {"size": size, "sha256": sha256.hexdigest()}
 
 
 class _Journal:
@@ -177,14 +269,14 @@ class _Journal:
         whole = 0
         if path.exists():
             for line in path.read_bytes().splitlines(keepends=True):
+                if not line.endswith(b"\n"):
+                    break
                 try:
                     record = json.loads(line)
                     key, sha256, report = record["tensor"], record["sha256"], record["report"]
-                except (ValueError, KeyError, TypeError):
+                    self.reports[key], self.digests[key] = dict(report), sha256
+                except (ValueError, KeyError, TypeError, RecursionError):
                     break
-                if not line.endswith(b"\n"):
-                    break
-                self.reports[key], self.digests[key] = report, sha256
                 whole += len(line)
         self._file = path.open("ab")
         self._file.truncate(whole)
@@ -196,6 +288,10 @@ class _Journal:
             self._file.write(line.encode())
             self._file.flush()
             self.reports[key], self.digests[key] = report, sha256
+
+    def sync(self) -> None:
+        """Flush to disk, as must happen before a weight file gets its name."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()
@@ -209,11 +305,9 @@ def _write_shard(
     journal: _Journal,
     progress: Progress,
 ) -> None:
-    if path.exists():  # published by an earlier run
-        for task in tasks:
-            progress.advance(task.nbytes)
-        return
     written = partial(path)
+    if path.exists():  # published by an earlier run; its bytes are looked at like all others
+        path.replace(written)
     known = written.exists() and written.stat().st_size == layout.size
     descriptor = os.open(written, os.O_RDWR | os.O_CREAT, 0o644)
     try:
@@ -227,15 +321,18 @@ def _write_shard(
             progress.advance(task.nbytes)
 
         futures = [pool.submit(work, task) for task in tasks]
-        finished, unfinished = wait(futures, return_when=FIRST_EXCEPTION)
-        for future in unfinished:
-            future.cancel()
-        for future in finished:
-            future.result()
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({error.strerror})") from error
+        try:
+            wait(futures, return_when=FIRST_EXCEPTION)
+        finally:  # also when interrupted: nothing may run on once the file is closed
+            for future in futures:
+                future.cancel()
+            wait(futures)
+        for future in futures:
+            if not future.cancelled():
+                future.result()
     finally:
         os.close(descriptor)
+    journal.sync()
     publish(path)
 
 
@@ -266,7 +363,7 @@ def _is_written(descriptor: int, layout: FileLayout, task: Task, journal: _Journ
     for name in task.outputs:
         entry, offset = layout.entries[name], layout.entries[name].begin
         while offset < entry.end:
-            piece = os.pread(descriptor, min(16 << 20, entry.end - offset), offset)
+            piece = os.pread(descriptor, min(COPY_BYTES, entry.end - offset), offset)
             sha256.update(piece)
             offset += len(piece)
     return sha256.hexdigest() == journal.digests[task.key]
@@ -274,28 +371,23 @@ def _is_written(descriptor: int, layout: FileLayout, task: Task, journal: _Journ
 
 def refuse_other(target: Path, job: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Raise OutputError that names the first key in which two runs differ."""
-    for key in sorted(job.keys() | wanted.keys()):
-        if job.get(key) != wanted.get(key):
-            raise OutputError(
-                f"{target}: the run there has another '{key}' "
-                f"({_short(job.get(key))} instead of {_short(wanted.get(key))}); resume with "
-                "the same options and source, or remove the directory"
-            )
+    if difference := _difference(job, wanted):
+        key, there, here = difference
+        raise OutputError(
+            f"{target}: the run there has another '{key}' "
+            f"({_short(there)} instead of {_short(here)}); resume with "
+            "the same options and source, or remove the directory"
+        )
 
 
-def read_manifest(target: Path) -> dict[str, Any]:
-    """The manifest of a finished checkpoint. Raises OutputError if it is missing or damaged."""
-    return _read_json(target / MANIFEST)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise OutputError(f"{path}: missing or damaged ({error}); quantize again") from error
-    if not isinstance(value, dict):
-        raise OutputError(f"{path}: damaged; quantize again")
-    return value
+def _difference(there: Any, here: Any, key: str = "") -> tuple[str, Any, Any] | None:
+    if not (isinstance(there, Mapping) and isinstance(here, Mapping)):
+        return None if there == here else (key, there, here)
+    for name in sorted(there.keys() | here.keys()):
+        inner = f"{key}: {name}" if key else name
+        if found := _difference(there.get(name), here.get(name), inner):
+            return found
+    return None
 
 
 def _short(value: Any) -> str:

@@ -1,23 +1,30 @@
 """The command `precalib`."""
 
+import contextlib
 import enum
 import os
+import re
+import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
+from rich.text import Text
 
 from offline_quantize import console, hub
 from offline_quantize.dequantize import dequantize as run_dequantize
 from offline_quantize.doctor import diagnose
 from offline_quantize.packed import open_packed, read_manifest
 from offline_quantize.plan import Options, make_plan
+from offline_quantize.quantize import is_finished
 from offline_quantize.quantize import quantize as run_quantize
 from offline_quantize.recipes import DEFAULT, RECIPES
 from offline_quantize.source import open_checkpoint
 from offline_quantize.verify import verify as run_verify
+from offline_quantize.verify import workload
 from precalib_kernels.errors import PrecalibError, RecipeError
 
 app = typer.Typer(
@@ -80,17 +87,21 @@ def quantize(
     plan = make_plan(open_checkpoint(hub.locate(source)), options)
     if dry_run:
         console.show_plan(plan)
+        if is_finished(plan, target, device, resume):
+            console.out.print(f"{target} holds all of it already.")
         return
-    total = sum(entry.nbytes for shard in plan.source.shards.values() for entry in shard.values())
-    with console.progress_bar(total) as progress:
+    total = plan.source.nbytes + plan.output_bytes
+    with _resumable("add --resume to continue"), console.progress_bar(total) as progress:
         outcome = run_quantize(
             plan, target, progress, jobs or len(os.sched_getaffinity(0)), device, resume
         )
     if outcome.seconds is None:
         console.out.print(f"{target} was finished before; nothing to do.")
     console.show_kept(plan.kept, plan.source.left_out)
+    console.show_experts(plan)
     console.show_totals(outcome.manifest["totals"], outcome.seconds)
-    console.out.print(f"Serve it:  vllm serve {target} --quantization precalib", highlight=False)
+    folder = shlex.quote(str(target))
+    console.out.print(f"Serve it:  vllm serve {folder} --quantization precalib")
 
 
 @app.command()
@@ -99,7 +110,7 @@ def inspect(
 ) -> None:
     """Show what is in a packed checkpoint: every tensor, its true bits and its error."""
     packed = open_packed(directory)
-    manifest = read_manifest(packed)
+    manifest = read_manifest(directory)
     console.show_tensors(manifest)
     console.show_kept(manifest["kept"], manifest["left_out"])
     console.out.print(f"Recipe {packed.config.recipe}, made by precalib {manifest['precalib']}.")
@@ -114,20 +125,20 @@ def verify(
     ] = None,
 ) -> None:
     """Check hashes, structure and value ranges; with --against also every error."""
-    packed = open_packed(directory)
     source = hub.locate(against) if against else None
-    total = sum(packed.locations[n][1].nbytes for n in packed.locations)
     faults = 0
-    with console.progress_bar(total) as progress:
+    with console.progress_bar(workload(directory, source)) as progress:
         for fault in run_verify(directory, source, progress):
-            console.err.print(fault, style="red", highlight=False)
+            console.err.print(fault, style="red")
             faults += 1
     if faults:
+        console.err.print(f"precalib: {directory} has {faults} fault{'s' * (faults > 1)}")
         raise typer.Exit(1)
-    compared = " and every error is the recorded one" if source else ""
+    compared = "; errors and kept tensors agree with the source" if source else ""
+    count = len(open_packed(directory).config.modules)
     console.out.print(
-        f"{directory} is whole: files, structure and values of {len(packed.config.modules)} packed "
-        f"weights are right{compared}."
+        f"{directory} is whole: files, structure and values of {count} packed weights are right"
+        f"{compared}."
     )
 
 
@@ -139,9 +150,8 @@ def dequantize(
     jobs: Annotated[int, typer.Option(help="Tensors at a time; 0: one per core.", min=0)] = 0,
 ) -> None:
     """Turn a packed checkpoint back into one that transformers loads."""
-    packed = open_packed(directory)
-    total = sum(entry.nbytes for _, entry in packed.locations.values())
-    with console.progress_bar(total) as progress:
+    total = open_packed(directory).files.nbytes
+    with _resumable("run it again to continue"), console.progress_bar(total) as progress:
         size = run_dequantize(
             directory,
             target,
@@ -158,7 +168,8 @@ def recipes() -> None:
     for name, recipe in RECIPES.items():
         default = " (default)" if name == DEFAULT else ""
         bits = recipe.layout.bits_per_weight(4096, 4096)
-        console.out.print(f"[bold]{name}[/bold]{default}: {recipe.about}; {bits:.2f} true bits")
+        title = Text(name, style="bold")
+        console.out.print(title, f"{default}: {recipe.about}; {bits:.2f} true bits", sep="")
 
 
 @app.command()
@@ -166,26 +177,41 @@ def doctor() -> None:
     """Show versions, the vLLM plugin, and which backends can run here and why."""
     bad = False
     for what, good, detail in diagnose():
-        mark = {True: "[green]ok[/green]  ", False: "[red]FAIL[/red]", None: "    "}[good]
-        console.out.print(f"{mark} {what:<16} {detail}", highlight=False)
+        mark, style = {True: ("ok", "green"), False: ("FAIL", "red"), None: ("", "")}[good]
+        console.out.print(Text(f"{mark:<4}", style=style), f"{what:<17} {detail}")
         bad = bad or (good is False and not what.startswith("backend "))
     if bad:
         raise typer.Exit(1)
 
 
+@contextlib.contextmanager
+def _resumable(how: str) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        console.err.print(f"precalib: interrupted; {how}")
+        raise typer.Exit(130) from None
+
+
 def _override(text: str) -> tuple[str, str]:
     pattern, equals, name = text.rpartition("=")
     if not equals or not pattern:
-        raise RecipeError(f"--override {text!r} is not of the form REGEX=RECIPE")
+        raise RecipeError(
+            f"--override {text!r} is not of the form REGEX=RECIPE, as in 'down_proj=balanced-4'"
+        )
     return pattern, name
 
 
 def _check_device(device: str) -> None:
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise RecipeError(f"--device {device}: there are cpu, cuda and cuda:0, cuda:1 and so on")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise RecipeError(f"--device {device}: cannot be used here ({reason})") from error
+        raise RecipeError(
+            f"--device {device}: cannot be used here ({reason}); use --device cpu"
+        ) from error
 
 
 def main() -> None:
@@ -193,11 +219,12 @@ def main() -> None:
     try:
         app()
     except PrecalibError as error:
-        console.err.print(f"precalib: {error}", style="red", highlight=False, markup=False)
+        console.err.print(f"precalib: {error}", style="red")
         sys.exit(1)
-    except KeyboardInterrupt:
-        console.err.print("precalib: interrupted; --resume continues an unfinished quantization")
-        sys.exit(130)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        console.err.print(f"precalib: {where}{error.strerror or error}", style="red")
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """What the commands show: progress, tables, plain sentences."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -11,14 +12,16 @@ from rich.progress import (
     Progress,
     TextColumn,
     TimeRemainingColumn,
-    TransferSpeedColumn,
 )
-from rich.table import Table
+from rich.table import Column, Table
+from rich.text import Text
 
-from offline_quantize.plan import Plan
+from offline_quantize.plan import Packing, Plan
 
-out = Console(soft_wrap=True)
-err = Console(stderr=True, soft_wrap=True)
+# nothing is markup: names and paths may hold brackets
+out = Console(soft_wrap=True, markup=False, highlight=False, emoji=False)
+err = Console(stderr=True, soft_wrap=True, markup=False, highlight=False, emoji=False)
+FILE_WIDTH = 1000  # of tables that go to a file or pipe: as wide as they need
 
 
 class Quiet:
@@ -54,11 +57,10 @@ def progress_bar(total: int) -> Iterator[Quiet]:
         yield Quiet()
         return
     columns = (
-        BarColumn(),
+        BarColumn(bar_width=16),
         DownloadColumn(),
-        TransferSpeedColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
     )
     with Progress(*columns, console=err, transient=True) as progress:
         yield Bar(progress, total)
@@ -73,44 +75,65 @@ def size(nbytes: float) -> str:
     return f"{nbytes:.2f} GB"
 
 
+def show_table(table: Table) -> None:
+    """Print a table: within a terminal's width, elsewhere as wide as it needs."""
+    if out.is_terminal:
+        out.print(table, soft_wrap=False)
+    else:
+        Console(file=out.file, width=FILE_WIDTH, markup=False).print(table)
+
+
+def _table() -> Table:
+    return Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+
+
 def show_plan(plan: Plan) -> None:
     """Print what a run would do."""
-    table = Table("recipe", "weights", "tensors", "true bits", "about", title=str(plan.source.root))
-    by_label: dict[str, list[Any]] = {}
+    table = _table()
+    table.add_column("recipe", overflow="fold")
+    for name in ("weights", "tensors", "true bits"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("about")
+    by_label: dict[str, list[Packing]] = {}
     for packing in plan.packings.values():
         by_label.setdefault(packing.label, []).append(packing)
     for label, packings in by_label.items():
         weights = sum(packing.entry.weights for packing in packings)
         stored = sum(p.recipe.layout.stored_bytes(*p.entry.shape) for p in packings)
-        about = packings[0].recipe.about
         bits = f"{8 * stored / weights:.3f}"
-        table.add_row(label, f"{weights:,}", str(len(packings)), bits, about)
-    out.print(table)
+        about = packings[0].recipe.about
+        table.add_row(label, f"{weights:,}", f"{len(packings):,}", bits, about)
+    show_table(table)
     show_kept(plan.kept, plan.source.left_out)
-    experts = sum(".experts." in packing.module for packing in plan.packings.values())
-    if experts:
-        out.print(
-            f"Note: {experts} expert weights would be packed, which the vLLM plugin does not serve "
-            r"yet; add --keep '\.experts\.' for a checkpoint to serve."
-        )
-    before = sum(entry.nbytes for shard in plan.source.shards.values() for entry in shard.values())
+    show_experts(plan)
+    before = size(plan.source.nbytes)
     out.print(
-        f"Weight files {size(before)} → {size(sum(s.size for s in plan.shards.values()))}; "
+        f"Weight files {before} → {size(sum(s.size for s in plan.shards.values()))}; "
         f"{8 * plan.stored_bytes / plan.weights:.3f} true bits per quantized weight.\n"
         f"Exact size of the output: {plan.output_bytes:,} bytes and the manifest precalib.json."
     )
 
 
-def show_kept(kept: Mapping[str, str], left_out: Any) -> None:
+def show_experts(plan: Plan) -> None:
+    """Say so when the plan packs what the plugin does not serve."""
+    experts = sum(".experts." in packing.module for packing in plan.packings.values())
+    if experts:
+        out.print(
+            f"Note: {experts} expert weights are packed, which the vLLM plugin does not serve "
+            r"yet; add --keep '\.experts\.' for a checkpoint to serve."
+        )
+
+
+def show_kept(kept: Mapping[str, str], left_out: Sequence[str]) -> None:
     """Print what stays as it is, by reason."""
     reasons: dict[str, list[str]] = {}
     for name, reason in kept.items():
         reasons.setdefault(reason, []).append(name)
     for reason, names in sorted(reasons.items()):
-        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        out.print(f"Kept ({reason}): {shown}", highlight=False)
+        shown = ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
+        out.print(f"Kept ({reason}): {shown}")
     if left_out:
-        out.print(f"Left out (weights in another format): {', '.join(left_out)}", highlight=False)
+        out.print(f"Left out (not part of a safetensors checkpoint): {', '.join(left_out)}")
 
 
 def show_totals(totals: Mapping[str, Any], seconds: float | None = None) -> None:
@@ -118,10 +141,12 @@ def show_totals(totals: Mapping[str, Any], seconds: float | None = None) -> None
     took = "" if seconds is None else f" in {seconds:.1f} s"
     out.print(
         f"{totals['weights']:,} weights{took}: {size(totals['source_bytes'])} → "
-        f"{size(totals['stored_bytes'])}, [bold]{totals['bits_per_weight']:.3f} true bits[/bold] "
-        f"per weight (Eq. 13 of the paper: {totals['eq13_bits_per_weight']:.3f}), "
+        f"{size(totals['stored_bytes'])}, ",
+        Text(f"{totals['bits_per_weight']:.3f} true bits", style="bold"),
+        f" per weight (Eq. 13 of the paper: {totals['eq13_bits_per_weight']:.3f}), "
         f"relative error {totals['mean_relative_error']:.5f}; "
-        f"{size(totals['kept_bytes'])} kept as they were."
+        f"{size(totals['kept_bytes'])} kept as they were.",
+        sep="",
     )
     if totals["salient_overflow"]:
         out.print(
@@ -131,20 +156,27 @@ def show_totals(totals: Mapping[str, Any], seconds: float | None = None) -> None
 
 
 def show_tensors(manifest: Mapping[str, Any]) -> None:
-    """Print the per-tensor table of a manifest."""
-    table = Table()
-    table.add_column("module", no_wrap=True, overflow="fold")
-    for name in ("shape", "bits", "rel. error", "KL", "entropy", "salient", "overflow"):
+    """Print the per-tensor table of a manifest; overflow only where there is any."""
+    overflow = bool(manifest["totals"]["salient_overflow"])
+    table = _table()
+    table.add_column("module", overflow="fold")
+    for name in ("shape", "bits", "error", "KL", "entropy", "salient"):
         table.add_column(name, justify="right", no_wrap=True)
+    if overflow:
+        table.add_column("overflow", justify="right", no_wrap=True)
     for module, tensor in manifest["tensors"].items():
-        table.add_row(
+        cells = [
             module,
             "×".join(str(n) for n in tensor["shape"]),
             f"{tensor['bits_per_weight']:.3f}",
             f"{tensor['relative_error']:.5f}",
-            f"{tensor['kl']:.4f}",
+            f"{tensor['kl']:.2f}",
             f"{tensor['entropy_before']:.2f}→{tensor['entropy_after']:.2f}",
             f"{100 * tensor['salient_share']:.2f} %",
-            f"{tensor['salient_overflow']:,}",
-        )
-    out.print(table)
+        ]
+        table.add_row(*cells, *([f"{tensor['salient_overflow']:,}"] if overflow else []))
+    show_table(table)
+    out.print(
+        "bits: true bits per weight.  error: ‖W − Ŵ‖² / ‖W‖².  KL, entropy: of 256-bin histograms "
+        "of the weights before and after, in nats and bits."
+    )

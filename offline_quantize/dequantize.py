@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ def dequantize(
 ) -> int:
     """Write the checkpoint that the packed one stands for; returns its size in bytes.
 
-    Every packed weight becomes `….weight` in `dtype`; all else is carried over.
+    Every packed weight becomes `….weight` in `dtype`; all else is carried over. A run that was
+    broken off is continued.
 
     Raises PrecalibError; the target is then not a checkpoint (it has no config.json).
     """
@@ -35,12 +37,20 @@ def dequantize(
     config = {k: v for k, v in packed.files.config.items() if k != "quantization_config"}
     small[CONFIG] = json_bytes(config)
     size = sum(layout.size for layout in shards.values())
-    fingerprint = {"dequantize": packed.files.fingerprint(), "dtype": str(dtype)}
-    assembly.prepare_target(target, fingerprint, size, resume=False)
-    tasks = _tasks(packed, owner, dtype)
-    assembly.write_shards(target, shards, tasks, jobs, progress)
-    others = [name for name in packed.files.others if name != assembly.MANIFEST]
-    assembly.finish(target, {name: directory / name for name in others}, small, None, shards)
+    carried = {name: directory / name for name in packed.files.others}
+    needed = size + sum(path.stat().st_size for path in carried.values())
+    fingerprint = {
+        "dequantize": packed.files.fingerprint(),
+        "dtype": str(dtype),
+        "precalib": version("vllm-precalib"),
+    }
+    if assembly.check_target(target, directory, fingerprint, needed, resume=True):
+        assembly.sweep(target)
+        return size
+    with assembly.own_target(target, fingerprint):
+        tasks = _tasks(packed, owner, dtype)
+        assembly.write_shards(target, shards, tasks, jobs, progress)
+        assembly.finish(target, carried, small, None, shards, progress)
     return size
 
 

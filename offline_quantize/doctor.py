@@ -62,7 +62,7 @@ def _backends() -> Iterator[tuple[str, bool | None, str]]:
     try:
         from vllm_precalib.backends import describe
     except ImportError as error:
-        yield "backends", None, f"not known without vLLM ({error})"
+        yield "backends", None, f"not known, they need vLLM ({error})"
         return
     for name, reason in describe():
         yield f"backend {name}", reason is None, reason or "can run"

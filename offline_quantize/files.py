@@ -1,10 +1,15 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and JSON that may be damaged."""
 
 import json
 import os
 from pathlib import Path
 from typing import Any
 
+from precalib_kernels.errors import PrecalibError
+
+MANIFEST = "precalib.json"
+JOB = "precalib.job.json"
+JOURNAL = "precalib.journal.jsonl"
 PARTIAL = ".partial"
 
 
@@ -48,4 +53,19 @@ def write_json(path: Path, value: Any) -> None:
 
 def json_bytes(value: Any) -> bytes:
     """JSON text of a file, with a newline at its end."""
-    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(value, indent=1) + "\n").encode()
+
+
+def read_json(path: Path, error: type[PrecalibError], remedy: str) -> dict[str, Any]:
+    """The JSON object in a file; raises `error` with the remedy if there is none."""
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise error(f"{path}: the file is missing; {remedy}") from None
+    except OSError as cause:
+        raise error(f"{path}: cannot be read ({cause.strerror}); {remedy}") from cause
+    except (ValueError, RecursionError) as cause:
+        raise error(f"{path}: not valid JSON ({cause}); {remedy}") from cause
+    if not isinstance(value, dict):
+        raise error(f"{path}: not a JSON object; {remedy}")
+    return value

@@ -17,14 +17,14 @@ def locate(source: str) -> Path:
     if path.exists() or not REPOSITORY.fullmatch(source):
         return path
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
         return Path(
             snapshot_download(source, ignore_patterns=["*.bin", "*.pt", "*.pth", "*.gguf", "*.h5"])
         )
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except Exception as error:  # of the hub, its HTTP client or the system: all the same here
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise SourceError(
-            f"{source}: no such folder, and it could not be downloaded from the hub "
-            f"({str(error).splitlines()[0]})"
+            f"{source}: no such folder, and it could not be downloaded from the hub ({reason}); "
+            "give the folder of a checkpoint"
         ) from error

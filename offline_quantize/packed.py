@@ -1,21 +1,22 @@
 """A packed checkpoint on disk, read module by module."""
 
 import dataclasses
-import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from offline_quantize.assembly import JOB
+from offline_quantize.files import JOB, MANIFEST, read_json
 from offline_quantize.source import CONFIG, Checkpoint, open_checkpoint
 from offline_quantize.tensorfile import Entry, read_tensor
 from precalib_kernels import reference
 from precalib_kernels.config import QUANT_METHOD, CheckpointConfig
 from precalib_kernels.errors import FormatError, SourceError
 from precalib_kernels.layout import Layout
+
+AGAIN = "quantize the model again"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +46,7 @@ class PackedCheckpoint:
         """
         name = f"{module}.qweight"
         if name not in self.locations:
-            raise FormatError(f"{self.root}: tensor '{name}' is missing; quantize the model again")
+            raise FormatError(f"{self.root}: tensor '{name}' is missing; {AGAIN}")
         shape = self.locations[name][1].shape
         if len(shape) != 2 or (8 * shape[1]) % self.layout(module).bits:
             raise FormatError(f"{self.root}: tensor '{name}' has the impossible shape {shape}")
@@ -72,7 +73,7 @@ class PackedCheckpoint:
             if tensor.dtype == torch.float16 and not bool(tensor.isfinite().all()):
                 raise FormatError(
                     f"{self.root}: tensor '{module}.{suffix}' holds a value that is not finite; "
-                    "quantize the model again"
+                    + AGAIN
                 )
         return found
 
@@ -91,12 +92,12 @@ def open_packed(directory: Path) -> PackedCheckpoint:
     """
     if (directory / JOB).exists():
         raise SourceError(
-            f"{directory}: quantizing it was interrupted; finish it with "
-            "'precalib quantize … --resume'"
+            f"{directory}: writing it was interrupted; finish it with the same command "
+            "('precalib quantize' needs --resume)"
         )
     files = open_checkpoint(directory)
-    quantization = files.config.get("quantization_config") or {}
-    if quantization.get("quant_method") != QUANT_METHOD:
+    quantization = files.config.get("quantization_config")
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != QUANT_METHOD:
         raise SourceError(
             f"{directory / CONFIG}: not a packed checkpoint (no quantization_config with "
             "quant_method 'precalib'); make one with 'precalib quantize'"
@@ -105,6 +106,10 @@ def open_packed(directory: Path) -> PackedCheckpoint:
         config = CheckpointConfig.from_dict(quantization)
     except FormatError as error:
         raise FormatError(f"{directory / CONFIG}: {error}") from error
+    except (TypeError, ValueError) as error:  # a value of another type than the format has
+        raise FormatError(
+            f"{directory / CONFIG}: quantization_config is damaged ({error}); {AGAIN}"
+        ) from error
     locations = {
         name: (file, entry)
         for file, entries in files.shards.items()
@@ -113,14 +118,58 @@ def open_packed(directory: Path) -> PackedCheckpoint:
     return PackedCheckpoint(files, config, locations)
 
 
-def read_manifest(packed: PackedCheckpoint) -> dict[str, Any]:
-    """The manifest beside a packed checkpoint. Raises FormatError when missing or damaged."""
-    path = packed.root / "precalib.json"
-    try:
-        manifest = json.loads(path.read_bytes())
-        manifest["files"], manifest["tensors"], manifest["totals"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise FormatError(
-            f"{path}: missing or damaged ({error}); quantize the model again"
-        ) from error
-    return dict(manifest)
+# numbers that the manifest has in all, and for each packed weight
+TOTALS = (
+    "weights",
+    "source_bytes",
+    "stored_bytes",
+    "kept_bytes",
+    "bits_per_weight",
+    "eq13_bits_per_weight",
+    "mean_relative_error",
+    "salient_overflow",
+)
+MEASURES = (
+    "bits_per_weight",
+    "relative_error",
+    "kl",
+    "entropy_before",
+    "entropy_after",
+    "salient_share",
+    "salient_overflow",
+)
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """The manifest of a packed checkpoint. Raises FormatError when missing or damaged."""
+    path = directory / MANIFEST
+    manifest = read_json(path, FormatError, AGAIN)
+
+    def require(holds: bool, what: str) -> None:
+        if not holds:
+            raise FormatError(f"{path}: {what} is missing or damaged; {AGAIN}")
+
+    def has_numbers(fields: Any, names: Iterable[str]) -> bool:
+        return isinstance(fields, dict) and all(_is_number(fields.get(name)) for name in names)
+
+    require(isinstance(manifest.get("precalib"), str), "'precalib'")
+    for key in ("job", "totals", "files", "tensors", "kept"):
+        require(isinstance(manifest.get(key), dict), f"'{key}'")
+    require(has_numbers(manifest["totals"], TOTALS), "'totals'")
+    for name, file in manifest["files"].items():
+        whole = has_numbers(file, ["size"]) and isinstance(file.get("sha256"), str)
+        require(whole, f"the entry of file '{name}'")
+    for module, tensor in manifest["tensors"].items():
+        whole = has_numbers(tensor, MEASURES)
+        shape = tensor.get("shape") if whole else None
+        whole = isinstance(shape, list) and len(shape) == 2 and all(map(_is_number, shape))
+        require(whole, f"the entry of module '{module}'")
+    require(all(isinstance(reason, str) for reason in manifest["kept"].values()), "'kept'")
+    left_out = manifest.get("left_out")
+    whole = isinstance(left_out, list) and all(isinstance(name, str) for name in left_out)
+    require(whole, "'left_out'")
+    return manifest
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

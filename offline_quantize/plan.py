@@ -7,6 +7,7 @@ sizes it tells are exact.
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,7 @@ class Plan:
         used = {packing.label: packing.recipe.to_dict() for packing in self.packings.values()}
         return {
             "format_version": FORMAT_VERSION,
+            "precalib": version("vllm-precalib"),
             "recipe": self.options.label,
             "recipes": used,
             "overrides": [f"{pattern}={name}" for pattern, name in self.options.overrides],
@@ -148,8 +150,8 @@ def make_plan(source: Checkpoint, options: Options) -> Plan:
             "('….layers.N.….weight', 2-D); nothing to quantize"
         )
     _refuse_mixed_parts(packings, kept)
+    _refuse_collisions(source, packings)
     shards = {file: _lay_out(source, file, packings) for file in source.shards}
-    _refuse_collisions(source.root, shards)
     plan = Plan(source, options, packings, kept, shards, {})
     return dataclasses.replace(plan, small=_small_files(plan))
 
@@ -184,18 +186,27 @@ class _Chooser:
         """A pattern that matches nothing is a typing error, found before hours of work."""
         for pattern, _, _ in self.overrides:
             if pattern.pattern not in self.used:
-                raise RecipeError(f"--override {pattern.pattern!r} matches no quantized module")
+                raise RecipeError(
+                    f"--override {pattern.pattern!r} matches no module that is quantized and that "
+                    "no earlier --override takes; compare it with the names that --dry-run shows"
+                )
         modules = [selection.module_of(name) for name in (*packings, *kept)]
         for pattern in self.keep:
             if not any(pattern.search(module) for module in modules):
-                raise RecipeError(f"--keep {pattern.pattern!r} matches no module")
+                raise RecipeError(
+                    f"--keep {pattern.pattern!r} matches no module; "
+                    "compare it with the tensor names of the checkpoint"
+                )
 
 
 def _pattern(text: str, option: str) -> re.Pattern[str]:
     try:
         return re.compile(text)
     except re.error as error:
-        raise RecipeError(f"{option} {text!r} is not a regular expression: {error}") from error
+        raise RecipeError(
+            f"{option} {text!r} is not a regular expression ({error}); "
+            "quote it for the shell, and write \\. for a dot"
+        ) from error
 
 
 def _packing(path: Path, name: str, file: str, entry: Entry, chosen: _Chooser) -> Packing:
@@ -220,14 +231,14 @@ def _packing(path: Path, name: str, file: str, entry: Entry, chosen: _Chooser) -
 
 def _refuse_mixed_parts(packings: Mapping[str, Packing], kept: Mapping[str, str]) -> None:
     layouts = {p.module: p.recipe.layout for p in packings.values()}
+    labels = {p.module: p.label for p in packings.values()}
     everything = [*layouts, *(selection.module_of(n) for n in kept if n.endswith(".weight"))]
     for parts in selection.fused_siblings(everything):
         if len({layouts.get(part) for part in parts}) > 1:
-            state = ", ".join(
-                f"{part} ({'packed' if part in layouts else 'kept'})" for part in parts
-            )
+            state = ", ".join(f"{part} ({labels.get(part, 'kept')})" for part in parts)
             raise RecipeError(
-                f"vLLM computes these as one layer, so they need one recipe or all be kept: {state}"
+                "vLLM computes these as one layer, so they need one recipe or must all be kept; "
+                f"widen or narrow --override and --keep: {state}"
             )
 
 
@@ -241,16 +252,15 @@ def _lay_out(source: Checkpoint, file: str, packings: Mapping[str, Packing]) -> 
     return lay_out(tensors, source.metadata[file])
 
 
-def _refuse_collisions(root: Path, shards: Mapping[str, FileLayout]) -> None:
-    owner: dict[str, str] = {}
-    for file, layout in shards.items():
-        for name in layout.entries:
-            if name in owner:
+def _refuse_collisions(source: Checkpoint, packings: Mapping[str, Packing]) -> None:
+    taken = {name for entries in source.shards.values() for name in entries}
+    for packing in packings.values():
+        for name in packing.outputs():
+            if name in taken:
                 raise SourceError(
-                    f"{root / file}: the packed tensor '{name}' would take the name of a tensor of "
-                    "the checkpoint; --keep its module"
+                    f"{source.root / packing.file}: packing '{packing.name}' would make a second "
+                    f"tensor '{name}'; leave it with --keep '{re.escape(packing.module)}$'"
                 )
-            owner[name] = file
 
 
 def _small_files(plan: Plan) -> dict[str, bytes]:
@@ -267,5 +277,9 @@ def index_of(shards: Mapping[str, FileLayout], source: Mapping[str, Any]) -> dic
     """The index file of the given shards; other metadata of the source's index is kept."""
     weight_map = {name: file for file, layout in shards.items() for name in layout.entries}
     size = sum(entry.nbytes for layout in shards.values() for entry in layout.entries.values())
-    metadata = dict(source.get("metadata") or {}) | {"total_size": size}
-    return {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
+    metadata = source.get("metadata")
+    kept = metadata if isinstance(metadata, dict) else {}
+    return {
+        "metadata": {**kept, "total_size": size},
+        "weight_map": dict(sorted(weight_map.items())),
+    }

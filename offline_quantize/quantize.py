@@ -14,6 +14,8 @@ from torch import Tensor
 
 from offline_quantize import assembly
 from offline_quantize.encode import encode
+from offline_quantize.files import MANIFEST
+from offline_quantize.packed import read_manifest
 from offline_quantize.plan import Packing, Plan
 from offline_quantize.tensorfile import read_tensor
 from precalib_kernels.layout import FORMAT_VERSION, eq13_bits
@@ -40,17 +42,31 @@ def quantize(
     Raises PrecalibError; the target then holds at most an unfinished run, which `resume` continues.
     """
     start = time.monotonic()
+    root = plan.source.root
+    if is_finished(plan, target, device, resume):
+        assembly.sweep(target)
+        return Outcome(read_manifest(target), None)
     fingerprint = plan.fingerprint(torch.device(device).type)
-    complete = assembly.prepare_target(target, fingerprint, plan.output_bytes, resume)
-    if complete:
-        manifest = assembly.read_manifest(target)
-        assembly.refuse_other(target, manifest["job"], _job(fingerprint))
-        return Outcome(manifest, None)
-    reports = assembly.write_shards(target, plan.shards, _tasks(plan, device), jobs, progress)
-    carried = {name: plan.source.root / name for name in plan.source.others}
-    build = functools.partial(_manifest, plan, reports, fingerprint)
-    assembly.finish(target, carried, plan.small, build, plan.shards)
-    return Outcome(assembly.read_manifest(target), time.monotonic() - start)
+    with assembly.own_target(target, fingerprint):
+        reports = assembly.write_shards(target, plan.shards, _tasks(plan, device), jobs, progress)
+        carried = {name: root / name for name in plan.source.others}
+        build = functools.partial(_manifest, plan, reports, fingerprint)
+        assembly.finish(target, carried, plan.small, build, plan.shards, progress)
+    return Outcome(read_manifest(target), time.monotonic() - start)
+
+
+def is_finished(plan: Plan, target: Path, device: str, resume: bool) -> bool:
+    """Whether the target holds all of this run's work already; writes nothing.
+
+    Raises OutputError when the run could not begin or go on there.
+    """
+    fingerprint = plan.fingerprint(torch.device(device).type)
+    size = plan.output_bytes
+    root = plan.source.root
+    finished = assembly.check_target(target, root, fingerprint, size, resume, sign=MANIFEST)
+    if finished:
+        assembly.refuse_other(target, read_manifest(target)["job"], _job(fingerprint))
+    return finished
 
 
 def _tasks(plan: Plan, device: str) -> Iterator[assembly.Task]:
@@ -75,7 +91,11 @@ def _pack(path: Path, packing: Packing, device: str) -> tuple[dict[str, Tensor],
 
 def _job(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a fingerprint that does not depend on where and when the source was stored."""
-    return {key: value for key, value in fingerprint.items() if key not in ("source", "device")}
+    source = {
+        name: {k: v for k, v in mark.items() if k != "modified"} if isinstance(mark, dict) else mark
+        for name, mark in fingerprint["source"].items()
+    }
+    return {k: v for k, v in fingerprint.items() if k != "device"} | {"source": source}
 
 
 def _manifest(

@@ -17,7 +17,10 @@ KEPT = (
     ("router or gate", re.compile(r"(?:^|\.)(?:gate|\w*router|\w*expert_gate)(?:$|\.)")),
     (
         "vision or audio tower",
-        re.compile(r"(?:^|\.)(?:\w*vis(?:ion|ual)\w*|\w*image\w*|\w*audio\w*|multi_modal\w*)\."),
+        re.compile(
+            r"(?:^|\.)(?:\w*vis(?:ion|ual)\w*|\w*image\w*|\w*audio\w*|\w*speech\w*|multi_modal\w*"
+            r"|mm_\w+|\w*vit|vpm|apm|sam_model|siglip\w*|clip\w*)\."
+        ),
     ),
     ("multi-token prediction head", re.compile(r"(?:^|\.)(?:mtp\w*|nextn\w*|eh_proj)(?:$|\.)")),
 )
@@ -32,13 +35,15 @@ def why_kept(source: Checkpoint, name: str, entry: Entry, keep: list[re.Pattern[
     module = module_of(name)
     if not name.endswith(".weight") or len(entry.shape) != 2:
         return "not a linear weight"
+    if not entry.weights:
+        return "empty"
     for kind, pattern in KEPT:
         if pattern.search(module):
             return kind
     layer = LAYER.search(name)
     if layer is None:
         return "outside the decoder layers"
-    depth = source.config.get("num_hidden_layers")
+    depth = source.text_config.get("num_hidden_layers", source.config.get("num_hidden_layers"))
     if isinstance(depth, int) and int(layer[1]) >= depth:
         return "multi-token prediction head"  # DeepSeek stores it as a layer past the last
     if any(pattern.search(module) for pattern in keep):

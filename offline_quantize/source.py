@@ -3,18 +3,18 @@
 import dataclasses
 import fnmatch
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from offline_quantize.files import JOB, JOURNAL, MANIFEST, json_bytes, read_json
 from offline_quantize.tensorfile import Entry, read_header
 from precalib_kernels.errors import SourceError
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-# weights in other formats, which would otherwise be carried over as dead freight
+# weights in other formats and remains of broken-off work, which would be dead freight
 LEFT_OUT = (
     "*.bin",
     "*.pt",
@@ -26,10 +26,22 @@ LEFT_OUT = (
     "*.msgpack",
     "*.onnx",
     "*.safetensors",
+    "*.bin.index.json",
+    "*.safetensors.index.json",
+    "*.partial",
+    "*.incomplete",
+    MANIFEST,
+    JOB,
+    JOURNAL,
 )
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 # GPT-2's Conv1D stores [inputs, outputs], which no tensor name tells
-TRANSPOSED_MODELS = ("gpt2", "gpt-sw3", "imagegpt", "decision_transformer")
+TRANSPOSED_MODELS = ("gpt2", "gpt-sw3", "imagegpt", "decision_transformer", "openai-gpt")
+# names that quantizers give to packed weights
+PACKED_SUFFIXES = (".qweight", ".weight_packed")
+# where models of several kinds of input keep the configuration of their language model
+TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "thinker_config")
+DAMAGED = "download the checkpoint again"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +53,7 @@ class Checkpoint:
     index:    the parsed index file, None for a single unsharded file.
     config:   the parsed config.json.
     others:   files to carry over unchanged, relative to `root`.
-    left_out: weight files in other formats, relative to `root`.
+    left_out: files that are not carried over (`LEFT_OUT`), relative to `root`.
     """
 
     root: Path
@@ -52,13 +64,31 @@ class Checkpoint:
     others: tuple[str, ...]
     left_out: tuple[str, ...]
 
-    def fingerprint(self) -> dict[str, str]:
-        """What a resumed run compares: size, modification time and header of every weight file."""
-        marks = {}
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(entry.nbytes for shard in self.shards.values() for entry in shard.values())
+
+    @property
+    def text_config(self) -> Mapping[str, Any]:
+        """The configuration of the language model, which may lie inside that of a larger model."""
+        config = self.config
+        while nested := next((config[k] for k in TEXT_CONFIGS if _is_filled(config.get(k))), None):
+            config = nested
+        return config
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What a resumed run compares: the configuration, and of every weight file its size, its
+        header and when it was modified.
+        """
+        marks: dict[str, Any] = {CONFIG: _digest(json_bytes(self.config))}
         for name, entries in self.shards.items():
             status = (self.root / name).stat()
-            header = hashlib.sha256(repr(list(entries.items())).encode()).hexdigest()[:16]
-            marks[name] = f"{status.st_size} bytes, {status.st_mtime_ns}, {header}"
+            marks[name] = {
+                "size": status.st_size,
+                "header": _digest(repr(list(entries.items())).encode()),
+                "modified": status.st_mtime_ns,
+            }
         return marks
 
 
@@ -70,8 +100,9 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     """
     if not directory.is_dir():
         raise SourceError(f"{directory}: no such directory; give the folder of a checkpoint")
-    config = _read_json(directory / CONFIG)
-    files = _weight_files(directory)
+    config = read_json(directory / CONFIG, SourceError, "give the folder of a whole checkpoint")
+    index = _read_index(directory / INDEX) if (directory / INDEX).exists() else None
+    files = _weight_files(directory) if index is None else sorted(set(index["weight_map"].values()))
     shards: dict[str, dict[str, Entry]] = {}
     metadata: dict[str, dict[str, str]] = {}
     owner: dict[str, str] = {}
@@ -84,49 +115,59 @@ def open_checkpoint(directory: Path) -> Checkpoint:
                     "remove the file that does not belong to the checkpoint"
                 )
             owner[tensor] = name
-    index = _read_json(directory / INDEX) if (directory / INDEX).exists() else None
-    if index is not None:
-        for tensor, name in index["weight_map"].items():
-            if owner.get(tensor) != name:
-                raise SourceError(
-                    f"{directory / name}: tensor '{tensor}' is named by {INDEX} but is not in the "
-                    "file; download the checkpoint again"
-                )
+    for tensor, name in index["weight_map"].items() if index else ():
+        if owner.get(tensor) != name:
+            raise SourceError(
+                f"{directory / name}: tensor '{tensor}' is named by {INDEX} but is not in the "
+                f"file; {DAMAGED}"
+            )
     others, left_out = _other_files(directory, set(files))
     return Checkpoint(directory, shards, metadata, index, config, others, left_out)
 
 
 def refuse_unsuitable(source: Checkpoint) -> None:
     """Raise SourceError for a checkpoint whose weights are not plain [outputs, inputs] floats."""
-    quantized = source.config.get("quantization_config")
-    if quantized is None:
-        quantized = source.config.get("compression_config")
-    if quantized:
-        method = quantized.get("quant_method", "an unnamed method")
+    for config in (source.config, source.text_config):
+        quantized = config.get("quantization_config") or config.get("compression_config")
+        if quantized:
+            method = quantized.get("quant_method") if isinstance(quantized, dict) else None
+            back = " with 'precalib dequantize'" if method == "precalib" else ""
+            raise SourceError(
+                f"{source.root / CONFIG}: already quantized ({method or 'unnamed method'}); "
+                f"quantize the original checkpoint, or bring this one back to bfloat16 first{back}"
+            )
+    for file, entries in source.shards.items():
+        for name in entries:
+            if name.endswith(PACKED_SUFFIXES):
+                raise SourceError(
+                    f"{source.root / file}: tensor '{name}' is already quantized; "
+                    "quantize the original checkpoint"
+                )
+    if (kind := source.text_config.get("model_type")) in TRANSPOSED_MODELS:
         raise SourceError(
-            f"{source.root}: already quantized ({method}); quantize the original checkpoint, or "
-            "bring this one back to bfloat16 first"
-            + (" with 'precalib dequantize'" if method == "precalib" else "")
+            f"{source.root / CONFIG}: models of type '{kind}' store linear weights transposed, "
+            "which the packed format does not cover; use a model with ordinary linear layers"
         )
-    if (kind := source.config.get("model_type")) in TRANSPOSED_MODELS:
-        raise SourceError(
-            f"{source.root}: models of type '{kind}' store linear weights transposed, which the "
-            "packed format does not cover; use a model with ordinary linear layers"
-        )
+
+
+def _read_index(path: Path) -> dict[str, Any]:
+    index = read_json(path, SourceError, DAMAGED)
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise SourceError(f"{path}: has no weight_map; {DAMAGED}")
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str) or Path(name).name != name or "\0" in name:
+            raise SourceError(
+                f"{path}: tensor '{tensor}' is said to be in {name!r}, which is not a file of this "
+                f"folder; {DAMAGED}"
+            )
+        if not name.endswith(".safetensors"):
+            raise SourceError(f"{path.with_name(name)}: {_NOT_SAFETENSORS}")
+    return index
 
 
 def _weight_files(directory: Path) -> list[str]:
-    """Names of the weight files: those of the index, else the one file, else all that are there."""
-    if (directory / INDEX).exists():
-        weight_map = _read_json(directory / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise SourceError(f"{directory / INDEX}: has no weight_map; download it again")
-        for name in sorted(set(weight_map.values())):
-            if not isinstance(name, str) or Path(name).name != name:
-                raise SourceError(f"{directory / INDEX}: {name!r} is not a file of this folder")
-            if not name.endswith(".safetensors"):
-                raise SourceError(f"{directory / name}: {_NOT_SAFETENSORS}")
-        return sorted(set(weight_map.values()))
+    """Names of the weight files where there is no index: the usual one, else all there are."""
     if (directory / SINGLE).exists():
         return [SINGLE]
     found = sorted(path.name for path in directory.glob("*.safetensors"))
@@ -135,7 +176,9 @@ def _weight_files(directory: Path) -> list[str]:
     for pattern in PICKLED:
         if pickled := sorted(directory.glob(pattern)):
             raise SourceError(f"{pickled[0]}: {_NOT_SAFETENSORS}")
-    raise SourceError(f"{directory}: holds no *.safetensors weights")
+    raise SourceError(
+        f"{directory}: holds no *.safetensors weights; download or convert the checkpoint to them"
+    )
 
 
 _NOT_SAFETENSORS = (
@@ -150,22 +193,20 @@ def _other_files(directory: Path, weights: set[str]) -> tuple[tuple[str, ...], t
     for path in sorted(directory.rglob("*")):
         name = path.relative_to(directory).as_posix()
         hidden = any(part.startswith(".") for part in path.relative_to(directory).parts)
-        if hidden or not path.is_file() or name in weights or name in (CONFIG, INDEX):
+        if hidden or path.is_dir() or name in weights or name in (CONFIG, INDEX):
             continue
-        foreign = any(fnmatch.fnmatch(path.name, pattern) for pattern in LEFT_OUT)
-        (left_out if foreign else others).append(name)
+        if any(fnmatch.fnmatch(path.name, pattern) for pattern in LEFT_OUT):
+            left_out.append(name)
+        elif path.is_file():
+            others.append(name)
+        else:
+            raise SourceError(f"{path}: not a file (a broken link?); mend or remove it")
     return tuple(others), tuple(left_out)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise SourceError(
-            f"{path}: the file is missing; give the folder of a whole checkpoint"
-        ) from None
-    except ValueError as error:
-        raise SourceError(f"{path}: not valid JSON ({error}); download it again") from error
-    if not isinstance(value, dict):
-        raise SourceError(f"{path}: not a JSON object; download it again")
-    return value
+def _is_filled(value: object) -> bool:
+    return isinstance(value, dict) and bool(value)
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]

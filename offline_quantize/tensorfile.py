@@ -6,7 +6,9 @@ largest tensor and not by the shard. Reading goes through plain file reads rathe
 map, whose touched pages would count as resident memory.
 """
 
+import contextlib
 import dataclasses
+import io
 import json
 import math
 import os
@@ -72,10 +74,10 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
         raise SourceError(
             f"{path}: not a whole safetensors file ({error}); download it again"
         ) from error
-    with path.open("rb") as file:
+    with _reading(path) as file:
         length = int.from_bytes(file.read(8), "little")
         header: dict[str, Any] = json.loads(file.read(length))
-    metadata = header.pop("__metadata__", {})
+    metadata = header.pop("__metadata__", None) or {}
     start = 8 + length
     entries = {
         name: Entry(
@@ -89,6 +91,15 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     return dict(sorted(entries.items(), key=lambda item: (item[1].begin, item[0]))), metadata
 
 
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[io.FileIO]:
+    try:
+        with path.open("rb", buffering=0) as file:
+            yield file
+    except OSError as error:
+        raise SourceError(f"{path}: cannot be read ({error.strerror}); try again") from error
+
+
 def read_tensor(path: Path, name: str, entry: Entry) -> Tensor:
     """One tensor of a file, as stored. Raises SourceError for a type torch cannot hold here."""
     if entry.dtype not in TORCH_DTYPES:
@@ -97,7 +108,7 @@ def read_tensor(path: Path, name: str, entry: Entry) -> Tensor:
     if not entry.nbytes:
         return torch.empty(entry.shape, dtype=dtype)
     data = bytearray(entry.nbytes)
-    with path.open("rb", buffering=0) as file:
+    with _reading(path) as file:
         file.seek(entry.begin)
         view, done = memoryview(data), 0
         while done < len(data):
@@ -108,9 +119,10 @@ def read_tensor(path: Path, name: str, entry: Entry) -> Tensor:
     return torch.frombuffer(data, dtype=dtype).view(entry.shape)
 
 
-def read_pieces(path: Path, begin: int, end: int) -> Iterator[bytes]:
-    """Bytes [begin, end) of a file in pieces of at most 16 MiB."""
-    with path.open("rb", buffering=0) as file:
+def read_pieces(path: Path, begin: int = 0, end: int | None = None) -> Iterator[bytes]:
+    """Bytes [begin, end) of a file in pieces of at most 16 MiB; without `end`, all the rest."""
+    with _reading(path) as file:
+        end = file.seek(0, os.SEEK_END) if end is None else end
         file.seek(begin)
         while begin < end:
             piece = file.read(min(COPY_BYTES, end - begin))

@@ -2,38 +2,45 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from offline_quantize.assembly import Progress, digest
-from offline_quantize.packed import PackedCheckpoint, open_packed, read_manifest
-from offline_quantize.source import open_checkpoint
-from offline_quantize.tensorfile import read_tensor
-from precalib_kernels.errors import FormatError, PrecalibError
+from offline_quantize.packed import AGAIN, PackedCheckpoint, open_packed, read_manifest
+from offline_quantize.source import Checkpoint, open_checkpoint
+from offline_quantize.tensorfile import Entry, read_pieces, read_tensor
+from precalib_kernels.errors import PrecalibError
 
 ERROR_TOLERANCE = 1e-3  # relative: sums are taken in another order than while quantizing
+
+
+def workload(directory: Path, against: Path | None) -> int:
+    """Bytes that `verify` reports progress on. Raises PrecalibError as `verify` does."""
+    packed, manifest = open_packed(directory), read_manifest(directory)
+    hashed = sum(int(file["size"]) for file in manifest["files"].values())
+    source = open_checkpoint(against).nbytes if against else 0
+    return hashed + packed.files.nbytes + source
 
 
 def verify(directory: Path, against: Path | None, progress: Progress) -> Iterator[str]:
     """Yield one sentence per fault; nothing for a sound checkpoint.
 
     Checks the size and hash of every file, the structure and value ranges of every packed tensor,
-    and with `against` (the source checkpoint) that every relative error is the recorded one.
+    and with `against` (the source checkpoint) that every relative error is the recorded one and
+    that every other tensor has the source's bytes.
 
     Raises PrecalibError when the checkpoint or the source cannot be read at all.
     """
-    packed = open_packed(directory)
-    manifest = read_manifest(packed)
+    packed, manifest = open_packed(directory), read_manifest(directory)
     source = open_checkpoint(against) if against else None
     for name, recorded in manifest["files"].items():
-        progress.begin(name)
-        yield from _file_faults(directory / name, recorded)
-    yield from _table_faults(packed, set(manifest["tensors"]))
-    locations = (
-        {n: (f, e) for f, entries in source.shards.items() for n, e in entries.items()}
-        if source
-        else {}
-    )
+        yield from _file_faults(directory / name, recorded, progress)
+    for path in sorted(directory.glob("*.safetensors")):
+        if path.name not in manifest["files"]:
+            yield f"{path}: is not part of the checkpoint; remove it, or vLLM may load it"
+    yield from _table_faults(packed, manifest)
+    originals = _locations(source) if source else {}
     for module in packed.config.modules:
         progress.begin(module)
         try:
@@ -41,39 +48,43 @@ def verify(directory: Path, against: Path | None, progress: Progress) -> Iterato
         except PrecalibError as error:
             yield str(error)
             continue
+        progress.advance(sum(packed.locations[n][1].nbytes for n in packed.stored_names(module)))
         if source is None:
             continue
         name = f"{module}.weight"
-        if name not in locations:
+        if name not in originals:
             yield f"{source.root}: tensor '{name}' is missing; this is not the source"
             continue
-        file, entry = locations[name]
-        original = read_tensor(source.root / file, name, entry)
+        original = read_tensor(*originals[name])
         recorded = manifest["tensors"].get(module, {}).get("relative_error", -1.0)
         yield from _error_faults(f"{directory}: {module}", original, weight, recorded)
-        progress.advance(entry.nbytes)
+        progress.advance(originals[name][2].nbytes)
+    if source is not None:
+        yield from _kept_faults(packed, originals, progress)
 
 
-def _file_faults(path: Path, recorded: dict[str, object]) -> Iterator[str]:
+def _locations(checkpoint: Checkpoint) -> dict[str, tuple[Path, str, Entry]]:
+    return {
+        name: (checkpoint.root / file, name, entry)
+        for file, entries in checkpoint.shards.items()
+        for name, entry in entries.items()
+    }
+
+
+def _file_faults(path: Path, recorded: dict[str, object], progress: Progress) -> Iterator[str]:
     if not path.is_file():
         yield f"{path}: the file is missing; copy the checkpoint again"
-    elif (found := digest(path)) != recorded:
+    elif (found := digest(path, progress)) != recorded:
         key = "size" if found["size"] != recorded.get("size") else "sha256"
         yield f"{path}: its {key} is not the recorded one; copy the checkpoint again"
 
 
-def _table_faults(packed: PackedCheckpoint, recorded: set[str]) -> Iterator[str]:
-    for module in sorted(recorded ^ set(packed.config.modules)):
-        yield f"{packed.root}: {module} is not both in config.json and in precalib.json"
-    expected = set()
-    for module in packed.config.modules:
-        try:
-            expected |= set(packed.stored_names(module))
-        except FormatError as error:
-            yield str(error)
-    missing = sorted(expected - packed.locations.keys())
-    for name in missing:
-        yield f"{packed.root}: tensor '{name}' is missing; quantize the model again"
+def _table_faults(packed: PackedCheckpoint, manifest: dict[str, Any]) -> Iterator[str]:
+    for module in sorted(manifest["tensors"].keys() ^ packed.config.modules.keys()):
+        yield f"{packed.root}: {module} is not both in config.json and in precalib.json; {AGAIN}"
+    for name in manifest["kept"]:
+        if name not in packed.locations:
+            yield f"{packed.root}: tensor '{name}' is missing; {AGAIN}"
 
 
 def _error_faults(where: str, original: Tensor, weight: Tensor, recorded: float) -> Iterator[str]:
@@ -83,5 +94,36 @@ def _error_faults(where: str, original: Tensor, weight: Tensor, recorded: float)
     original = original.float()
     signal = float(original.square().sum())
     error = float((original - weight).square().sum()) / signal if signal else 0.0
-    if abs(error - recorded) > ERROR_TOLERANCE * max(error, recorded, 1e-9):
-        yield f"{where}: relative error {error:.6g} instead of the recorded {recorded:.6g}"
+    if not abs(error - recorded) <= ERROR_TOLERANCE * max(error, recorded, 1e-9):
+        yield (
+            f"{where}: relative error {error:.6g} instead of the recorded {recorded:.6g}; "
+            "this is not the source, or the weight is damaged"
+        )
+
+
+def _kept_faults(
+    packed: PackedCheckpoint,
+    originals: dict[str, tuple[Path, str, Entry]],
+    progress: Progress,
+) -> Iterator[str]:
+    """Tensors that were to stay as they are, byte by byte."""
+    copies = _locations(packed.files)
+    for name, (path, _, entry) in originals.items():
+        if name.removesuffix(".weight") in packed.config.modules:
+            continue
+        progress.begin(name)
+        if name not in copies:
+            yield f"{packed.root}: tensor '{name}' of the source is missing; {AGAIN}"
+            continue
+        copied_path, _, copy = copies[name]
+        same = (copy.dtype, copy.shape) == (entry.dtype, entry.shape) and all(
+            left == right
+            for left, right in zip(
+                read_pieces(path, entry.begin, entry.end),
+                read_pieces(copied_path, copy.begin, copy.end),
+                strict=True,
+            )
+        )
+        if not same:
+            yield f"{copied_path}: tensor '{name}' is not the source's; this is not the source"
+        progress.advance(entry.nbytes)
