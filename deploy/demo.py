@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from openai import DefaultHttpxClient, OpenAI
+from openai import DefaultHttpxClient, OpenAI, OpenAIError
 from rich.console import Console
 from rich.table import Table
 from server import COMMANDS, Server, ServerError, environment
@@ -38,6 +38,7 @@ class DemoError(Exception):
 
 def main() -> None:
     """Run all steps; exit code 1 with the reason if one fails."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` leaves it ignored
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     signal.signal(signal.SIGHUP, lambda *_: sys.exit(129))
     os.chdir(ROOT)
@@ -49,7 +50,7 @@ def main() -> None:
             finally:
                 _ignore_further_signals()
     except (DemoError, ServerError) as error:
-        console.print(f"demo: {error}", style="red", markup=False)
+        console.print(f"demo: {error}", style="red", markup=False, soft_wrap=True)
         sys.exit(1)
     except KeyboardInterrupt:
         console.print("\ndemo: interrupted, everything it started is stopped")
@@ -64,7 +65,10 @@ def _demonstrate(stack: contextlib.ExitStack) -> None:
     title(3, "Serve it in vLLM")
     packed = start(stack, "precalib", TARGET, "--quantization", "precalib")
     title(4, "Ask it through the OpenAI client")
-    ask(packed)
+    try:
+        ask(packed)
+    except OpenAIError as error:
+        raise packed.error(f"did not answer ({error})") from error
     title(5, "Measure it beside the original")
     plain = start(stack, "bf16", SOURCE)
     speeds = bench({"bf16": plain, "precalib": packed})
@@ -104,7 +108,7 @@ def start(stack: contextlib.ExitStack, name: str, model: Path, *flags: str) -> S
     console.print(f"[dim]$ {' '.join(['vllm serve', str(model), *flags])}", soft_wrap=True)
     server = Server(name, model, OUTPUT / f"server-{name}.log", *flags)
     stack.callback(server.stop)
-    with working(f"waiting for {server.url}/health, log in {server.log}"):
+    with working(f"waiting for /health, log in {server.log}"):
         server.wait_until_ready()
     return server
 

@@ -68,9 +68,9 @@ class Server:
         deadline = time.monotonic() + seconds
         while not self._healthy():
             if self.process.poll() is not None:
-                raise self._error(f"ended with exit code {self.process.returncode}")
+                raise self.error(f"ended with exit code {self.process.returncode}")
             if time.monotonic() > deadline:
-                raise self._error(f"was not ready after {seconds:.0f} s")
+                raise self.error(f"was not ready after {seconds:.0f} s")
             time.sleep(1)
 
     def stop(self) -> None:
@@ -100,7 +100,8 @@ class Server:
         except OSError:  # refused, reset, timed out, or an HTTP error
             return False
 
-    def _error(self, what: str) -> ServerError:
+    def error(self, what: str) -> ServerError:
+        """A ServerError that says `what` happened and shows the end of the log."""
         lines = self.log.read_text(errors="replace").splitlines()[-LOG_LINES_SHOWN:]
         return ServerError("\n".join([f"vllm serve {self.model.name} {what}; {self.log}:", *lines]))
 
