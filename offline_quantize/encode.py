@@ -5,6 +5,7 @@ rows that fit the second-level cache, and memory beyond the source and the resul
 """
 
 import dataclasses
+import math
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from offline_quantize import grids, salience
 from offline_quantize.balance import column_scale
 from offline_quantize.recipes import Recipe
 from offline_quantize.statistics import Statistics
-from offline_quantize.trellis import trellis_codes
+from offline_quantize.trellis import trellis_search
 from precalib_kernels import reference
 from precalib_kernels.errors import SourceError
 from precalib_kernels.layout import Layout, pack_bits
@@ -40,7 +41,9 @@ def encode(weight: Tensor, recipe: Recipe, where: str) -> Encoded:
     """
     layout = recipe.layout
     rows, columns = weight.shape
-    refuse_non_finite(weight, where)
+    low, high = (float(bound) for bound in weight.aminmax()) if weight.numel() else (0.0, 0.0)
+    if not math.isfinite(high - low):
+        raise non_finite(weight, where)
     scale = column_scale(weight, recipe.balance) if layout.column_scale else None
     penalty = 0.0
     if layout.salient_count and recipe.rule == "tensor":
@@ -50,7 +53,7 @@ def encode(weight: Tensor, recipe: Recipe, where: str) -> Encoded:
     tensors = {name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in specs.items()}
     if scale is not None:
         tensors["column_scale"].copy_(scale)
-    statistics = Statistics(float(weight.abs().max()) if rows else 0.0)
+    statistics = Statistics(max(high, -low))
     step = max(1, BLOCK_WEIGHTS // columns)
     for start in range(0, rows, step):
         block = weight[start : start + step].float()
@@ -80,33 +83,36 @@ def encode_rows(
     rows, columns = block.shape
     groups = layout.groups(columns)
     padding = groups * layout.group_size - columns
-    grouped = torch.nn.functional.pad(block if scale is None else block / scale, (0, padding))
-    grouped = grouped.view(rows, groups, layout.group_size)
+    grouped = block if scale is None else block / scale
+    grouped = torch.nn.functional.pad(grouped, (0, padding)) if padding else grouped
+    grouped = grouped.reshape(rows, groups, layout.group_size)
     ordinary = torch.ones_like(grouped)
     if padding:
         ordinary[:, -1, -padding:] = 0
 
     chosen, wanted = _choose(grouped, recipe, penalty)
     if chosen is not None:
-        ordinary = chosen.put(ordinary, torch.zeros(()))
+        chosen.put(ordinary, torch.zeros(()))
     if layout.uniform:
-        packed, codes = grids.min_max(grouped, ordinary, recipe)
+        packed, codes, level = grids.min_max(grouped, ordinary, recipe)
         if chosen is not None:
             chosen.encode(grouped, packed, layout)
-            codes = chosen.put(codes, chosen.codes & (2**layout.bits - 1))
     else:
-        packed, codes = _fit(grouped, ordinary, chosen, recipe)
+        packed = grids.store_scales(grids.window_scales(grouped, ordinary), layout, grouped)
+        if chosen is not None:
+            chosen.encode(grouped, packed, layout)
+        codes, level = _level_codes(grouped, ordinary, chosen, packed, layout)
 
-    packed["qweight"] = pack_bits(codes.view(rows, -1)[:, :columns], layout.bits)
-    values = reference.base_values(packed, layout, columns)
-    found = 0
+    step = reference.group_scales(packed, layout) / layout.level_limit
+    values, found = level.mul_(step[..., None]), 0
     if chosen is not None:
+        chosen.put(codes, chosen.codes & (2**layout.bits - 1))
+        chosen.put(values, grids.salient_values(chosen.codes, packed, layout))
         high = torch.where(chosen.used, chosen.codes >> layout.bits, 0).to(torch.uint8)
         packed["salient"] = pack_salient(chosen.positions, high, layout)
-        values = torch.nn.functional.pad(values, (0, padding)).view_as(grouped)
-        values = chosen.put(values, grids.salient_values(chosen.codes, packed, layout))
-        values = values.view(rows, -1)[:, :columns]
         found = int(chosen.used.sum())
+    packed["qweight"] = pack_bits(codes.view(rows, -1)[:, :columns], layout.bits)
+    values = values.view(rows, -1)[:, :columns]
     return packed, values if scale is None else values * scale, (found, max(wanted - found, 0))
 
 
@@ -119,18 +125,17 @@ class _Salient:
 
     positions: Tensor
     codes: Tensor
+    group_size: int
 
-    @property
-    def used(self) -> Tensor:
-        return self.positions >= 0
+    def __post_init__(self) -> None:
+        rows, groups, _ = self.positions.shape
+        start = torch.arange(rows * groups).view(rows, groups, 1) * self.group_size
+        self.used = self.positions >= 0
+        self.flat = (self.positions + start)[self.used]  # index into the whole block
 
-    def put(self, grouped: Tensor, values: Tensor) -> Tensor:
-        """A copy of `grouped` with `values` at the salient places."""
-        size = grouped.shape[-1]
-        slots = torch.where(self.used, self.positions, size).long()
-        padded = torch.nn.functional.pad(grouped, (0, 1))  # unused slots point there
-        padded.scatter_(2, slots, values.to(grouped.dtype).expand(slots.shape))
-        return padded[..., :size].contiguous()
+    def put(self, grouped: Tensor, values: Tensor) -> None:
+        """Set `grouped` to `values` at the salient places, in place."""
+        grouped.view(-1)[self.flat] = values.to(grouped.dtype).expand(self.used.shape)[self.used]
 
     def encode(self, grouped: Tensor, packed: dict[str, Tensor], layout: Layout) -> None:
         """Find the codes, given the side tensors of the base; adds those of the salient grid."""
@@ -149,49 +154,32 @@ def _choose(grouped: Tensor, recipe: Recipe, penalty: float) -> tuple[_Salient |
         score = salience.soft_threshold(grouped, penalty).abs()
         wanted = int((score > 0).sum())
     positions = salience.largest_positions(score, count)
-    return _Salient(positions, torch.zeros_like(positions, dtype=torch.uint8)), wanted
+    codes = torch.zeros_like(positions, dtype=torch.uint8)
+    return _Salient(positions, codes, recipe.layout.group_size), wanted
 
 
-def _fit(
-    grouped: Tensor, ordinary: Tensor, chosen: _Salient | None, recipe: Recipe
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Scales and codes for non-uniform levels: from the spread, then from the codes found."""
-    layout = recipe.layout
-    wanted = grids.spread_scales(grouped, ordinary, recipe)
-    packed, codes = _fit_once(grouped, ordinary, chosen, layout, wanted)
-    for _ in range(1, recipe.fits):
-        wanted = grids.fitted_scales(grouped, ordinary, codes, layout)
-        packed, codes = _fit_once(grouped, ordinary, chosen, layout, wanted)
-    return packed, codes
-
-
-def _fit_once(
-    grouped: Tensor, ordinary: Tensor, chosen: _Salient | None, layout: Layout, wanted: Tensor
-) -> tuple[dict[str, Tensor], Tensor]:
-    packed = grids.store_scales(wanted, layout, grouped)
+def _level_codes(
+    grouped: Tensor,
+    ordinary: Tensor,
+    chosen: _Salient | None,
+    packed: dict[str, Tensor],
+    layout: Layout,
+) -> tuple[Tensor, Tensor]:
+    """Codes and level values for non-uniform levels; those at salient places mean nothing."""
     scale = reference.group_scales(packed, layout)
-    if chosen is not None:
-        chosen.encode(grouped, packed, layout)
-    if layout.trellis:
-        forced = torch.where(ordinary > 0, 2, 0).to(torch.uint8)
-        if chosen is not None:
-            forced = chosen.put(forced, chosen.codes & 1)
-        codes = trellis_codes(grouped, scale, layout, forced)
-    else:
-        codes = grids.nearest_codes(grouped, scale, layout)
-    if chosen is not None:  # the low bits of their codes take part in the trellis
-        codes = chosen.put(codes, chosen.codes & (2**layout.bits - 1))
-    return packed, codes
+    if not layout.trellis:
+        return grids.nearest_levels(grouped, scale, layout)
+    forced = torch.where(ordinary > 0, 2, 0).to(torch.uint8)  # padding has code 0
+    if chosen is not None:  # the low bits of salient codes take part in the trellis
+        chosen.put(forced, chosen.codes & 1)
+    return trellis_search(grouped, scale, layout, forced)
 
 
-def refuse_non_finite(weight: Tensor, where: str) -> None:
-    """Raise SourceError that names the first NaN or infinite weight."""
-    for start in range(0, weight.shape[0], 256):
-        bad = ~weight[start : start + 256].isfinite()
-        if bool(bad.any()):
-            row, column = (int(i) for i in bad.nonzero()[0])
-            value = float(weight[start + row, column])
-            raise SourceError(
-                f"{where}: weight [{start + row}, {column}] is {value}; "
-                "the checkpoint is damaged, or keep this tensor with --keep"
-            )
+def non_finite(weight: Tensor, where: str) -> SourceError:
+    """The error that names the first NaN or infinite weight."""
+    row = next(r for r in range(weight.shape[0]) if not bool(weight[r].isfinite().all()))
+    column = int((~weight[row].isfinite()).nonzero()[0])
+    return SourceError(
+        f"{where}: weight [{row}, {column}] is {float(weight[row, column])}; "
+        "the checkpoint is damaged, or keep this tensor with --keep"
+    )

@@ -9,15 +9,18 @@ from torch import Tensor
 
 from offline_quantize.recipes import Recipe
 from precalib_kernels.layout import LOG_STEPS, LOG_ZERO, Layout
-from precalib_kernels.reference import group_scales, level_index, salient_grid_values
+from precalib_kernels.reference import group_scales, salient_grid_values
 
 SMALLEST = torch.finfo(torch.float16).tiny
 
 
-def min_max(grouped: Tensor, ordinary: Tensor, recipe: Recipe) -> tuple[dict[str, Tensor], Tensor]:
+def min_max(
+    grouped: Tensor, ordinary: Tensor, recipe: Recipe
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     """Uniform grid with a zero point from the least to the largest ordinary weight of a group.
 
-    returns: side tensors `scales` and `zeros` (and `row_scale`), and codes uint8 like `grouped`.
+    returns: side tensors `scales` and `zeros` (and `row_scale`); codes, uint8 like `grouped`; and
+             their levels less the zero point, float32.
     """
     layout = recipe.layout
     top = 2**layout.bits - 1
@@ -28,29 +31,27 @@ def min_max(grouped: Tensor, ordinary: Tensor, recipe: Recipe) -> tuple[dict[str
     inverse = _inverse(group_scales(sides, layout) / layout.level_limit)
     zero = (-low * inverse).round_().clamp_(0, top)
     codes = torch.addcmul(zero[..., None], grouped, inverse[..., None]).round_().clamp_(0, top)
-    return sides | {"zeros": zero.to(torch.uint8)}, codes.to(torch.uint8)
+    coded = codes.to(torch.uint8)
+    return sides | {"zeros": zero.to(torch.uint8)}, coded, codes.sub_(zero[..., None])
 
 
-def spread_scales(grouped: Tensor, ordinary: Tensor, recipe: Recipe) -> Tensor:
-    """First scales [R, G] for non-uniform levels: `reach` times the spread of ordinary weights."""
-    count = ordinary.sum(-1).clamp_min(1)
-    return recipe.reach * ((grouped * ordinary).square_().sum(-1) / count).sqrt_()
+def window_scales(grouped: Tensor, ordinary: Tensor) -> Tensor:
+    """Scales [R, G] whose outermost level is the largest ordinary weight of the group.
+
+    Fitting the scale to the least squared error instead clips the largest ordinary weights, which
+    lowers the error of the weights and doubles the KL divergence of the model (docs/method.md).
+    """
+    return (grouped * ordinary).abs_().amax(-1)
 
 
-def fitted_scales(grouped: Tensor, ordinary: Tensor, codes: Tensor, layout: Layout) -> Tensor:
-    """Scales [R, G] of least squared error over the ordinary weights, for given codes."""
-    levels = torch.tensor(layout.level_values, dtype=torch.float32)
-    level = levels[level_index(codes, layout).int()] * ordinary
-    product, power = (grouped * level).sum(-1), level.square().sum(-1)
-    return layout.level_limit * (product / power.clamp_min(1)).clamp_min(0)
-
-
-def nearest_codes(grouped: Tensor, scale: Tensor, layout: Layout) -> Tensor:
-    """Code (uint8) of the level nearest to each weight; no trellis."""
+def nearest_levels(grouped: Tensor, scale: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    """Code (uint8) and value (float32) of the level nearest to each weight; no trellis."""
     limit = layout.level_limit
-    points = torch.arange(-limit, limit + 1)[:, None]
-    nearest = (points - torch.tensor(layout.level_values)).abs().argmin(1).to(torch.uint8)
-    return nearest[_points(grouped, scale, limit)]
+    levels = torch.tensor(layout.level_values)
+    nearest = (torch.arange(-limit, limit + 1)[:, None] - levels).abs().argmin(1)
+    point = grouped * (limit * _inverse(scale))[..., None]
+    index = point.round_().clamp_(-limit, limit).add_(limit).int()
+    return nearest.to(torch.uint8)[index], levels[nearest].float()[index]
 
 
 def store_scales(scale: Tensor, layout: Layout, grouped: Tensor) -> dict[str, Tensor]:
@@ -81,8 +82,8 @@ def salient_codes(
     flat, top = salient.flatten(1), 2**layout.salient_bits - 1
     own: dict[str, Tensor] = {}
     if layout.salient_grid == "row":
-        inverse = 127 / sides["row_scale"].float().clamp_min(SMALLEST)
-        codes = (flat * inverse).round_().clamp_(-127, 127) + 128
+        inverse = (top // 2) / sides["row_scale"].float().clamp_min(SMALLEST)
+        codes = (flat * inverse).round_().clamp_(-(top // 2), top // 2) + (top // 2 + 1)
     elif layout.salient_grid == "min-max":
         own = _affine(flat, used.flatten(1), top)
         codes = _steps(flat, own).clamp_(0, top)
@@ -111,12 +112,6 @@ def _affine(values: Tensor, used: Tensor, top: int) -> dict[str, Tensor]:
 def _steps(values: Tensor, sides: dict[str, Tensor]) -> Tensor:
     inverse = _inverse(sides["salient_scale"].float())
     return ((values - sides["salient_offset"].float()) * inverse).round_()
-
-
-def _points(grouped: Tensor, scale: Tensor, limit: int) -> Tensor:
-    """Weights in units of the levels, rounded and shifted to 0 … 2 * limit, as table indices."""
-    point = grouped * (limit * _inverse(scale))[..., None]
-    return point.round_().clamp_(-limit, limit).add_(limit).int()
 
 
 def _inverse(scale: Tensor) -> Tensor:

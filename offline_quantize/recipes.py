@@ -7,13 +7,13 @@ from typing import Any, Literal
 from precalib_kernels.errors import FormatError, RecipeError
 from precalib_kernels.layout import Layout
 
-# Lloyd-Max levels of a Gaussian cut at ±2.4 σ (4 bits) and ±2.0 σ (3 bits): the salient weights
-# hold the tail, so the base levels need not reach for it. Rounded to int8, outermost at 127.
-LEVELS = {
-    2: (-127, -40, 40, 127),
-    3: (-127, -83, -48, -16, 16, 48, 83, 127),
-    4: (-127, -102, -82, -65, -49, -35, -21, -7, 7, 21, 35, 49, 65, 82, 102, 127),
+# Levels for the trellis by bits, ascending; `offline_quantize.levels` computes them.
+_HALVES = {
+    2: (11, 35, 60, 96),
+    3: (5, 18, 29, 43, 57, 73, 91, 114),
+    4: (3, 9, 16, 22, 28, 35, 40, 48, 55, 63, 71, 79, 88, 97, 109, 123),
 }
+LEVELS = {bits: (*(-x for x in reversed(half)), *half) for bits, half in _HALVES.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,9 +26,6 @@ class Recipe:
               group (one λ' per group). "tensor": all above one λ' per tensor (the paper).
     alpha:    share of salient weights the rule aims at; 0 for none.
     clip:     share of the non-salient range that a min-max grid covers.
-    reach:    outermost level, in root mean squares of a group's ordinary weights, for
-              non-uniform levels.
-    fits:     times the codes are found with non-uniform levels; the scale is fitted in between.
     balance:  Sinkhorn iterations that find the column scale.
     """
 
@@ -37,8 +34,6 @@ class Recipe:
     rule: Literal["group", "tensor"] = "group"
     alpha: float = 0.0
     clip: float = 1.0
-    reach: float = 2.4
-    fits: int = 2
     balance: int = 0
 
     def __post_init__(self) -> None:
@@ -57,34 +52,36 @@ class Recipe:
 
 RECIPES: Mapping[str, Recipe] = {
     "balanced-4": Recipe(
-        "4 bits: non-uniform levels, 4 salient weights of 128 at 8 bits, column scale",
+        "4 bits: trellis levels, 2 salient weights of 128 at 8 bits, column scale",
         Layout(
             bits=4,
             group_size=128,
             levels=LEVELS[4],
+            trellis=True,
             scale="log8",
-            salient_count=4,
+            salient_count=2,
             salient_bits=8,
             salient_grid="row",
             column_scale=True,
         ),
-        alpha=4 / 128,
-        balance=8,
+        alpha=2 / 128,
+        balance=16,
     ),
     "balanced-3": Recipe(
-        "3 bits: non-uniform levels, 4 salient weights of 128 at 8 bits, column scale",
+        "3 bits: trellis levels, 4 salient weights of 128 at 7 bits, column scale",
         Layout(
             bits=3,
             group_size=128,
             levels=LEVELS[3],
+            trellis=True,
             scale="log8",
             salient_count=4,
-            salient_bits=8,
+            salient_bits=7,
             salient_grid="row",
             column_scale=True,
         ),
         alpha=4 / 128,
-        balance=8,
+        balance=16,
     ),
     "paper-4": Recipe(
         "4 bits as in arXiv 2501.09107: 8 % salient by one λ' per tensor, min-max grids",
@@ -139,8 +136,6 @@ def adjust(
         changes["group_size"] = group_size
     if salient_bits is not None:
         changes["salient_bits"] = salient_bits
-        if layout.salient_grid == "row" and salient_bits != 8:
-            changes["salient_grid"] = "sign-magnitude"
     share = recipe.alpha if alpha is None else alpha
     if share != recipe.alpha or (group_size is not None and recipe.alpha):
         places = (2 if recipe.rule == "tensor" else 1) * share

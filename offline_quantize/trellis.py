@@ -17,38 +17,55 @@ from precalib_kernels.layout import Layout
 from precalib_kernels.native import build
 
 
-def trellis_codes(grouped: Tensor, scale: Tensor, layout: Layout, forced: Tensor) -> Tensor:
-    """Codes uint8 [R, G, group_size] of the best paths.
+def trellis_search(
+    grouped: Tensor, scale: Tensor, layout: Layout, forced: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Codes (uint8) and level values (float32) of the best paths, [R, G, group_size].
 
     grouped: weights, float32 [R, G, group_size];  scale: as decoded, [R, G].
     forced:  uint8 like `grouped`: 0 or 1 where the low bit of the code is given (salient weights,
              whose value the trellis does not set, and padding); 2 for ordinary weights.
     """
     unit = torch.where(scale > 0, layout.level_limit / scale, 0).flatten()
-    flat = (grouped.reshape(len(unit), -1).contiguous(), unit, forced.reshape(len(unit), -1))
-    native = _native() if grouped.device.type == "cpu" else None
-    codes = search_torch(*flat, layout) if native is None else search_native(*flat, layout, native)
-    return codes.view(grouped.shape)
+    weights, forced = (t.reshape(len(unit), -1).contiguous() for t in (grouped, forced))
+    codes, level = search(weights, unit, forced, layout)
+    return codes.view(grouped.shape), level.view(grouped.shape)
+
+
+def search(weights: Tensor, unit: Tensor, forced: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    """Codes and level values [n, group_size] of n groups, by the fastest search there is.
+
+    unit: [n], levels per weight unit.
+    """
+    native = _native() if weights.device.type == "cpu" else None
+    if native is None:
+        return search_torch(weights, unit, forced, layout)
+    return search_native(weights, unit, forced, layout, native)
 
 
 def search_native(
     weights: Tensor, unit: Tensor, forced: Tensor, layout: Layout, library: ctypes.CDLL
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Compiled search; weights and forced [n, group_size], unit [n] levels per weight unit."""
     levels = torch.tensor(layout.level_values, dtype=torch.int32)
     codes = torch.empty(weights.shape, dtype=torch.uint8)
+    level = torch.empty(weights.shape)
     unit, forced = unit.contiguous(), forced.contiguous()
     library.trellis_search(
         *(ctypes.c_void_p(t.data_ptr()) for t in (weights, unit, forced, levels)),
         ctypes.c_int32(len(levels)),
+        ctypes.c_int32(layout.level_limit),
         ctypes.c_int64(weights.shape[0]),
         ctypes.c_int32(weights.shape[1]),
         ctypes.c_void_p(codes.data_ptr()),
+        ctypes.c_void_p(level.data_ptr()),
     )
-    return codes
+    return codes, level
 
 
-def search_torch(weights: Tensor, unit: Tensor, forced: Tensor, layout: Layout) -> Tensor:
+def search_torch(
+    weights: Tensor, unit: Tensor, forced: Tensor, layout: Layout
+) -> tuple[Tensor, Tensor]:
     """The same search in torch, all groups at once."""
     count, size = weights.shape
     limit = layout.level_limit
@@ -76,12 +93,15 @@ def search_torch(weights: Tensor, unit: Tensor, forced: Tensor, layout: Layout) 
         turn = cost[:, 1] + by_subset.flip(0)  # u[k-2] = 1
         torch.lt(turn, stay, out=came[k])
         cost = torch.minimum(stay, turn) + barrier[k][:, None]
-    return _trace(cost, came, point, rank).T.contiguous()
+    low, subset = _trace(cost, came)
+    # index = 4 * rank + subset and code ^ u[k-2] = index >> 1, so the code is 2 * rank + u[k]
+    codes = (2 * rank[subset, point.long()] + low).to(torch.uint8)
+    return codes.T.contiguous(), value[subset, point.long()].T.contiguous()
 
 
-def _trace(cost: Tensor, came: Tensor, point: Tensor, rank: Tensor) -> Tensor:
-    """Codes [g, n] along the best paths, from the last weight back to the first."""
-    size, count = point.shape
+def _trace(cost: Tensor, came: Tensor) -> tuple[Tensor, Tensor]:
+    """Low bits of the codes and subsets, both [g, n], along the best paths, found backwards."""
+    size, count = came.shape[0], came.shape[-1]
     state = cost.view(4, -1).argmin(0)  # 2 * u[k] + u[k-1]
     lane = torch.arange(count)
     ways = came.view(size, 4, count)
@@ -92,8 +112,7 @@ def _trace(cost: Tensor, came: Tensor, point: Tensor, rank: Tensor) -> Tensor:
         now, last = state >> 1, state & 1
         low[k], subset[k] = now, 2 * (now ^ before) + last
         state = 2 * last + before
-    # index = 4 * rank + subset and code ^ u[k-2] = index >> 1, so the code is 2 * rank + u[k]
-    return (2 * rank[subset, point.long()] + low).to(torch.uint8)
+    return low, subset
 
 
 @functools.cache

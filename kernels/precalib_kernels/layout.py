@@ -8,8 +8,8 @@ wider code, whose high bits lie in a second plane. The value of a weight is
     base      W[n, k] = s[n, g] * (level[index] - zero[n, g]) / limit * column_scale[k]
     salient   W[n, k] = grid(salient code; row n)                     * column_scale[k]
 
-where limit is the largest magnitude among the levels, so that a scale is the value of the
-outermost level and keeps clear of float16's subnormal numbers. The index of a weight's level is
+where limit is 127, or the last level 2**bits - 1 if they are uniform: a scale is about the largest
+value of its group and keeps clear of float16's subnormal numbers. The index of a weight's level is
 its code; or, with a trellis, it also depends on the low bits u of the two codes before it in its
 group (zero before the first one; codes of salient weights count like any others):
 
@@ -85,8 +85,9 @@ class Layout:
     scale:         "float16": one per group. "log8": row_scale * 2**(-code / 16), one byte per
                    group, code 255 standing for a scale of zero.
     salient_count: the most salient weights a group may have, 0 … 32.
-    salient_bits:  width of a salient code: `bits` or 8.
-    salient_grid:  "row": row_scale * (code - 128) / 127, 8 bits and "log8" only;
+    salient_bits:  width of a salient code: `bits` … 8.
+    salient_grid:  "row": row_scale * (code - h) / (h - 1) with h = 2**(salient_bits - 1), "log8"
+                   only;
                    "sign-magnitude": ±(salient_offset + salient_scale * magnitude), the top bit
                    of the code being the sign;
                    "min-max": salient_offset + salient_scale * code.
@@ -133,16 +134,15 @@ class Layout:
             0 <= self.salient_count <= MAX_SALIENT_COUNT,
             f"salient_count must be between 0 and {MAX_SALIENT_COUNT}",
         )
-        require(self.salient_bits in (self.bits, 8), f"salient_bits must be {self.bits} or 8")
+        require(
+            self.bits <= self.salient_bits <= 8, f"salient_bits must be between {self.bits} and 8"
+        )
         require(
             self.salient_grid in ("row", "sign-magnitude", "min-max"),
             'salient_grid must be "row", "sign-magnitude" or "min-max"',
         )
         if self.salient_count and self.salient_grid == "row":
-            require(
-                self.scale == "log8" and self.salient_bits == 8,
-                'salient_grid "row" needs scale "log8" and salient_bits 8',
-            )
+            require(self.scale == "log8", 'salient_grid "row" needs scale "log8"')
 
     @property
     def uniform(self) -> bool:
@@ -161,8 +161,8 @@ class Layout:
 
     @property
     def level_limit(self) -> int:
-        """The largest magnitude among the levels."""
-        return max(abs(level) for level in self.level_values)
+        """The level that stands for a scale's own value: 127, or the last uniform level."""
+        return 2**self.bits - 1 if self.uniform else 127
 
     @property
     def rank_bits(self) -> int:
@@ -286,12 +286,19 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     """
     unit = 8 // math.gcd(8, bits)  # codes per whole number of bytes
     *lead, count = codes.shape
-    padded = torch.nn.functional.pad(codes, (0, -count % unit)).view(*lead, -1, unit)
-    word = torch.zeros(padded.shape[:-1], dtype=torch.int64, device=codes.device)
-    for i in range(unit):
-        word |= padded[..., i].long() << (i * bits)
-    packed = torch.stack([(word >> (8 * i)) & 0xFF for i in range(unit * bits // 8)], -1)
-    return packed.to(torch.uint8).view(*lead, -1)[..., : (count * bits + 7) // 8].contiguous()
+    padded = torch.nn.functional.pad(codes, (0, -count % unit)) if count % unit else codes
+    code = padded.reshape(*lead, -1, unit).unbind(-1)
+    packed = []
+    for byte in range(unit * bits // 8):
+        value: Tensor | None = None
+        for i in range(unit):
+            shift = i * bits - 8 * byte  # of code i against this byte; uint8 drops what sticks out
+            if -bits < shift < 8:
+                part = code[i] << shift if shift >= 0 else code[i] >> -shift
+                value = part if value is None else value | part
+        assert value is not None
+        packed.append(value)
+    return torch.stack(packed, -1).view(*lead, -1)[..., : (count * bits + 7) // 8].contiguous()
 
 
 def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
@@ -303,10 +310,13 @@ def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
     unit = 8 // math.gcd(8, bits)
     size = unit * bits // 8
     *lead, length = packed.shape
-    padded = torch.nn.functional.pad(packed, (0, -length % size)).view(*lead, -1, size)
-    dtype = torch.int32 if size < 4 else torch.int64
-    word = torch.zeros(padded.shape[:-1], dtype=dtype, device=packed.device)
-    for i in range(size):
-        word |= padded[..., i].to(dtype) << (8 * i)
-    codes = torch.stack([(word >> (i * bits)) & (2**bits - 1) for i in range(unit)], -1)
-    return codes.to(torch.uint8).view(*lead, -1)[..., :count]
+    padded = torch.nn.functional.pad(packed, (0, -length % size)) if length % size else packed
+    byte = padded.reshape(*lead, -1, size).unbind(-1)
+    codes = []
+    for i in range(unit):
+        first, shift = divmod(i * bits, 8)
+        code = byte[first] >> shift
+        if shift + bits > 8:
+            code = code | byte[first + 1] << (8 - shift)
+        codes.append(code & (2**bits - 1))
+    return torch.stack(codes, -1).view(*lead, -1)[..., :count]

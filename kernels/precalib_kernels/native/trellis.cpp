@@ -2,8 +2,10 @@
 //
 // It does the arithmetic of `trellis.search_torch` in the same order, so both give the same codes.
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <vector>
 
 namespace {
@@ -17,8 +19,7 @@ struct Tables {
   std::vector<int32_t> rank[4];  // best level of a subset for each point, counted in the subset
   std::vector<float> value[4];   // and its value
 
-  Tables(const int32_t* levels, int count) : limit(0) {
-    for (int i = 0; i < count; ++i) limit = std::max(limit, std::abs(levels[i]));
+  Tables(const int32_t* levels, int count, int limit) : limit(limit) {
     for (int s = 0; s < 4; ++s)
       for (int point = -limit; point <= limit; ++point) {
         int best = 0;
@@ -33,12 +34,13 @@ struct Tables {
 }  // namespace
 
 // weights: [groups][size];  unit: [groups], levels per weight unit;  forced: [groups][size], low bit
-// of the code where it is given, else 2;  codes: [groups][size], result.
+// of the code where it is given, else 2;  results: codes and level values, [groups][size].
 extern "C" void trellis_search(const float* weights, const float* unit, const uint8_t* forced,
-                               const int32_t* levels, int32_t level_count, int64_t groups,
-                               int32_t size, uint8_t* codes) {
-  const Tables tables(levels, level_count);
-  const float limit = float(tables.limit);
+                               const int32_t* levels, int32_t level_count, int32_t limit,
+                               int64_t groups, int32_t size, uint8_t* codes,
+                               float* values) {
+  const Tables tables(levels, level_count, limit);
+  const float end = float(limit);
   std::vector<Ints> came(size_t(size) * 4);   // u[k-2] of the best way into state (u[k], u[k-1])
   std::vector<int32_t> points(size_t(size) * kLanes);
   for (int64_t first = 0; first < groups; first += kLanes) {
@@ -52,8 +54,8 @@ extern "C" void trellis_search(const float* weights, const float* unit, const ui
       for (int l = 0; l < lanes; ++l) {
         const int64_t at = (first + l) * size + k;
         const float scaled = weights[at] * unit[first + l];
-        const float point = std::fmin(std::fmax(std::nearbyint(scaled), -limit), limit);
-        const int index = int(point + limit);
+        const float point = std::fmin(std::fmax(std::nearbyint(scaled), -end), end);
+        const int index = int(point + end);
         points[size_t(k) * kLanes + l] = index;
         const bool free = forced[at] > 1;
         for (int s = 0; s < 4; ++s) {
@@ -81,8 +83,9 @@ extern "C" void trellis_search(const float* weights, const float* unit, const ui
       for (int k = size - 1; k >= 0; --k) {
         const int before = came[size_t(k) * 4 + state][l] & 1, now = state >> 1, last = state & 1;
         const int subset = 2 * (now ^ before) + last;
-        codes[(first + l) * size + k] =
-            uint8_t(2 * tables.rank[subset][points[size_t(k) * kLanes + l]] + now);
+        const int point = points[size_t(k) * kLanes + l];
+        codes[(first + l) * size + k] = uint8_t(2 * tables.rank[subset][point] + now);
+        values[(first + l) * size + k] = tables.value[subset][point];
         state = 2 * last + before;
       }
     }
