@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -56,6 +57,12 @@ class Weights:
             tensors[f"{prefix}.self_attn.q_proj.bias"] = self(HIDDEN)
             tensors[f"{prefix}.input_layernorm.weight"] = self(HIDDEN)
         return tensors | {"model.norm.weight": self(HIDDEN), "lm_head.weight": self(8, HIDDEN)}
+
+
+@pytest.fixture(autouse=True)
+def no_flushing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here processes are killed, not machines; flushing every small file would take minutes."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
 @pytest.fixture

@@ -8,26 +8,26 @@ from offline_quantize.selection import fused_siblings, why_kept
 from offline_quantize.source import Checkpoint
 from offline_quantize.tensorfile import Entry
 
-PACKED = """
-model.layers.0.self_attn.q_proj.weight
-model.layers.27.mlp.down_proj.weight
-model.decoder.layers.3.fc1.weight
-transformer.h.4.self_attention.query_key_value.weight
-gpt_neox.layers.5.mlp.dense_h_to_4h.weight
-transformer.blocks.6.ffn.up_proj.weight
-transformer.encoder.layers.7.self_attention.dense.weight
-model.layers.1.block_sparse_moe.experts.7.w2.weight
-model.layers.1.mlp.experts.127.gate_proj.weight
-model.layers.1.mlp.shared_experts.up_proj.weight
-model.layers.1.mlp.shared_expert.down_proj.weight
-model.layers.2.self_attn.q_a_proj.weight
-model.layers.2.self_attn.kv_a_proj_with_mqa.weight
-model.layers.2.self_attn.kv_b_proj.weight
-model.layers.2.linear_attn.in_proj_qkvz.weight
-backbone.layers.3.mixer.in_proj.weight
-model.language_model.layers.4.mlp.gate_up_proj.weight
-language_model.model.layers.5.self_attn.o_proj.weight
-""".split()
+PACKED = [
+    "model.layers.0.self_attn.q_proj.weight",
+    "model.layers.27.mlp.down_proj.weight",
+    "model.decoder.layers.3.fc1.weight",
+    "transformer.h.4.self_attention.query_key_value.weight",
+    "gpt_neox.layers.5.mlp.dense_h_to_4h.weight",
+    "transformer.blocks.6.ffn.up_proj.weight",
+    "transformer.encoder.layers.7.self_attention.dense.weight",
+    "model.layers.1.block_sparse_moe.experts.7.w2.weight",
+    "model.layers.1.mlp.experts.127.gate_proj.weight",
+    "model.layers.1.mlp.shared_experts.up_proj.weight",
+    "model.layers.1.mlp.shared_expert.down_proj.weight",
+    "model.layers.2.self_attn.q_a_proj.weight",
+    "model.layers.2.self_attn.kv_a_proj_with_mqa.weight",
+    "model.layers.2.self_attn.kv_b_proj.weight",
+    "model.layers.2.linear_attn.in_proj_qkvz.weight",
+    "backbone.layers.3.mixer.in_proj.weight",
+    "model.language_model.layers.4.mlp.gate_up_proj.weight",
+    "language_model.model.layers.5.self_attn.o_proj.weight",
+]
 
 KEPT = {
     "output head": ["lm_head.weight", "model.embed_out.weight", "score.weight"],
