@@ -180,7 +180,7 @@ def report(seconds: float, speeds: dict[str, float], computed_by: set[str]) -> N
         table.add_row(text, f"{before / 1e6:.1f}", f"{after / 1e6:.1f}", f"÷ {before / after:.2f}")
     bits = totals["bits_per_weight"]
     table.add_row("true bits per weight", "16", f"[bold]{bits:.3f}[/]", f"÷ {16 / bits:.2f}")
-    table.add_row("seconds to quantize", "", f"{seconds:.1f}", "")
+    table.add_row("seconds to quantize, with start-up", "", f"{seconds:.1f}", "")
     ratio = speeds["precalib"] / speeds["bf16"]
     tokens = [f"{speeds[name]:.1f}" for name in ("bf16", "precalib")]
     table.add_row("output tokens/s", *tokens, f"× {ratio:.2f}")
