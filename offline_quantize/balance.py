@@ -20,7 +20,7 @@ def column_scale(weight: Tensor, iterations: int) -> Tensor:
     for _ in range(iterations):
         mean_square = torch.zeros(columns)
         for start in range(0, rows, 256):
-            block = weight[start : start + 256].float().square_()
+            block = weight[start : start + 256].float().square()
             part = slice(start, start + 256)
             row[part] = _inverse(block @ column / columns)
             mean_square += row[part] @ block

@@ -59,13 +59,13 @@ def encode(weight: Tensor, recipe: Recipe, where: str) -> Encoded:
         block = weight[start : start + step].float()
         packed, values, counts = encode_rows(block, recipe, scale, penalty)
         for name, part in packed.items():
+            if part.dtype == torch.float16 and not bool(part.isfinite().all()):
+                raise SourceError(
+                    f"{where}: weights are too large for float16 '{name}'; "
+                    "keep this tensor with --keep"
+                )
             tensors[name][start : start + step] = part
         statistics.add(block, values, *counts)
-    for name, tensor in tensors.items():
-        if tensor.dtype == torch.float16 and not bool(tensor.isfinite().all()):
-            raise SourceError(
-                f"{where}: weights are too large for float16 '{name}'; keep this tensor with --keep"
-            )
     return Encoded(tensors, statistics)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from precalib_kernels.errors import FormatError, RecipeError
-from precalib_kernels.layout import Layout
+from precalib_kernels.layout import MAX_SALIENT_COUNT, Layout
 
 # Levels for the trellis by bits, ascending; `offline_quantize.levels` computes them.
 _HALVES = {
@@ -120,7 +120,7 @@ def adjust(
     """The recipe with the user's options in place of its own values; None leaves a value.
 
     A share alpha (0.05 for 5 %) becomes round(alpha * group_size) salient weights per group; a
-    rule per tensor gets twice as many places, since its counts are uneven.
+    rule per tensor gets twice as many places (32 at most), since its counts are uneven.
 
     Raises RecipeError for values the format or the recipe does not have.
     """
@@ -138,8 +138,10 @@ def adjust(
         changes["salient_bits"] = salient_bits
     share = recipe.alpha if alpha is None else alpha
     if share != recipe.alpha or (group_size is not None and recipe.alpha):
-        places = (2 if recipe.rule == "tensor" else 1) * share
-        changes["salient_count"] = round(places * changes.get("group_size", layout.group_size))
+        places = round(share * changes.get("group_size", layout.group_size))
+        if recipe.rule == "tensor":
+            places = min(2 * places, MAX_SALIENT_COUNT)
+        changes["salient_count"] = places
     try:
         adjusted = dataclasses.replace(layout, **changes)
     except FormatError as error:

@@ -99,6 +99,7 @@ def _positions(rank_bytes: Tensor, layout: Layout) -> tuple[Tensor, bool]:
     shifts = 8 * torch.arange(LIMB_BYTES, device=device)
     rank = (padded.view(-1, limbs, LIMB_BYTES).long() << shifts).sum(-1).T.contiguous()
 
+    valid = not bool(_at_least(rank, offsets[:, -1:]).any())
     used = torch.zeros_like(rank[0])
     for size in range(1, count + 1):
         used += _at_least(rank, offsets[:, size, None])
@@ -115,16 +116,16 @@ def _positions(rank_bytes: Tensor, layout: Layout) -> tuple[Tensor, bool]:
         filled = i <= used
         positions[i - 1] = torch.where(filled, position, -1).to(torch.int16)
         rank = _subtract(rank, table[:, position] * filled)
-    return positions.T, not bool(rank.any())
+    return positions.T, valid
 
 
 @functools.lru_cache(maxsize=32)
 def _tables(layout: Layout, device: torch.device) -> tuple[Tensor, Tensor]:
-    """C(p, i) as [limbs, m+1, g] and the first rank of each set size as [limbs, m+1]."""
+    """C(p, i) as [limbs, m+1, g], and the first rank of each set size 0 … m+1 as [limbs, m+2]."""
     group, count = layout.group_size, layout.salient_count
     limbs = max(1, -(-layout.rank_bits // (8 * LIMB_BYTES)))
     binomials = [[math.comb(p, i) if i else 0 for p in range(group)] for i in range(count + 1)]
-    offsets = [sum(math.comb(group, j) for j in range(i)) for i in range(count + 1)]
+    offsets = [sum(math.comb(group, j) for j in range(i)) for i in range(count + 2)]
 
     def split(value: int, limb: int) -> int:
         return (value >> 8 * LIMB_BYTES * limb) & LIMB_MASK

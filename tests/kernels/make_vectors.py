@@ -1,0 +1,52 @@
+"""Write the frozen vector of the current format version: `python tests/kernels/make_vectors.py`.
+
+Only for a new format version; the file of a released version must never change.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+
+from offline_quantize.encode import encode_rows
+from offline_quantize.recipes import RECIPES, adjust
+from precalib_kernels import reference
+from precalib_kernels.layout import FORMAT_VERSION
+from precalib_kernels.salient import unpack_salient
+
+ROWS, COLUMNS = 2, 96
+
+
+def main() -> None:
+    weight = torch.randn((ROWS, COLUMNS), generator=torch.Generator().manual_seed(1))
+    cases = []
+    for recipe in RECIPES.values():
+        small = adjust(recipe, group_size=64)
+        layout = small.layout
+        scale = torch.linspace(0.5, 2, COLUMNS).half().float()[None]
+        scale = scale if layout.column_scale else None
+        packed, _, _ = encode_rows(weight, small, scale, 2.5)
+        if scale is not None:
+            packed["column_scale"] = scale.half()
+        tensors = {name: packed[name] for name in layout.tensors(ROWS, COLUMNS)}
+        case = {
+            "layout": layout.to_dict(),
+            "shape": [ROWS, COLUMNS],
+            "tensors": {
+                name: tensor.contiguous().view(torch.uint8).numpy().tobytes().hex()
+                for name, tensor in tensors.items()
+            },
+            "values": [
+                float(v).hex() for v in reference.dequantize(tensors, layout, COLUMNS).flatten()
+            ],
+        }
+        if layout.salient_count:
+            positions, _ = unpack_salient(tensors["salient"], layout, COLUMNS, "vector")
+            case["positions"] = positions.tolist()
+        cases.append(case)
+    path = Path(__file__).parent / "vectors" / f"version-{FORMAT_VERSION}.json"
+    path.write_text(json.dumps(cases, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
