@@ -11,8 +11,6 @@ from offline_quantize.recipes import Recipe
 from precalib_kernels.layout import LOG_STEPS, LOG_ZERO, Layout
 from precalib_kernels.reference import group_scales, salient_grid_values
 
-SMALLEST = torch.finfo(torch.float16).tiny
-
 
 def min_max(
     grouped: Tensor, ordinary: Tensor, recipe: Recipe
@@ -65,7 +63,7 @@ def store_scales(scale: Tensor, layout: Layout, grouped: Tensor) -> dict[str, Te
     if layout.salient_count and layout.salient_grid == "row":
         row = torch.maximum(row, grouped.abs().amax((1, 2)))
     row_scale = row.half()[:, None]
-    ratio = scale / row_scale.float().clamp_min(SMALLEST)
+    ratio = scale * _inverse(row_scale.float())
     steps = (-LOG_STEPS * ratio.clamp_min(2**-20).log2()).round_().clamp_(0, LOG_ZERO - 1)
     codes = torch.where(scale > 0, steps, LOG_ZERO).to(torch.uint8)
     return {"scales": codes, "row_scale": row_scale}
@@ -82,7 +80,7 @@ def salient_codes(
     flat, top = salient.flatten(1), 2**layout.salient_bits - 1
     own: dict[str, Tensor] = {}
     if layout.salient_grid == "row":
-        inverse = (top // 2) / sides["row_scale"].float().clamp_min(SMALLEST)
+        inverse = (top // 2) * _inverse(sides["row_scale"].float())
         codes = (flat * inverse).round_().clamp_(-(top // 2), top // 2) + (top // 2 + 1)
     elif layout.salient_grid == "min-max":
         own = _affine(flat, used.flatten(1), top)
