@@ -65,4 +65,4 @@ def _backends() -> Iterator[tuple[str, bool | None, str]]:
         yield "backends", None, f"not known, they need vLLM ({error})"
         return
     for name, reason in describe():
-        yield f"backend {name}", reason is None, reason or "can run"
+        yield f"backend {name}", True if reason is None else None, reason or "can run"

@@ -156,13 +156,14 @@ def _read_index(path: Path) -> dict[str, Any]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise SourceError(f"{path}: has no weight_map; {DAMAGED}")
     for tensor, name in weight_map.items():
-        if not isinstance(name, str) or Path(name).name != name or "\0" in name:
+        plain = isinstance(name, str) and Path(name).name == name and "\0" not in name
+        if not plain or name in ("", ".."):
             raise SourceError(
                 f"{path}: tensor '{tensor}' is said to be in {name!r}, which is not a file of this "
                 f"folder; {DAMAGED}"
             )
         if not name.endswith(".safetensors"):
-            raise SourceError(f"{path.with_name(name)}: {_NOT_SAFETENSORS}")
+            raise SourceError(f"{path.parent / name}: {_NOT_SAFETENSORS}")
     return index
 
 

@@ -20,7 +20,12 @@ def workload(directory: Path, against: Path | None) -> int:
     packed, manifest = open_packed(directory), read_manifest(directory)
     hashed = sum(int(file["size"]) for file in manifest["files"].values())
     source = open_checkpoint(against).nbytes if against else 0
-    return hashed + packed.files.nbytes + source
+    stored = sum(
+        entry.nbytes
+        for name, (_, entry) in packed.locations.items()
+        if name.rpartition(".")[0] in packed.config.modules and name not in manifest["kept"]
+    )
+    return hashed + stored + source
 
 
 def verify(directory: Path, against: Path | None, progress: Progress) -> Iterator[str]:

@@ -127,6 +127,8 @@ def test_a_tensor_in_two_files(checkpoint):
         ('{"weight_map": []}', "has no weight_map"),
         ('{"weight_map": {"a": 1}}', "tensor 'a' is said to be in 1, which is not a file of"),
         ('{"weight_map": {"a": ["b"]}}', "tensor 'a' is said to be in"),
+        ('{"weight_map": {"a": ""}}', "tensor 'a' is said to be in"),
+        ('{"weight_map": {"a": ".."}}', "tensor 'a' is said to be in"),
         ('{"weight_map": {"a": "../b.safetensors"}}', "tensor 'a' is said to be in"),
         ('{"weight_map": {"a": "b\\u0000.safetensors"}}', "tensor 'a' is said to be in"),
     ],

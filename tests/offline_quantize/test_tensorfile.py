@@ -124,7 +124,7 @@ def test_missing_and_shrinking_files(tmp_path):
         read_tensor(path, "a", entry)
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_random_damage_never_ends_in_a_traceback(tmp_path, data):
     path = tmp_path / "x.safetensors"
