@@ -5,6 +5,7 @@ sizes it tells are exact.
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -167,6 +168,9 @@ class _Chooser:
     """The recipe of each module under the user's options."""
 
     def __init__(self, options: Options) -> None:
+        for name, value in options.changes.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise RecipeError(f"--{name.replace('_', '-')} {value}: give a finite number")
         self.main = options.label, recipes.adjust(recipes.find(options.recipe), **options.changes)
         self.keep = [_pattern(text, "--keep") for text in options.keep]
         self.overrides = [

@@ -29,17 +29,7 @@ def test_columns_and_rows_of_zeros(weights):
     assert torch.equal(column_scale(torch.zeros(4, 32), 8), torch.ones(1, 32))
 
 
-@pytest.mark.parametrize(
-    "dtype",
-    [
-        torch.bfloat16,
-        pytest.param(
-            torch.float32,
-            marks=pytest.mark.xfail(reason="squares float32 weights in place", strict=True),
-        ),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_the_weight_stays_as_it_is(weights, dtype):
     weight = weights(dtype)(64, 64)
     before = weight.clone()

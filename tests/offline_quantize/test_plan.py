@@ -94,6 +94,8 @@ def test_options_adjust_the_main_recipe_and_are_in_its_name(checkpoint):
         ({"recipe": "paper-4", "salient_bits": 9}, r"salient_bits must be"),
         ({"recipe": "balanced-4", "alpha": 0.5}, r"salient_count must be between 0 and 32"),
         ({"recipe": "balanced-4", "alpha": -0.5}, r"."),
+        ({"alpha": float("nan")}, r"^--alpha nan: give a finite number"),
+        ({"alpha": float("inf")}, r"^--alpha inf: give a finite number"),
         ({"clip": 0.0}, r"clip is 0\.0, it must be above 0"),
         (
             {"group_size": 256},

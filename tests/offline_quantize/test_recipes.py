@@ -46,7 +46,8 @@ def test_bits_and_group_sizes(name, bits, group_size):
 
 def test_a_share_becomes_places():
     assert adjust(find("balanced-4"), alpha=0.05).layout.salient_count == 6
-    assert adjust(find("paper-4"), alpha=0.05).layout.salient_count == 13
+    assert adjust(find("paper-4"), alpha=0.05).layout.salient_count == 12
+    assert adjust(find("paper-4"), alpha=0.5).layout.salient_count == 32
     assert adjust(find("balanced-4"), alpha=0).layout.salient_count == 0
 
 
