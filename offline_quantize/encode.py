@@ -86,11 +86,8 @@ def encode_rows(
     grouped = block if scale is None else block / scale
     grouped = torch.nn.functional.pad(grouped, (0, padding)) if padding else grouped
     grouped = grouped.reshape(rows, groups, layout.group_size)
-    ordinary = torch.ones_like(grouped)
-    if padding:
-        ordinary[:, -1, -padding:] = 0
-
     chosen, wanted = _choose(grouped, recipe, penalty)
+    ordinary = grouped.clone()  # zero in the place of salient weights and of padding
     if chosen is not None:
         chosen.put(ordinary, torch.zeros(()))
     if layout.uniform:
@@ -98,10 +95,11 @@ def encode_rows(
         if chosen is not None:
             chosen.encode(grouped, packed, layout)
     else:
-        packed = grids.store_scales(grids.window_scales(grouped, ordinary), layout, grouped)
+        scales = ordinary.abs_().amax(-1)  # see docs/method.md for why it is not a fitted scale
+        packed = grids.store_scales(scales, layout, grouped)
         if chosen is not None:
             chosen.encode(grouped, packed, layout)
-        codes, level = _level_codes(grouped, ordinary, chosen, packed, layout)
+        codes, level = _level_codes(grouped, padding, chosen, packed, layout)
 
     step = reference.group_scales(packed, layout) / layout.level_limit
     values, found = level.mul_(step[..., None]), 0
@@ -160,7 +158,7 @@ def _choose(grouped: Tensor, recipe: Recipe, penalty: float) -> tuple[_Salient |
 
 def _level_codes(
     grouped: Tensor,
-    ordinary: Tensor,
+    padding: int,
     chosen: _Salient | None,
     packed: dict[str, Tensor],
     layout: Layout,
@@ -169,7 +167,9 @@ def _level_codes(
     scale = reference.group_scales(packed, layout)
     if not layout.trellis:
         return grids.nearest_levels(grouped, scale, layout)
-    forced = torch.where(ordinary > 0, 2, 0).to(torch.uint8)  # padding has code 0
+    forced = torch.full(grouped.shape, 2, dtype=torch.uint8)
+    if padding:
+        forced[:, -1, -padding:] = 0
     if chosen is not None:  # the low bits of salient codes take part in the trellis
         chosen.put(forced, chosen.codes & 1)
     return trellis_search(grouped, scale, layout, forced)

@@ -1,7 +1,7 @@
 """Grids for the two classes: values of a block of rows to scales and codes as they are stored.
 
-Weights come grouped, [R, G, group_size]; a mask `ordinary` of the same shape is 1 for the base
-class and 0 for salient weights and for the padding of a ragged group.
+Weights come grouped, [R, G, group_size]; `ordinary` is the same with zeros in the place of salient
+weights and of the padding of a ragged group.
 """
 
 import torch
@@ -22,24 +22,14 @@ def min_max(
     """
     layout = recipe.layout
     top = 2**layout.bits - 1
-    kept = grouped * ordinary  # zero is always within the range, so that it can be a code
-    low = kept.amin(-1).clamp_max(0) * recipe.clip
-    high = kept.amax(-1).clamp_min(0) * recipe.clip
+    low = ordinary.amin(-1).clamp_max(0) * recipe.clip  # zero is in the range: it can be a code
+    high = ordinary.amax(-1).clamp_min(0) * recipe.clip
     sides = store_scales(high - low, layout, grouped)
     inverse = _inverse(group_scales(sides, layout) / layout.level_limit)
     zero = (-low * inverse).round_().clamp_(0, top)
     codes = torch.addcmul(zero[..., None], grouped, inverse[..., None]).round_().clamp_(0, top)
     coded = codes.to(torch.uint8)
     return sides | {"zeros": zero.to(torch.uint8)}, coded, codes.sub_(zero[..., None])
-
-
-def window_scales(grouped: Tensor, ordinary: Tensor) -> Tensor:
-    """Scales [R, G] whose outermost level is the largest ordinary weight of the group.
-
-    Fitting the scale to the least squared error instead clips the largest ordinary weights, which
-    lowers the error of the weights and doubles the KL divergence of the model (docs/method.md).
-    """
-    return (grouped * ordinary).abs_().amax(-1)
 
 
 def nearest_levels(grouped: Tensor, scale: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ def trained_levels(bits: int, group_size: int, salient_count: int) -> tuple[int,
     """The 2**(bits+1) int8 levels of least squared error in the trellis, symmetric.
 
     Samples are groups of a normal, without their `salient_count` largest members, divided by the
-    largest that is left, as `grids.window_scales` sees them.
+    largest that is left, as `encode` sees them.
     """
     generator = torch.Generator().manual_seed(0)
     normal = torch.randn((GROUPS, group_size), generator=generator)
