@@ -250,3 +250,35 @@ def test_a_tied_model_without_an_output_head(checkpoint, weights, quantize):
     target = quantize(checkpoint(tensors=tensors, config=config))
     assert open_packed(target).files.config["tie_word_embeddings"] is True
     assert "lm_head" not in open_packed(target).config.kept
+
+
+def test_everything_else_is_copied_byte_for_byte(checkpoint, weights, quantize):
+    make = weights()
+    extra = {
+        "mtp.layers.0.mlp.up_proj.weight": make(64, 128),
+        "model.layers.2.mlp.up_proj.weight": make(64, 128),  # past the last of two layers
+        "visual.blocks.0.attn.qkv.weight": make(64, 128),
+        "model.layers.0.mlp.experts.up_proj": make(4, 64, 128),
+        "model.layers.0.mlp.none.weight": make(0, 128),
+        "model.embed_tokens.weight": make(48, 128).to(torch.float8_e4m3fn),
+        "model.embed_tokens.weight_scale": torch.ones(48, 1).to(torch.float8_e8m0fnu),
+        "nan": torch.full((3,), float("nan"), dtype=torch.float64),
+        "scalar": torch.tensor(7),
+        "mask": torch.tensor([True, False, True]),
+        "complex": torch.tensor([1 + 2j]),
+        "é/ü name": torch.arange(5, dtype=torch.int16),
+    }
+    source = checkpoint(tensors=make.llama() | extra, shards=2)
+    target = quantize(source, "--group-size", 64)
+    original, copies = load(source), load(target)
+    assert len(read_manifest(target)["tensors"]) == 14
+    for name in extra:
+        assert (copies[name].dtype, copies[name].shape) == (
+            original[name].dtype,
+            original[name].shape,
+        )
+        assert bytes_of(copies[name]) == bytes_of(original[name])
+
+
+def bytes_of(tensor):
+    return bytes(tensor.flatten().view(torch.uint8).tolist())
