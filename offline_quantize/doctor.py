@@ -22,6 +22,7 @@ def diagnose() -> Iterator[tuple[str, bool | None, str]]:
         yield "accelerator", None, "none that torch sees; computing on the CPU"
     compiler = shutil.which("g++") or shutil.which("c++")
     yield "C++ compiler", None, compiler or "none"
+    yield _trellis()
     registered = [
         entry.value for entry in entry_points(group="vllm.general_plugins", name="precalib")
     ]
@@ -40,6 +41,16 @@ def installed(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def _trellis() -> tuple[str, bool | None, str]:
+    from precalib_kernels.native import build
+
+    try:
+        build.load("trellis")
+    except build.BuildError as error:
+        return "trellis search", None, f"in torch, about ten times slower: {error}"
+    return "trellis search", True, f"compiled, in {build.cache_directory()}"
 
 
 def _plugin() -> tuple[str, bool | None, str]:
