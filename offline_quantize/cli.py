@@ -15,8 +15,10 @@ import typer
 from rich.text import Text
 
 from offline_quantize import console, hub
+from offline_quantize import evaluate as evaluation
 from offline_quantize.dequantize import dequantize as run_dequantize
 from offline_quantize.doctor import diagnose
+from offline_quantize.files import write_json
 from offline_quantize.packed import open_packed, read_manifest
 from offline_quantize.plan import Options, make_plan
 from offline_quantize.quantize import is_finished
@@ -160,6 +162,41 @@ def dequantize(
             progress,
         )
     console.out.print(f"{target}: {console.size(size)} of {dtype.value} weights.")
+
+
+@app.command("eval")
+def evaluate(
+    directory: Annotated[Path, typer.Argument(help="Folder of a packed checkpoint.")],
+    against: Annotated[str, typer.Option(help="The source checkpoint: folder or Hugging Face id.")],
+    text: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="Text to measure on.")
+    ] = None,
+    self_generated: Annotated[
+        bool, typer.Option("--self-generated", help="Let the original write the text: no data.")
+    ] = False,
+    tokens: Annotated[int, typer.Option(help="Tokens to take or to write.", min=2)] = 8192,
+    tasks: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help='JSONL of {"query", "choices", "gold"}.'),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Questions to take of each file of tasks.", min=1)
+    ] = None,
+    dtype: Annotated[DType, typer.Option(help="Type to compute in.")] = DType.bfloat16,
+    device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda:0.")] = "cpu",
+    json: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write the result here.")
+    ] = None,
+) -> None:
+    """Compare a packed checkpoint with its source: KL, agreement, perplexity, tasks."""
+    request = evaluation.Request(
+        text or (), self_generated, tokens, tasks or (), limit, getattr(torch, dtype.value), device
+    )
+    _check_device(device)
+    result = evaluation.evaluate(directory, hub.locate(against), request)
+    evaluation.show(result)
+    if json is not None:
+        write_json(json, result)
 
 
 @app.command()
