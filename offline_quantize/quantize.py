@@ -1,5 +1,6 @@
 """`precalib quantize`: a checkpoint to a packed checkpoint."""
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -84,7 +85,9 @@ def _tasks(plan: Plan, device: str) -> Iterator[assembly.Task]:
 
 def _pack(path: Path, packing: Packing, device: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     weight = read_tensor(path, packing.name, packing.entry).to(device)
-    encoded = encode(weight, packing.recipe, f"{path}: tensor '{packing.name}'")
+    # Elsewhere than on the CPU, the encoder's own tables must be made there too.
+    with contextlib.nullcontext() if weight.device.type == "cpu" else weight.device:
+        encoded = encode(weight, packing.recipe, f"{path}: tensor '{packing.name}'")
     tensors = {f"{packing.module}.{k}": v.cpu() for k, v in encoded.tensors.items()}
     return tensors, encoded.statistics.summary()
 
