@@ -338,6 +338,7 @@ def test_interval_of_few_values(count: int) -> None:
     values = torch.arange(count).float()
     low, high = mean_interval(values, 64)
     assert 0 <= low <= float(values.mean()) <= high <= count - 1
+    assert mean_interval(torch.ones(count), 64) == (1, 1)  # a shorter last block counts as such
 
 
 # tasks
