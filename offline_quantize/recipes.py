@@ -65,7 +65,7 @@ RECIPES: Mapping[str, Recipe] = {
             column_scale=True,
         ),
         alpha=2 / 128,
-        balance=6,
+        balance=4,
     ),
     "balanced-3": Recipe(
         "3 bits: trellis levels, 4 salient weights of 128 at 7 bits, column scale",
@@ -81,7 +81,7 @@ RECIPES: Mapping[str, Recipe] = {
             column_scale=True,
         ),
         alpha=4 / 128,
-        balance=6,
+        balance=4,
     ),
     "paper-4": Recipe(
         "4 bits as in arXiv 2501.09107: 8 % salient by one λ' per tensor, min-max grids",

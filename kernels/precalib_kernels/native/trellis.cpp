@@ -1,6 +1,7 @@
 // Viterbi search through the trellis of `layout.py`, sixteen groups side by side.
 //
 // It does the arithmetic of `trellis.search_torch` in the same order, so both give the same codes.
+// Loops over the lanes have a fixed length and no branches: the compiler makes vectors of them.
 
 #include <algorithm>
 #include <cmath>
@@ -14,19 +15,111 @@ constexpr int kLanes = 16;
 typedef float Floats __attribute__((vector_size(4 * kLanes)));
 typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
 
+// Of each subset, the level nearest to each whole number: where it is in the subset, and its value.
 struct Tables {
-  int limit;
-  std::vector<int32_t> rank[4];  // best level of a subset for each point, counted in the subset
-  std::vector<float> value[4];   // and its value
+  int width;
+  std::vector<int32_t> rank;  // [4 subsets][width]
+  std::vector<float> value;
 
-  Tables(const int32_t* levels, int count, int limit) : limit(limit) {
+  Tables(const int32_t* levels, int count, int limit) : width(2 * limit + 1) {
     for (int s = 0; s < 4; ++s)
       for (int point = -limit; point <= limit; ++point) {
         int best = 0;
         for (int j = 1; 4 * j + s < count; ++j)
           if (std::abs(point - levels[4 * j + s]) < std::abs(point - levels[4 * best + s])) best = j;
-        rank[s].push_back(best);
-        value[s].push_back(float(levels[4 * best + s]));
+        rank.push_back(best);
+        value.push_back(float(levels[4 * best + s]));
+      }
+  }
+};
+
+// Sixteen groups, weight by weight with the lanes side by side.
+struct Block {
+  int size;
+  std::vector<Floats> scaled;  // weights in units of the levels
+  std::vector<Ints> forced, points, codes;
+  std::vector<Floats> values;
+  std::vector<Ints> came;  // [size][4 states (u[k], u[k-1])]: u[k-2] of the best way there
+
+  explicit Block(int size)
+      : size(size), scaled(size), forced(size), points(size), codes(size), values(size),
+        came(size_t(size) * 4) {}
+
+  void load(const float* weights, const float* unit, const uint8_t* given, int lanes) {
+    for (int l = 0; l < lanes; ++l)
+      for (int k = 0; k < size; ++k) {
+        scaled[k][l] = weights[int64_t(l) * size + k] * unit[l];
+        forced[k][l] = given[int64_t(l) * size + k];
+      }
+  }
+
+  // Costs of the best ways to the end, [state].
+  void search(const Tables& tables, int limit, Floats* cost) {
+    const float end = float(limit);
+    for (int s = 0; s < 4; ++s) cost[s] = Floats{} + (s ? INFINITY : 0.0f);
+    for (int k = 0; k < size; ++k) {
+      const Floats x = scaled[k];
+      const Ints f = forced[k];
+      Ints at;
+      for (int l = 0; l < kLanes; ++l) {
+        float point = std::nearbyint(x[l]);
+        point = point < -end ? -end : point;
+        point = point > end ? end : point;
+        at[l] = int32_t(point + end);
+      }
+      points[k] = at;
+      Floats error[4];
+      for (int s = 0; s < 4; ++s) {
+        const float* const value = tables.value.data() + s * tables.width;
+        Floats nearest;
+        for (int l = 0; l < kLanes; ++l) nearest[l] = value[at[l]];
+        const Floats distance = x - nearest;
+        error[s] = f > 1 ? distance * distance : Floats{};
+      }
+      const Floats barrier[2] = {f == 1 ? Floats{} + INFINITY : Floats{},
+                                 f == 0 ? Floats{} + INFINITY : Floats{}};
+      Floats next[4];
+      for (int u = 0; u < 2; ++u)      // u[k]
+        for (int a = 0; a < 2; ++a) {  // u[k-1]; then u[k-2] is 0 or 1
+          const Floats stay = cost[2 * a] + error[2 * u + a];
+          const Floats turn = cost[2 * a + 1] + error[2 * (u ^ 1) + a];
+          const Ints turned = turn < stay;
+          came[size_t(k) * 4 + 2 * u + a] = turned & 1;
+          next[2 * u + a] = (turned ? turn : stay) + barrier[u];
+        }
+      for (int s = 0; s < 4; ++s) cost[s] = next[s];
+    }
+  }
+
+  // Codes and values along the best ways, from the last weight back to the first.
+  void trace(const Tables& tables, const Floats* cost) {
+    Ints state = {};
+    Floats least = cost[0];
+    for (int s = 1; s < 4; ++s) {
+      const Ints better = cost[s] < least;
+      state = better ? Ints{} + s : state;
+      least = better ? cost[s] : least;
+    }
+    for (int k = size - 1; k >= 0; --k) {
+      const Ints* const way = &came[size_t(k) * 4];
+      const Ints now = state >> 1, last = state & 1;
+      const Ints before = state == 0 ? way[0] : state == 1 ? way[1] : state == 2 ? way[2] : way[3];
+      const Ints entry = (2 * (now ^ before) + last) * tables.width + points[k];
+      Ints rank;
+      Floats value;
+      for (int l = 0; l < kLanes; ++l) rank[l] = tables.rank[entry[l]];
+      for (int l = 0; l < kLanes; ++l) value[l] = tables.value[entry[l]];
+      codes[k] = 2 * rank + now;
+      values[k] = value;
+      state = 2 * last + before;
+    }
+  }
+
+  void store(uint8_t* out_codes, float* out_values, int lanes) const {
+    for (int l = 0; l < lanes; ++l)
+      for (int k = 0; k < size; ++k) {
+        out_codes[int64_t(l) * size + k] = uint8_t(codes[k][l]);
+        out_values[int64_t(l) * size + k] = values[k][l];
       }
   }
 };
@@ -37,57 +130,16 @@ struct Tables {
 // of the code where it is given, else 2;  results: codes and level values, [groups][size].
 extern "C" void trellis_search(const float* weights, const float* unit, const uint8_t* forced,
                                const int32_t* levels, int32_t level_count, int32_t limit,
-                               int64_t groups, int32_t size, uint8_t* codes,
-                               float* values) {
+                               int64_t groups, int32_t size, uint8_t* codes, float* values) {
   const Tables tables(levels, level_count, limit);
-  const float end = float(limit);
-  std::vector<Ints> came(size_t(size) * 4);   // u[k-2] of the best way into state (u[k], u[k-1])
-  std::vector<int32_t> points(size_t(size) * kLanes);
+  Block block(size);
   for (int64_t first = 0; first < groups; first += kLanes) {
     const int lanes = int(std::min<int64_t>(kLanes, groups - first));
-    Floats cost[2][2];  // [u[k-1]][u[k-2]]
-    for (auto& row : cost)
-      for (auto& c : row) c = Floats{} + INFINITY;
-    cost[0][0] = Floats{};
-    for (int k = 0; k < size; ++k) {
-      Floats error[4] = {}, barrier[2] = {};
-      for (int l = 0; l < lanes; ++l) {
-        const int64_t at = (first + l) * size + k;
-        const float scaled = weights[at] * unit[first + l];
-        const float point = std::fmin(std::fmax(std::nearbyint(scaled), -end), end);
-        const int index = int(point + end);
-        points[size_t(k) * kLanes + l] = index;
-        const bool free = forced[at] > 1;
-        for (int s = 0; s < 4; ++s) {
-          const float off = scaled - tables.value[s][index];
-          error[s][l] = free ? off * off : 0.0f;
-        }
-        if (!free) barrier[1 - forced[at]][l] = INFINITY;
-      }
-      Floats next[2][2];
-      for (int u = 0; u < 2; ++u)
-        for (int a = 0; a < 2; ++a) {
-          const Floats stay = cost[a][0] + error[2 * u + a];
-          const Floats turn = cost[a][1] + error[2 * (u ^ 1) + a];
-          const Ints turned = turn < stay;
-          came[size_t(k) * 4 + 2 * u + a] = turned;
-          next[u][a] = (turned ? turn : stay) + barrier[u];
-        }
-      for (int u = 0; u < 2; ++u)
-        for (int a = 0; a < 2; ++a) cost[u][a] = next[u][a];
-    }
-    for (int l = 0; l < lanes; ++l) {
-      int state = 0;
-      for (int s = 1; s < 4; ++s)
-        if (cost[s >> 1][s & 1][l] < cost[state >> 1][state & 1][l]) state = s;
-      for (int k = size - 1; k >= 0; --k) {
-        const int before = came[size_t(k) * 4 + state][l] & 1, now = state >> 1, last = state & 1;
-        const int subset = 2 * (now ^ before) + last;
-        const int point = points[size_t(k) * kLanes + l];
-        codes[(first + l) * size + k] = uint8_t(2 * tables.rank[subset][point] + now);
-        values[(first + l) * size + k] = tables.value[subset][point];
-        state = 2 * last + before;
-      }
-    }
+    const int64_t offset = first * size;
+    Floats cost[4];
+    block.load(weights + offset, unit + first, forced + offset, lanes);
+    block.search(tables, limit, cost);
+    block.trace(tables, cost);
+    block.store(codes + offset, values + offset, lanes);
   }
 }
