@@ -2,13 +2,13 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: install demo test lint clean help
+.PHONY: install demo test lint bench-quality bench-speed clean help
 
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 # Python files that are scripts, not part of the distribution.
-SCRIPTS := $(wildcard deploy/*.py)
+SCRIPTS := $(wildcard deploy/*.py) benchmarks/quality.py benchmarks/peers.py
 PIP = $(BIN)/python -m pip install --progress-bar off
 PIP_PROGRESS := awk '/^(Collecting|Processing) / && ++n % 20 == 0 {print "install:   " n " found"} \
   /^Installing collected/ {print "install:   writing .venv"} {fflush()}'
@@ -56,9 +56,17 @@ lint: $(STAMP) ## ruff and mypy
 	@$(BIN)/mypy
 	@$(BIN)/mypy $(SCRIPTS)
 
+bench-quality: $(STAMP) ## KL against true bits, beside other methods: make bench-quality TEXT=file.txt
+	@test -n "$(TEXT)" || { echo "bench-quality: name a text file: make bench-quality TEXT=file.txt"; exit 1; }
+	@$(BIN)/python deploy/smollm2.py demo-output/SmolLM2-135M-Instruct
+	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/quality.py demo-output/SmolLM2-135M-Instruct --text $(TEXT) --out docs
+
+bench-speed: $(STAMP) ## seconds to quantize, recipe by recipe
+	@$(BIN)/python benchmarks/quantize_speed.py
+
 clean: ## remove .venv, caches and the demo's output
 	rm -rf .venv demo-output build deploy/vllm-metapackage/build *.egg-info deploy/*/*.egg-info \
 	  .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)

@@ -58,7 +58,7 @@ def quantize(
         float | None, typer.Option(help="Share of salient weights, 0.05 for 5 %.")
     ] = None,
     salient_bits: Annotated[
-        int | None, typer.Option(help="Bits of a salient code: those of the base, or 8.")
+        int | None, typer.Option(help="Bits of a salient code, those of the base to 8.")
     ] = None,
     clip: Annotated[
         float | None, typer.Option(help="Share of the non-salient range a min-max grid covers.")

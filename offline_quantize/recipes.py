@@ -137,8 +137,9 @@ def adjust(
     if salient_bits is not None:
         changes["salient_bits"] = salient_bits
     share = recipe.alpha if alpha is None else alpha
-    if share != recipe.alpha or (group_size is not None and recipe.alpha):
-        places = round(share * changes.get("group_size", layout.group_size))
+    size = changes.get("group_size", layout.group_size)
+    if (share, size) != (recipe.alpha, layout.group_size):
+        places = round(share * size)
         if recipe.rule == "tensor":
             places = min(2 * places, MAX_SALIENT_COUNT)
         changes["salient_count"] = places

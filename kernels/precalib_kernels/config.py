@@ -65,11 +65,16 @@ class CheckpointConfig:
         for name, layout in fields["layouts"].items():
             if not isinstance(layout, Mapping):
                 raise FormatError(f"quantization_config: layout {name!r} is not an object")
-            layouts[name] = Layout.from_dict(layout)
+            try:
+                layouts[name] = Layout.from_dict(layout)
+            except FormatError as error:
+                raise FormatError(f"quantization_config: {name!r}: {error}") from error
         for module, name in fields["modules"].items():
-            if name not in layouts:
+            if not isinstance(name, str) or name not in layouts:
                 raise FormatError(
                     f"quantization_config: module {module!r} has the undefined layout {name!r}"
                 )
-        kept = tuple(fields.get("kept", ()))
-        return cls(fields["recipe"], layouts, dict(fields["modules"]), kept)
+        kept = fields.get("kept", [])
+        if not isinstance(kept, list):
+            raise FormatError("quantization_config: 'kept' is not a list")
+        return cls(fields["recipe"], layouts, dict(fields["modules"]), tuple(kept))

@@ -109,7 +109,7 @@ class Layout:
     def __post_init__(self) -> None:
         def require(holds: bool, what: str) -> None:
             if not holds:
-                raise FormatError(f"layout {dataclasses.asdict(self)}: {what}")
+                raise FormatError(f"layout: {what}")
 
         for field in ("bits", "group_size", "salient_count", "salient_bits"):
             require(type(getattr(self, field)) is int, f"{field} must be a whole number")
