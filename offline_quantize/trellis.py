@@ -2,8 +2,8 @@
 
 The state after weight k is (u[k], u[k-1]), the low bits of two codes. A weight's level index
 modulo 4, its subset, is 2 * (u[k] ^ u[k-2]) + u[k-1]; within a subset the nearest level is best.
-The search is compiled; without a compiler a torch version of it, equal bit for bit, takes about
-ten times as long.
+The search is compiled. Without a compiler a torch version, equal bit for bit, takes about forty
+times as long, and quantizing as a whole about seven times.
 """
 
 import ctypes
