@@ -1,7 +1,8 @@
-"""The benchmark's peers: sizes by hand, levels by definition, and the table."""
+"""Rows of the quality benchmark: what is measured, at which bits, and what is put back."""
 
-import importlib.util
-import math
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -10,122 +11,159 @@ import pytest
 import torch
 from torch import Tensor
 
-FOLDER = Path(__file__).parents[2] / "benchmarks"
+from offline_quantize.console import Quiet
+from offline_quantize.plan import Options, make_plan
+from offline_quantize.quantize import quantize
+from offline_quantize.source import open_checkpoint
+from precalib_kernels.errors import SourceError
+
+Load = Callable[[str], ModuleType]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 @pytest.fixture
-def load(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(FOLDER))
-
-    def load(name: str) -> ModuleType:
-        spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-
-    return load
+def texts(tmp_path: Path) -> list[Path]:
+    words = {"prose": "One text decides, ", "letters": "and the other one is shown. "}
+    for name, text in words.items():
+        (tmp_path / f"{name}.txt").write_text(text * 20)
+    return [tmp_path / f"{name}.txt" for name in words]
 
 
 @pytest.fixture
-def peers(load: Any) -> ModuleType:
-    module: ModuleType = load("peers")
-    return module
-
-
-@pytest.fixture
-def weight() -> Tensor:
-    return torch.randn(24, 160, generator=torch.Generator().manual_seed(0)) * 0.02
-
-
-def error(found: Tensor, weight: Tensor) -> float:
-    return float((found - weight).square().mean() / weight.square().mean())
-
-
-@pytest.mark.parametrize(("bits", "group_size"), [(3, 64), (4, 64), (4, 128), (5, 32)])
-def test_rtn(peers: ModuleType, weight: Tensor, bits: int, group_size: int) -> None:
-    found, stored = peers.rtn(weight, bits, group_size)
-    groups = math.ceil(160 / group_size)
-    assert stored == 24 * 160 * bits + 24 * groups * (16 + bits)
-    for start in range(0, 160, group_size):
-        part = slice(start, start + group_size)
-        span = weight[:, part].amax(1).clamp(min=0) - weight[:, part].amin(1).clamp(max=0)
-        step = span / (2**bits - 1)
-        off = (found - weight)[:, part].abs().amax(1)
-        assert bool(
-            (off <= step * (0.5 + 0.5 + 0.01)).all()
-        )  # rounding, and that of the zero point
-        assert bool((off.mean() > step * 0.3).any())
-
-
-def test_column_scale_pays_where_columns_differ(peers: ModuleType, weight: Tensor) -> None:
-    uneven = weight * torch.logspace(-1, 1, 160)[torch.randperm(160)]
-    relative = [
-        float(((peers.rtn(uneven, 4, 32, balance)[0] - uneven) / uneven.std(0)).square().mean())
-        for balance in (False, True)
-    ]
-    assert relative[1] < relative[0] / 2
-    assert peers.rtn(uneven, 4, 32, True)[1] - peers.rtn(uneven, 4, 32)[1] == 16 * 160
-
-
-def test_hqq(peers: ModuleType, weight: Tensor) -> None:
-    """At the size of real weights its steps move a group's zero point until the mean error is 0."""
-    weight = weight[:, :128]
-    found, stored = peers.hqq(weight, 3, 64)
-    assert stored == 24 * 128 * 3 + 24 * 2 * 32
-    drift, rounded = (
-        float((q - weight).view(-1, 64).mean(1).abs().mean())
-        for q in (found, peers.rtn(weight, 3, 64)[0])
-    )
-    assert drift < rounded / 2
-    assert error(found, weight) < 1.05 * error(peers.rtn(weight, 3, 64)[0], weight)
-
-
-def test_nf4(peers: ModuleType, weight: Tensor) -> None:
-    levels = peers.normal_float_levels()
-    assert (len(levels), float(levels[0]), float(levels[7]), float(levels[15])) == (16, -1, 0, 1)
-    published = {1: -0.6961928, 6: -0.0910500, 8: 0.0795803, 14: 0.7229568}  # QLoRA, appendix E
-    for index, level in published.items():
-        assert float(levels[index]) == pytest.approx(level, abs=2e-7)
-    found, stored = peers.nf4(weight, 64)
-    assert stored == 24 * 160 * 4 + 24 * 3 * 16
-    assert 0.003 < error(found, weight) < 0.012
-
-
-def test_recipes_go_through_the_format(load: Any, weight: Tensor) -> None:
+def run(load: Load, source: Path, texts: list[Path], tmp_path: Path, monkeypatch: Any) -> Any:
     quality = load("quality")
-    methods = quality.methods()
-    found, stored = methods["precalib rtn", "rtn-4"](weight)
+
+    def run(*arguments: str | Path) -> list[dict[str, Any]]:
+        command = ["quality.py", source, "--text", *texts, "--out", tmp_path, *arguments]
+        monkeypatch.setattr(sys, "argv", [str(word) for word in command])
+        quality.main()
+        rows: list[dict[str, Any]] = json.loads((tmp_path / "quality.json").read_text())["rows"]
+        return rows
+
+    return run
+
+
+def packed(source: Path, target: Path, keep: list[str]) -> Path:
+    plan = make_plan(open_checkpoint(source), Options("rtn-3", {}, [], keep))
+    quantize(plan, target, Quiet(), 1)
+    return target
+
+
+def test_recipes_go_through_the_format(load: Load) -> None:
+    weight = 0.02 * torch.randn(24, 160, generator=torch.Generator().manual_seed(0))
+    (method,) = load("quality").recipes(["rtn-4"])
+    ((name, found, stored),) = method.quantize({"w": weight})
+    assert (name, method.name, method.variant) == ("w", "precalib rtn", "rtn-4")
     assert stored == 24 * 160 * 4 + 24 * 2 * (16 + 8)
-    assert 0.003 < error(found, weight) < 0.02
+    assert 0.003 < float((found - weight).square().mean() / weight.square().mean()) < 0.02
 
 
-def test_table(load: Any) -> None:
-    quality = load("quality")
+def test_checkpoints_and_recipes_agree(run: Any, source: Path, tmp_path: Path) -> None:
+    whole = packed(source, tmp_path / "whole", [])
+    part = packed(source, tmp_path / "part", [r"\.mlp\."])
+    rows = run("--only", "rtn-3", "--checkpoint", whole, part)
+    by_variant = {row["variant"]: row for row in rows}
+    assert set(by_variant) == {"rtn-3", "whole", "part"}
+    assert by_variant["whole"]["texts"] == by_variant["rtn-3"]["texts"]
+    assert by_variant["whole"]["bits"] == by_variant["rtn-3"]["bits"]
+    attention, mlp = 128 * (128 + 64 + 64 + 128), 128 * 160 * 3
+    manifest = json.loads((part / "precalib.json").read_text())["totals"]
+    assert manifest["weights"] == 2 * attention
+    bits = (manifest["bits_per_weight"] * attention + 16 * mlp) / (attention + mlp)
+    assert by_variant["part"]["bits"] == pytest.approx(bits)
+    for text in ("prose", "letters"):
+        assert by_variant["part"]["texts"][text]["kl"] < by_variant["whole"]["texts"][text]["kl"]
+    page = (tmp_path / "quality.md").read_text()
+    assert page.count("| precalib checkpoint |") == 2
+    assert (tmp_path / "quality.png").stat().st_size > 10_000
 
-    def row(method: str, bits: float, kl: float) -> dict[str, Any]:
-        numbers = {"kl_99": 1.0, "agreement": 0.5, "perplexity": 9.0, "original_perplexity": 8.0}
-        where = {"method": method, "variant": "v", "bits": bits, "kl": kl, "kl_interval": [0, 1]}
-        return where | numbers
 
-    others = [row("A", 3, 1.0), row("A", 5, 0.01), row("B", 3, 0.9), row("B", 4, 0.2)]
-    assert quality.best_peer(4, others) == pytest.approx(0.1)  # A: the geometric mean
-    assert quality.best_peer(3, others) == pytest.approx(0.9)
-    assert quality.best_peer(5.1, others) is None
-    lines = quality.table([row("precalib x", 4, 0.05), *others]).splitlines()
-    assert lines[3].endswith("| 9.00 | 0.50 |")
-    assert lines[4].startswith("| A | v | 3.000 | 1.0000 |")
+def test_rows_stay(run: Any) -> None:
+    (first,) = run("--only", "NF4")
+    both = run("--only", "rtn-3")
+    assert [row["method"] for row in both] == ["precalib rtn", "NF4"]
+    assert both[1] == first
+    assert run("--only", "NF4", "rtn-3", "--resume") == both  # even the seconds
 
 
-def test_table_goes_between_its_markers(load: Any, tmp_path: Path) -> None:
-    quality = load("quality")
-    page = tmp_path / "quality.md"
-    page.write_text(f"before\n{quality.BEGIN}\nold\n{quality.END}\nafter\n")
-    for _ in range(2):
-        quality.insert_table("new\n", page)
-        assert page.read_text() == f"before\n{quality.BEGIN}\nnew\n{quality.END}\nafter\n"
-    page.write_text("no markers")
-    with pytest.raises(quality.SourceError, match="around its table"):
-        quality.insert_table("new\n", page)
-    assert page.read_text() == "no markers"
+def test_rows_of_other_texts(run: Any, texts: list[Path]) -> None:
+    run("--only", "NF4")
+    new = texts[0].rename(texts[0].with_stem("new"))
+    with pytest.raises(SystemExit, match="has rows without the text 'new'; choose another --out"):
+        run("--only", "rtn-3", "--text", new)
+
+
+def test_other_parameters_are_put_back(load: Load, source: Path, texts: list[Path]) -> None:
+    def spoil(weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, int]]:
+        yield "model.norm.weight", torch.full((128,), 3.0), 0
+        for name, weight in weights.items():
+            yield name, weight, 16 * weight.numel()
+
+    bench = load("quality").Bench(source, texts[:1], 200)
+    spoilt, same = (
+        bench.row(load("methods").Method(name, "16 bits", make))
+        for name, make in {"spoilt": spoil, "same": load("methods").each(unchanged)}.items()
+    )
+    assert (spoilt["bits"], same["bits"]) == (16, 16)
+    assert spoilt["texts"]["prose"]["kl"] > 0.1
+    assert same["texts"]["prose"]["kl"] == pytest.approx(0, abs=1e-6)
+    with pytest.raises(SourceError, match=r"none left out model.layers.0.\S*weight; it must"):
+        bench.row(load("methods").Method("none", "", lambda _: ()))
+    made = load("methods").Method("odd", "", lambda _: [("b", torch.ones(1), 1)])
+    with pytest.raises(SourceError, match="odd made 'b', which the model does not have"):
+        bench.row(made)
+
+
+def unchanged(weight: Tensor) -> tuple[Tensor, int]:
+    return weight, 16 * weight.numel()
+
+
+def test_checkpoint_of_another_model(load: Load, source: Path, tmp_path: Path) -> None:
+    folder = packed(source, tmp_path / "packed", [])
+    with pytest.raises(SourceError, match=r"packed: packs model.layers.0.\S*, which is no linear"):
+        list(load("methods").checkpoint(folder).quantize({"other.weight": torch.zeros(2, 2)}))
+
+
+PEERS = """
+import json, sys, pathlib, torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+if sys.argv[1] == "--list":
+    row = {"method": "Half", "variant": "v", "calibrated": True, "note": ""}
+    print(json.dumps([row, row | {"method": "Broken", "calibrated": False, "note": "odd"}]))
+    sys.exit()
+if sys.argv[3] == "Broken":
+    sys.exit("first line\\nno such thing")
+assert sys.argv[5] == "--calibration" and pathlib.Path(sys.argv[6]).exists()
+target = pathlib.Path(sys.argv[2])
+target.mkdir(parents=True)
+bits = json.dumps({"a.weight": 12})
+weights = {"a.weight": torch.ones(2, 2), "norm.weight": torch.ones(2)}
+save_file(weights, target / "weights.safetensors", metadata={"stored_bits": bits})
+"""
+
+
+def test_peers_of_another_interpreter(
+    load: Load, tmp_path: Path, texts: list[Path], monkeypatch: Any
+) -> None:
+    methods = load("methods")
+    (tmp_path / "peers.py").write_text(PEERS)
+    monkeypatch.setattr(methods, "SCRIPT", tmp_path / "peers.py")
+    found = methods.outside(sys.executable, Path("source"), tmp_path / "work", texts)
+    assert [(m.name, m.calibration, m.note) for m in found] == [
+        ("Half, prose", "prose", ""),
+        ("Half, letters", "letters", ""),
+        ("Broken", "", "odd"),
+    ]
+    for _ in range(2):  # the second time from the folder
+        made = {name: bits for name, _, bits in found[0].quantize({})}
+        assert made == {"a.weight": 12, "norm.weight": 0}
+        (tmp_path / "peers.py").write_text("raise SystemExit('made twice')")
+    (tmp_path / "peers.py").write_text(PEERS)
+    with pytest.raises(SourceError, match="Broken v failed: no such thing"):
+        list(found[2].quantize({}))

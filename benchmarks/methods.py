@@ -1,0 +1,121 @@
+"""What the quality benchmark measures: a method makes the weights of a whole model."""
+
+import dataclasses
+import json
+import subprocess
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from peers import Peer
+from safetensors import safe_open
+from torch import Tensor
+
+from offline_quantize.packed import open_packed
+from precalib_kernels.errors import SourceError
+
+# From the decoder's linear weights, by name, to (name, dequantized weight, stored bits). Other
+# parameters may be replaced too (AWQ scales the norms).
+Quantize = Callable[[Mapping[str, Tensor]], Iterable[tuple[str, Tensor, int]]]
+
+SCRIPT = Path(__file__).with_name("outside_peers.py")
+BFLOAT16 = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A way to quantize a model.
+
+    name, variant: of its line in the plot, and of its point there.
+    calibration:   the text it learnt from, none for a data-free method.
+    note:          why its figures say less than they seem to.
+    """
+
+    name: str
+    variant: str
+    quantize: Quantize
+    calibration: str = ""
+    note: str = ""
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """Name and variant."""
+        return self.name, self.variant
+
+    def facts(self) -> dict[str, Any]:
+        """What a row says of the method."""
+        facts = {"method": self.name, "variant": self.variant}
+        return facts | {"calibration": self.calibration, "note": self.note}
+
+
+def each(peer: Peer) -> Quantize:
+    """A function of one weight, applied to each."""
+
+    def quantize(weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, int]]:
+        for name, weight in weights.items():
+            yield name, *peer(weight.float())
+
+    return quantize
+
+
+def checkpoint(folder: Path) -> Method:
+    """A packed checkpoint; weights that it keeps as they are count 16 bits."""
+
+    def quantize(weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, int]]:
+        packed = open_packed(folder)
+        modules = [f"{module}.weight" for module in packed.config.modules]
+        if strange := sorted(set(modules) - set(weights)):
+            raise SourceError(
+                f"{folder}: packs {strange[0]}, which is no linear weight of this decoder; "
+                "quantize SOURCE itself"
+            )
+        for name, weight in weights.items():
+            if name in modules:
+                module = name.removesuffix(".weight")
+                entries = [packed.locations[part][1] for part in packed.stored_names(module)]
+                yield name, packed.weight(module), 8 * sum(entry.nbytes for entry in entries)
+            else:
+                yield name, weight, BFLOAT16 * weight.numel()
+
+    return Method("precalib checkpoint", folder.name, quantize)
+
+
+def outside(
+    python: str, source: Path, work: Path, calibration: Sequence[Path] = ()
+) -> list[Method]:
+    """The peers of outside_peers.py that can run in an interpreter.
+
+    work: keeps what they make, so that they make it once.
+    """
+    found = []
+    for facts in json.loads(_ask(python, "--list").splitlines()[-1]):
+        for file in calibration if facts["calibrated"] else [None]:
+            label = f"{facts['method']}, {file.stem}" if file else facts["method"]
+            folder = work / f"{label} {facts['variant']}".replace("/", "-")
+            command = (str(source), str(folder), facts["method"], facts["variant"])
+            more = ("--calibration", str(file)) if file else ()
+            make = _making(python, folder, (*command, *more))
+            text = file.stem if file else ""
+            found.append(Method(label, facts["variant"], make, text, facts["note"]))
+    return found
+
+
+def _making(python: str, folder: Path, command: Sequence[str]) -> Quantize:
+    def quantize(_: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, int]]:
+        made = folder / "weights.safetensors"
+        if not made.exists():
+            _ask(python, *command)
+        with safe_open(made, framework="pt") as file:
+            bits = json.loads(file.metadata()["stored_bits"])
+            for name in file.keys():  # noqa: SIM118
+                yield name, file.get_tensor(name), bits.get(name, 0)
+
+    return quantize
+
+
+def _ask(python: str, *arguments: str) -> str:
+    done = subprocess.run([python, SCRIPT, *arguments], capture_output=True, text=True)
+    if done.returncode:
+        last = next(reversed(done.stderr.strip().splitlines()), "")
+        raise SourceError(f"{SCRIPT.name} {' '.join(arguments)} failed: {last}")
+    return done.stdout

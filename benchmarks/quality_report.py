@@ -1,0 +1,130 @@
+"""Table and plot of measured rows."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from precalib_kernels.errors import SourceError
+
+Row = Mapping[str, Any]
+BEGIN, END = "<!-- table -->", "<!-- end of table -->"
+OURS = "precalib"
+FIRST = "precalib balanced"
+
+
+def ranked(rows: Sequence[Row]) -> list[Row]:
+    """Ours first, then data-free methods, then calibrated ones; each by its bits."""
+    return sorted(rows, key=lambda row: (*_rank(row), row["bits"]))
+
+
+def best(bits: float, rows: Sequence[Row], text: str) -> float | None:
+    """KL of the best method at so many bits, log-linear between a method's own points.
+
+    None outside the span of every method.
+    """
+    found = []
+    for method in {row["method"] for row in rows}:
+        points = sorted(point(row, text) for row in rows if row["method"] == method)
+        for (low, kl_low), (high, kl_high) in itertools.pairwise(points):
+            if low <= bits <= high and low < high:
+                share = (bits - low) / (high - low)
+                found.append(kl_low ** (1 - share) * kl_high**share)
+    return min(found, default=None)
+
+
+def point(row: Row, text: str) -> tuple[float, float]:
+    """Bits and KL."""
+    return row["bits"], row["texts"][text]["kl"]
+
+
+def table(rows: Sequence[Row], texts: Sequence[str]) -> str:
+    """The rows as a Markdown table, one group of columns for each text."""
+    groups = " | ".join(f"{text}: KL | 95 % | top-1 | × data-free | × calibrated" for text in texts)
+    originals = " | ".join("0 | | 100 % | |" for _ in texts)
+    lines = [
+        f"| method | variant | true bits | {groups} |",
+        "|---|---|--:" + "|--:" * 5 * len(texts) + "|",
+        f"| original | bfloat16 | 16 | {originals} |",
+    ]
+    others = [row for row in rows if not _ours(row)]
+    free = [row for row in others if not row["calibration"] and not row["note"]]
+    calibrated = [row for row in others if row["calibration"]]
+    for row in rows:
+        cells = [row["method"], row["variant"] + _mark(row), f"{row['bits']:.3f}"]
+        for text in texts:
+            values = row["texts"][text]
+            low, high = values["kl_interval"]
+            cells += [f"{values['kl']:.4f}", f"{low:.4f}–{high:.4f}"]
+            cells.append(f"{100 * values['agreement']:.1f} %")
+            cells += [_ratio(row, peers, text) for peers in (free, calibrated)]
+        lines.append("| " + " | ".join(cells) + " |")
+    notes = sorted({row["note"] for row in rows if row["note"]})
+    return "\n".join(lines) + "\n" + "".join(f"\n\\* {note}\n" for note in notes)
+
+
+def insert_table(text: str, page: Path) -> None:
+    """Put the table where the page has its markers; a page that does not exist is made."""
+    written = page.read_text() if page.exists() else f"{BEGIN}\n{END}\n"
+    before, _, rest = written.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not end:
+        raise SourceError(f"{page}: has no lines '{BEGIN}' and '{END}' around its table")
+    page.write_text(f"{before}{BEGIN}\n{text}{END}{after}")
+
+
+def plot(rows: Sequence[Row], texts: Sequence[str], path: Path) -> None:
+    """Bits against KL on a logarithmic axis, one panel per text and one line per method."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot, ticker
+
+    size = (1 + 6 * len(texts), 6)
+    figure, panels = pyplot.subplots(
+        1, len(texts), figsize=size, dpi=150, sharey=True, squeeze=False
+    )
+    methods = {row["method"]: row for row in rows}
+    for text, axes in zip(texts, panels[0], strict=True):
+        for index, (method, first) in enumerate(methods.items()):
+            points = sorted(point(row, text) for row in rows if row["method"] == method)
+            ours = _ours(first)
+            axes.plot(
+                *zip(*points, strict=True),
+                label=method + _mark(first),
+                marker="o" if ours else "osD^v<>"[index % 7],
+                linestyle="-" if ours else ":" if first["calibration"] else "--",
+                linewidth=2.4 if method == FIRST else 1.3,
+                markersize=7 if ours else 5,
+                color=pyplot.get_cmap("tab20")(index % 20),
+            )
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+        axes.yaxis.set_minor_formatter(ticker.NullFormatter())
+        axes.set_xlabel("true bits per weight")
+        axes.set_title(text)
+        axes.grid(alpha=0.3)
+    panels[0][0].set_ylabel("KL(original ‖ quantized), nats per token")
+    panels[0][-1].legend(fontsize="small")
+    figure.tight_layout()
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def _ours(row: Row) -> bool:
+    return str(row["method"]).startswith(OURS)
+
+
+def _mark(row: Row) -> str:
+    return " \\*" if row["note"] else ""
+
+
+def _ratio(row: Row, peers: Sequence[Row], text: str) -> str:
+    bits, kl = point(row, text)
+    peer = best(bits, peers, text) if _ours(row) else None
+    return "" if peer is None else f"{kl / peer:.2f}"
+
+
+def _rank(row: Row) -> tuple[bool, bool, str]:
+    return not _ours(row), bool(row["calibration"]), row["method"]

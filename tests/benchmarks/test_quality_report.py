@@ -1,0 +1,69 @@
+"""The quality benchmark's table: ratios along the curve, columns, order and markers."""
+
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+Load = Callable[[str], ModuleType]
+
+
+def row(method: str, bits: float, kl: float, **facts: str) -> dict[str, Any]:
+    text = {"kl": kl, "kl_interval": [kl / 2, 2 * kl], "agreement": 0.5}
+    texts = {"a": text, "b": text | {"kl": 2 * kl}}
+    where = {"method": method, "variant": "v", "bits": bits, "texts": texts}
+    return where | {"calibration": "", "note": ""} | facts
+
+
+def test_best_is_log_linear(load: Load) -> None:
+    best = load("quality_report").best
+    rows = [row("A", 3, 1.0), row("A", 5, 0.01), row("B", 3, 0.9), row("B", 4, 0.2)]
+    assert best(4, rows, "a") == pytest.approx(0.1)  # A: the geometric mean
+    assert best(4, rows, "b") == pytest.approx(0.2)
+    assert best(3, rows, "a") == pytest.approx(0.9)
+    assert best(5.1, rows, "a") is None
+
+
+def test_table(load: Load) -> None:
+    report = load("quality_report")
+    rows = [
+        row("GPTQ", 3, 0.4, calibration="c"),
+        row("GPTQ", 5, 0.1, calibration="c"),
+        row("Found", 4, 0.001, note="knows the grid"),
+        row("Found", 3, 0.002, note="knows the grid"),
+        row("A", 3, 1.0),
+        row("A", 5, 0.01),
+        row("precalib x", 4, 0.05),
+        row("precalib balanced", 6, 0.01),
+    ]
+    written = report.table(report.ranked(rows), ["b", "a"])
+    lines = written.splitlines()
+    assert lines[0].startswith("| method | variant | true bits | b: KL | 95 % |")
+    assert len({line.count("|") for line in lines[:11]}) == 1
+    assert lines[3] == (
+        "| precalib balanced | v | 6.000 | 0.0200 | 0.0050–0.0200 | 50.0 % |  |  "
+        "| 0.0100 | 0.0050–0.0200 | 50.0 % |  |  |"
+    )
+    assert lines[4] == (  # A alone is data-free here; 0.2 is GPTQ's geometric mean
+        "| precalib x | v | 4.000 | 0.1000 | 0.0250–0.1000 | 50.0 % | 0.50 | 0.25 "
+        "| 0.0500 | 0.0250–0.1000 | 50.0 % | 0.50 | 0.25 |"
+    )
+    names = [line.split(" | ")[0].strip("| ") for line in lines[5:11]]
+    assert names == ["A", "A", "Found", "Found", "GPTQ", "GPTQ"]
+    assert "| Found | v \\* | 3.000 |" in written
+    assert written.endswith("\n\\* knows the grid\n")
+
+
+def test_table_goes_between_its_markers(load: Load, tmp_path: Path) -> None:
+    report = load("quality_report")
+    page = tmp_path / "quality.md"
+    page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    for _ in range(2):
+        report.insert_table("new\n", page)
+        assert page.read_text() == f"before\n{report.BEGIN}\nnew\n{report.END}\nafter\n"
+    page.write_text("no markers")
+    with pytest.raises(report.SourceError, match="around its table"):
+        report.insert_table("new\n", page)
+    assert page.read_text() == "no markers"
