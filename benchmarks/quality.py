@@ -6,7 +6,8 @@ writes quality.json (after every row), quality.png, and the table in quality.md 
 markers. Recipes go through the real encoder and back. Claims are decided on the first text.
 
 --only WORD ... measures the methods whose names contain a word, and with no word none of them.
---resume measures only what quality.json does not have yet; other rows always stay as they are.
+--resume measures only what quality.json does not have yet, text by text. Other rows stay as they
+are; those that were not measured on all texts are left out of table and plot.
 --checkpoint DIR ... adds packed checkpoints, at the bits they really take.
 --peers-python names the interpreter whose packages make the peers of outside_peers.py.
 --calibration FILE ... are texts for the methods that need data, each a method of its own.
@@ -70,29 +71,28 @@ def main() -> None:
 def run(arguments: argparse.Namespace, work: Path) -> None:
     """Measure what is asked for, each row saved at once; then table and plot."""
     path = arguments.out / "quality.json"
-    texts = [file.stem for file in arguments.text]
     rows = read_json(path, SourceError, "remove it")["rows"] if path.exists() else []
-    if absent := [text for text in texts for row in rows if text not in row.get("texts", ())]:
-        raise SourceError(
-            f"{path} has rows without the text '{absent[0]}'; choose another --out or remove it"
-        )
     wanted = select(methods(arguments, work), arguments.only)
     wanted += [checkpoint(folder) for folder in arguments.checkpoint]
-    if arguments.resume:
-        there = {(row["method"], row["variant"]) for row in rows}
-        wanted = [method for method in wanted if method.key not in there]
     bench = Bench(arguments.source, arguments.text, arguments.tokens) if wanted else None
     for method in wanted:
         assert bench is not None
-        row = bench.row(method)
-        rows = [old for old in rows if (old["method"], old["variant"]) != method.key] + [row]
-        kl = ", ".join(f"{values['kl']:.4f} ({text})" for text, values in row["texts"].items())
+        known = {(row["method"], row["variant"]): row for row in rows}
+        texts = known.get(method.key, {}).get("texts", {}) if arguments.resume else {}
+        missing = [text for text in bench.texts if text not in texts]
+        if not missing:
+            continue
+        row = bench.row(method, missing)
+        row["texts"] = texts | row["texts"]
+        rows = ranked((known | {method.key: row}).values())
+        kl = ", ".join(f"{row['texts'][text]['kl']:.4f} ({text})" for text in missing)
         print(f"{method.name}, {method.variant}: {row['bits']:.3f} bits, KL {kl}", flush=True)
-        about = {"source": arguments.source.name, "texts": texts}
-        write_json(path, about | {"rows": ranked(rows)})
+        write_json(path, {"source": arguments.source.name, "rows": rows})
+    texts = [file.stem for file in arguments.text]
+    rows = [row for row in rows if set(texts) <= set(row["texts"])]
     if rows:
-        insert_table(table(ranked(rows), texts), arguments.out / "quality.md")
-        plot(ranked(rows), texts, arguments.out / "quality.png")
+        insert_table(table(rows, texts), arguments.out / "quality.md")
+        plot(rows, texts, arguments.out / "quality.png")
 
 
 def methods(arguments: argparse.Namespace, work: Path) -> list[Method]:
@@ -136,8 +136,8 @@ class Bench:
         if absent := sorted(set(self.weights) - set(self.parameters)):
             raise SourceError(f"{absent[0]}: the model of transformers has no such weight")
 
-    def row(self, method: Method) -> dict[str, Any]:
-        """Quantize by the method and measure; parameters it changed besides are put back."""
+    def row(self, method: Method, texts: Sequence[str]) -> dict[str, Any]:
+        """Quantize by the method and measure on texts; other parameters are put back after."""
         start, stored, others = time.perf_counter(), 0, {}
         missing = set(self.weights)
         with torch.inference_mode():
@@ -155,14 +155,14 @@ class Bench:
                 left = sorted(missing)[0]
                 raise SourceError(f"{method.name} left out {left}; it must quantize every weight")
             seconds = time.perf_counter() - start
-            texts = {
-                text: compare(reference, self.model, windows).summary()
-                for text, (windows, reference) in self.texts.items()
+            measured = {
+                text: compare(self.texts[text][1], self.model, self.texts[text][0]).summary()
+                for text in texts
             }
             for name, values in others.items():
                 self.parameters[name].data.copy_(values)
         total = sum(weight.numel() for weight in self.weights.values())
-        return method.facts() | {"bits": stored / total, "seconds": seconds, "texts": texts}
+        return method.facts() | {"bits": stored / total, "seconds": seconds, "texts": measured}
 
 
 def decoder_weights(source: Checkpoint) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """Table and plot of measured rows."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ OURS = "precalib"
 FIRST = "precalib balanced"
 
 
-def ranked(rows: Sequence[Row]) -> list[Row]:
+def ranked(rows: Iterable[Row]) -> list[Row]:
     """Ours first, then data-free methods, then calibrated ones; each by its bits."""
     return sorted(rows, key=lambda row: (*_rank(row), row["bits"]))
 

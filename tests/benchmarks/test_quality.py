@@ -90,11 +90,18 @@ def test_rows_stay(run: Any) -> None:
     assert run("--only", "NF4", "rtn-3", "--resume") == both  # even the seconds
 
 
-def test_rows_of_other_texts(run: Any, texts: list[Path]) -> None:
-    run("--only", "NF4")
+def test_a_new_text(run: Any, texts: list[Path], tmp_path: Path) -> None:
+    (old,) = run("--only", "NF4")
+    run("--only", "rtn-3")
     new = texts[0].rename(texts[0].with_stem("new"))
-    with pytest.raises(SystemExit, match="has rows without the text 'new'; choose another --out"):
-        run("--only", "rtn-3", "--text", new)
+    ours, peer = run("--only", "NF4", "--resume", "--text", new, texts[1])
+    assert set(ours["texts"]) == {"prose", "letters"}
+    assert set(peer["texts"]) == {"prose", "letters", "new"}
+    assert peer["texts"]["letters"] == old["texts"]["letters"]
+    assert peer["texts"]["new"] == old["texts"]["prose"]
+    page = (tmp_path / "quality.md").read_text()
+    assert "| NF4 |" in page
+    assert "rtn-3" not in page
 
 
 def test_other_parameters_are_put_back(load: Load, source: Path, texts: list[Path]) -> None:
@@ -105,17 +112,17 @@ def test_other_parameters_are_put_back(load: Load, source: Path, texts: list[Pat
 
     bench = load("quality").Bench(source, texts[:1], 200)
     spoilt, same = (
-        bench.row(load("methods").Method(name, "16 bits", make))
+        bench.row(load("methods").Method(name, "16 bits", make), ["prose"])
         for name, make in {"spoilt": spoil, "same": load("methods").each(unchanged)}.items()
     )
     assert (spoilt["bits"], same["bits"]) == (16, 16)
     assert spoilt["texts"]["prose"]["kl"] > 0.1
     assert same["texts"]["prose"]["kl"] == pytest.approx(0, abs=1e-6)
     with pytest.raises(SourceError, match=r"none left out model.layers.0.\S*weight; it must"):
-        bench.row(load("methods").Method("none", "", lambda _: ()))
+        bench.row(load("methods").Method("none", "", lambda _: ()), [])
     made = load("methods").Method("odd", "", lambda _: [("b", torch.ones(1), 1)])
     with pytest.raises(SourceError, match="odd made 'b', which the model does not have"):
-        bench.row(made)
+        bench.row(made, [])
 
 
 def unchanged(weight: Tensor) -> tuple[Tensor, int]:

@@ -1,0 +1,148 @@
+"""llm-compressor's methods: min-max grids without data, and GPTQ and AWQ with data.
+
+Asymmetric grids, one float16 scale and one zero point of as many bits as a code per group. Group
+sizes are divisors of the input sizes, for llm-compressor has no ragged groups.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+WINDOWS, WINDOW = 128, 512
+FLOAT16 = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Scheme:
+    """A weight-only grid."""
+
+    method: str
+    bits: int
+    group_size: int
+    symmetric: bool = False
+
+    @property
+    def variant(self) -> str:
+        """Its name beside the method's."""
+        kind = "symmetric" if self.symmetric else "asymmetric"
+        return f"{self.bits} bits, g {self.group_size}, {kind}"
+
+
+DATA_FREE = "llm-compressor W{bits}A16"
+
+
+def make(scheme: Scheme, source: Path, calibration: Path | None) -> tuple[dict, dict]:
+    """Quantize a model: its changed parameters by name, and the bits stored for each weight."""
+    from llmcompressor import oneshot
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+    before = {name: values.clone() for name, values in model.named_parameters()}
+    options: dict[str, Any] = {}
+    if calibration:
+        windows = calibration_windows(
+            AutoTokenizer.from_pretrained(source), calibration.read_text()
+        )
+        options = {
+            "dataset": windows,
+            "num_calibration_samples": len(windows),
+            "max_seq_length": WINDOW,
+            "shuffle_calibration_samples": False,
+            "batch_size": 8,
+        }
+    oneshot(model=model, recipe=recipe(scheme), **options)
+    return changed(model, before)
+
+
+def recipe(scheme: Scheme) -> list[Any]:
+    """The modifiers of a method."""
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+    from llmcompressor.modifiers.transform.awq import AWQModifier
+
+    weights = QuantizationArgs(
+        num_bits=scheme.bits,
+        type="int",
+        strategy="group",
+        group_size=scheme.group_size,
+        symmetric=scheme.symmetric,
+    )
+    groups = {"group_0": QuantizationScheme(targets=["Linear"], weights=weights)}
+    options = {"config_groups": groups, "ignore": ["lm_head"]}
+    if scheme.method == "GPTQ":
+        return [quick_gptq()(**options)]
+    if scheme.method == "AWQ":
+        return [AWQModifier(duo_scaling="both"), QuantizationModifier(**options)]
+    return [QuantizationModifier(**options)]
+
+
+def quick_gptq() -> type:
+    """GPTQ with the same Hessians in less time on a CPU.
+
+    Layers with one input share their product, and inputs, which are bfloat16 already, are
+    multiplied as such with sums in float32.
+    """
+    from llmcompressor.modifiers.gptq import GPTQModifier
+    from pydantic import PrivateAttr
+
+    class QuickGPTQModifier(GPTQModifier):
+        _last: tuple = PrivateAttr(default=(None, None))
+
+        def calibrate_module(self, module: Any, args: Any, _output: Any) -> None:
+            inputs = args[0]
+            if self._last[0] is not inputs:
+                rows = inputs.reshape(-1, inputs.shape[-1]).float()
+                torch.set_float32_matmul_precision("medium")
+                self._last = (inputs, 2 * (rows.T @ rows))
+                torch.set_float32_matmul_precision("highest")
+            if module not in self._num_samples:
+                self._hessians[module] = torch.zeros_like(self._last[1])
+                self._num_samples[module] = torch.zeros(())
+            self._hessians[module] += self._last[1]
+            self._num_samples[module] += len(inputs)
+
+        def on_sequential_epoch_end(self, *args: Any, **kwargs: Any) -> Any:
+            self._last = (None, None)
+            return super().on_sequential_epoch_end(*args, **kwargs)
+
+    return QuickGPTQModifier
+
+
+def calibration_windows(tokenizer: Any, text: str) -> Any:
+    """128 windows of 512 tokens, evenly spread over the text, as a data set."""
+    from datasets import Dataset
+
+    tokens = tokenizer(text, add_special_tokens=False).input_ids
+    whole = len(tokens) // WINDOW
+    if whole < WINDOWS:
+        raise ValueError(f"calibration needs {WINDOWS * WINDOW} tokens, the text has {len(tokens)}")
+    starts = [WINDOW * (i * whole // WINDOWS) for i in range(WINDOWS)]
+    rows = [tokens[start : start + WINDOW] for start in starts]
+    return Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * WINDOW] * len(rows)})
+
+
+@torch.no_grad()
+def changed(model: Any, before: Mapping[str, Tensor]) -> tuple[dict, dict]:
+    """What differs from the original, with weights as their codes stand for them."""
+    from compressed_tensors.quantization import fake_quantize
+
+    found, bits = {}, {}
+    for name, module in model.named_modules():
+        scheme = getattr(module, "quantization_scheme", None)
+        if scheme is None or scheme.weights is None:
+            continue
+        grid = {"scale": module.weight_scale, "zero_point": module.weight_zero_point}
+        weight = module.weight
+        found[f"{name}.weight"] = fake_quantize(x=weight, args=scheme.weights, **grid)
+        each = FLOAT16 + (0 if scheme.weights.symmetric else scheme.weights.num_bits)
+        bits[f"{name}.weight"] = (
+            weight.numel() * scheme.weights.num_bits + module.weight_scale.numel() * each
+        )
+    for name, values in model.named_parameters():
+        if name in before and name not in found and not torch.equal(values, before[name]):
+            found[name] = values
+    return {name: values.detach().contiguous() for name, values in found.items()}, bits
