@@ -32,7 +32,18 @@ class Scheme:
         return f"{self.bits} bits, g {self.group_size}, {kind}"
 
 
-DATA_FREE = "llm-compressor W{bits}A16"
+CALIBRATED = ("GPTQ", "AWQ")
+DATA_FREE = "llm-compressor"
+SCHEMES = (
+    Scheme(DATA_FREE, 4, 64),
+    Scheme(DATA_FREE, 3, 64),
+    Scheme(DATA_FREE, 4, 64, symmetric=True),
+    Scheme("GPTQ", 4, 64),
+    Scheme("GPTQ", 3, 64),
+    Scheme("GPTQ", 5, 64),
+    Scheme("AWQ", 4, 64),
+    Scheme("AWQ", 3, 64),
+)
 
 
 def make(scheme: Scheme, source: Path, calibration: Path | None) -> tuple[dict, dict]:

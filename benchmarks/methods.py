@@ -18,7 +18,6 @@ from precalib_kernels.errors import SourceError
 # parameters may be replaced too (AWQ scales the norms).
 Quantize = Callable[[Mapping[str, Tensor]], Iterable[tuple[str, Tensor, int]]]
 
-SCRIPT = Path(__file__).with_name("outside_peers.py")
 BFLOAT16 = 16
 
 
@@ -81,30 +80,29 @@ def checkpoint(folder: Path) -> Method:
 
 
 def outside(
-    python: str, source: Path, work: Path, calibration: Sequence[Path] = ()
+    program: Sequence[str], source: Path, work: Path, calibration: Sequence[Path] = ()
 ) -> list[Method]:
-    """The peers of outside_peers.py that can run in an interpreter.
+    """The peers that a program can make: outside_peers.py, in some interpreter.
 
-    work: keeps what they make, so that they make it once.
+    work: keeps what it makes, so that it is made once.
     """
     found = []
-    for facts in json.loads(_ask(python, "--list").splitlines()[-1]):
+    for facts in json.loads(_ask(program, "--list").splitlines()[-1]):
         for file in calibration if facts["calibrated"] else [None]:
             label = f"{facts['method']}, {file.stem}" if file else facts["method"]
             folder = work / f"{label} {facts['variant']}".replace("/", "-")
-            command = (str(source), str(folder), facts["method"], facts["variant"])
-            more = ("--calibration", str(file)) if file else ()
-            make = _making(python, folder, (*command, *more))
+            words = (str(source), str(folder), facts["method"], facts["variant"])
+            make = _making(program, folder, (*words, str(file)) if file else words)
             text = file.stem if file else ""
             found.append(Method(label, facts["variant"], make, text, facts["note"]))
     return found
 
 
-def _making(python: str, folder: Path, command: Sequence[str]) -> Quantize:
+def _making(program: Sequence[str], folder: Path, words: Sequence[str]) -> Quantize:
     def quantize(_: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, int]]:
         made = folder / "weights.safetensors"
         if not made.exists():
-            _ask(python, *command)
+            _ask(program, *words)
         with safe_open(made, framework="pt") as file:
             bits = json.loads(file.metadata()["stored_bits"])
             for name in file.keys():  # noqa: SIM118
@@ -113,9 +111,9 @@ def _making(python: str, folder: Path, command: Sequence[str]) -> Quantize:
     return quantize
 
 
-def _ask(python: str, *arguments: str) -> str:
-    done = subprocess.run([python, SCRIPT, *arguments], capture_output=True, text=True)
+def _ask(program: Sequence[str], *words: str) -> str:
+    done = subprocess.run([*program, *words], capture_output=True, text=True)
     if done.returncode:
         last = next(reversed(done.stderr.strip().splitlines()), "")
-        raise SourceError(f"{SCRIPT.name} {' '.join(arguments)} failed: {last}")
+        raise SourceError(f"{' '.join((*program, *words))} failed: {last}")
     return done.stdout

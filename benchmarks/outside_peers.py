@@ -1,20 +1,108 @@
-"""Peers that quantize a whole model, or live in an interpreter of their own.
+"""Peers that quantize a whole model with packages which may live in an interpreter of their own.
 
-    PYTHON outside_peers.py --list
-    PYTHON outside_peers.py SOURCE FOLDER METHOD VARIANT [--calibration FILE]
+    PYTHON outside_peers.py [--libllama FILE] --list
+    PYTHON outside_peers.py [--libllama FILE] SOURCE FOLDER METHOD VARIANT [CALIBRATION]
 
---list prints as JSON what can be made with the packages of this interpreter.
+--list prints as JSON what can be made with the packages of this interpreter, and with a library of
+llama.cpp. The second form writes FOLDER/weights.safetensors: every parameter that changed,
+dequantized, and in its metadata the bits stored for each quantized weight.
 """
 
+import argparse
+import dataclasses
+import functools
+import importlib.util
 import json
+import os
 import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import adpq_peers
+import gguf_peers
+import llmcompressor_peers
+import torch
+from llmcompressor_peers import Scheme
+
+GRID = (
+    "The model's weights come from a GGUF file of type Q4_1, and these types find its grids of 16 "
+    "levels per 32 inputs again, some wholly, some in part: no peers. The shuffled rows are."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Peer:
+    """A point that can be made: parameters and stored bits from a model's folder and a text."""
+
+    method: str
+    variant: str
+    make: Callable[[Path, Path | None], tuple[dict, dict]]
+    calibrated: bool = False
+    note: str = ""
 
 
 def main() -> None:
-    """List what can be made here."""
-    if sys.argv[1:] != ["--list"]:
-        sys.exit("no peer of this name can be made here; --list shows which can")
-    print(json.dumps([]))
+    """List or make."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--libllama", type=Path)
+    parser.add_argument("--list", action="store_true")
+    parser.add_argument("words", nargs="*")
+    arguments = parser.parse_args()
+    peers = available(arguments.libllama)
+    if arguments.list:
+        keys = ("method", "variant", "calibrated", "note")
+        print(json.dumps([{key: getattr(peer, key) for key in keys} for peer in peers]))
+        return
+    source, folder, method, variant, *text = arguments.words
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
+    for peer in peers:
+        if (peer.method, peer.variant) == (method, variant):
+            write(*peer.make(Path(source), Path(text[0]) if text else None), Path(folder))
+            return
+    sys.exit(f"{method} {variant} cannot be made here; --list shows what can")
+
+
+def available(libllama: Path | None) -> list[Peer]:
+    """What the installed packages can make."""
+    found = []
+    if libllama:
+        for kind in gguf_peers.TYPES:
+            make = _gguf(libllama, False, kind)
+            found.append(Peer(gguf_peers.AS_MADE, kind, make, note=GRID))
+        for kind in gguf_peers.SHUFFLED_TYPES:
+            found.append(Peer(gguf_peers.SHUFFLED, kind, _gguf(libllama, True, kind)))
+    if importlib.util.find_spec("llmcompressor"):
+        for scheme in llmcompressor_peers.SCHEMES:
+            calibrated = scheme.method in llmcompressor_peers.CALIBRATED
+            found.append(Peer(scheme.method, scheme.variant, _scheme(scheme), calibrated))
+    if importlib.util.find_spec("auto_adpq"):
+        for bits in adpq_peers.BITS:
+            found.append(Peer("auto-adpq", adpq_peers.variant(bits), _adpq(bits)))
+    return found
+
+
+def write(weights: dict, bits: dict, folder: Path) -> None:
+    """The result as a file, whole or not at all."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    unfinished = folder / "unfinished.safetensors"
+    save_file(weights, unfinished, metadata={"stored_bits": json.dumps(bits)})
+    unfinished.rename(folder / "weights.safetensors")
+
+
+def _gguf(
+    library: Path, shuffled: bool, kind: str
+) -> Callable[[Path, Path | None], tuple[dict, dict]]:
+    return lambda source, _: gguf_peers.make(library, shuffled, kind, source)
+
+
+def _scheme(scheme: Scheme) -> Callable[[Path, Path | None], tuple[dict, dict]]:
+    return functools.partial(llmcompressor_peers.make, scheme)
+
+
+def _adpq(bits: int) -> Callable[[Path, Path | None], tuple[dict, dict]]:
+    return lambda source, _: adpq_peers.make(bits, source)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ markers. Recipes go through the real encoder and back. Claims are decided on the
 are; those that were not measured on all texts are left out of table and plot.
 --checkpoint DIR ... adds packed checkpoints, at the bits they really take.
 --peers-python names the interpreter whose packages make the peers of outside_peers.py.
+--libllama names a library of llama.cpp, whose quantizer makes the GGUF peers.
 --calibration FILE ... are texts for the methods that need data, each a method of its own.
 """
 
@@ -43,6 +44,7 @@ from precalib_kernels.reference import dequantize
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+OUTSIDE = Path(__file__).with_name("outside_peers.py")
 Text = tuple[Sequence[Tensor], Reference]
 
 
@@ -57,6 +59,7 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--checkpoint", type=Path, nargs="+", default=[], metavar="DIR")
     parser.add_argument("--peers-python", default=sys.executable, metavar="PYTHON")
+    parser.add_argument("--libllama", type=Path, metavar="FILE")
     parser.add_argument("--calibration", type=Path, nargs="+", default=[], metavar="FILE")
     parser.add_argument("--work", type=Path, help="folder that keeps what outside peers made")
     arguments = parser.parse_args()
@@ -98,7 +101,9 @@ def run(arguments: argparse.Namespace, work: Path) -> None:
 def methods(arguments: argparse.Namespace, work: Path) -> list[Method]:
     """Recipes and peers that can run here."""
     inside = [Method(name, variant, each(peer)) for (name, variant), peer in peers().items()]
-    others = outside(arguments.peers_python, arguments.source, work, arguments.calibration)
+    library = ("--libllama", str(arguments.libllama)) if arguments.libllama else ()
+    python = (arguments.peers_python, str(OUTSIDE), *library)
+    others = outside(python, arguments.source, work, arguments.calibration)
     return recipes(RECIPES) + inside + others
 
 

@@ -1,0 +1,99 @@
+"""Peers that quantize whole models: what is listed, undone, counted and written."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+Load = Callable[[str], ModuleType]
+
+
+def test_list_is_what_can_be_made(load: Load, monkeypatch: Any, capsys: Any) -> None:
+    outside = load("outside_peers")
+    monkeypatch.setattr(outside.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(sys, "argv", ["outside_peers.py", "--list"])
+    outside.main()
+    assert json.loads(capsys.readouterr().out) == []
+    monkeypatch.setattr(outside.importlib.util, "find_spec", lambda name: name == "llmcompressor")
+    calibrated = {peer.method: peer.calibrated for peer in outside.available(None)}
+    assert calibrated == {"llm-compressor": False, "GPTQ": True, "AWQ": True}
+
+
+def test_grids_that_are_found_again_are_marked(load: Load) -> None:
+    peers = load("outside_peers").available(Path("libllama.so"))
+    for peer in peers:
+        if peer.method.startswith("GGUF"):
+            assert bool(peer.note) == (peer.method == "GGUF")
+    assert {"GGUF", "GGUF, inputs shuffled"} <= {peer.method for peer in peers}
+
+
+def test_nothing_of_that_name(load: Load, monkeypatch: Any) -> None:
+    monkeypatch.setattr(sys, "argv", ["outside_peers.py", "source", "folder", "GPTQ", "9 bits"])
+    with pytest.raises(SystemExit, match="GPTQ 9 bits cannot be made here; --list shows what can"):
+        load("outside_peers").main()
+
+
+def test_written_whole(load: Load, tmp_path: Path) -> None:
+    load("outside_peers").write({"a": torch.ones(2)}, {"a": 3}, tmp_path / "new")
+    (file,) = (tmp_path / "new").iterdir()
+    assert file.name == "weights.safetensors"
+    with safe_open(file, framework="pt") as opened:
+        assert json.loads(opened.metadata()["stored_bits"]) == {"a": 3}
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_gguf_without_quantizing_is_the_model(
+    load: Load, source: Path, monkeypatch: Any, shuffled: bool
+) -> None:
+    peers = load("gguf_peers")
+    given = {}
+
+    def keep(_: Path, plain: Path, packed: Path, kind: str) -> None:
+        from gguf import GGUFReader
+
+        assert kind == "Q4_K_M"
+        given.update({tensor.name: tensor.data.copy() for tensor in GGUFReader(plain).tensors})
+        plain.rename(packed)
+
+    monkeypatch.setattr(peers, "quantize", keep)
+    found, bits = peers.make(Path("libllama.so"), shuffled, "Q4_K_M", source)
+    original = load_file(source / "model.safetensors")
+    linear = {name for name in original if name.endswith("_proj.weight")}
+    assert set(found) == set(bits) == linear
+    assert len(linear) == 14
+    for name in linear:
+        assert torch.equal(found[name], original[name])
+        assert bits[name] == 32 * original[name].numel()
+    down = torch.from_numpy(given["blk.1.ffn_down.weight"])
+    weight = original["model.layers.1.mlp.down_proj.weight"].float()
+    assert torch.equal(down.reshape(weight.shape), weight) != shuffled
+    assert down.shape == ((80, 256) if shuffled else (128, 160))
+
+
+def test_adpq_counts_positions(load: Load, source: Path, monkeypatch: Any) -> None:
+    class Quantizer:
+        def __init__(self, **options: Any) -> None:
+            assert (options["group_size"], options["alpha"], options["q_bit"]) == (128, 0.08, 3)
+
+        def AdpQ_quantize(self, weight: Any) -> Any:  # noqa: N802
+            positions = -torch.ones(weight.size // 128, 128, dtype=torch.int8).numpy()
+            positions[:, :5] = 1
+            scale = torch.ones(weight.size // 128, 2).numpy()
+            return SimpleNamespace(outlier_indices=positions, scale=scale, weight=weight)
+
+        def reconstruct_weights(self, made: Any) -> Any:
+            return made.weight
+
+    monkeypatch.setitem(sys.modules, "auto_adpq", SimpleNamespace(Auto_AdpQ=Quantizer))
+    found, bits = load("adpq_peers").make(3, source)
+    original = load_file(source / "model.safetensors")
+    for name, stored in bits.items():
+        assert torch.equal(found[name], original[name])
+        assert stored / original[name].numel() == 3 + (32 + 5 * 7) / 128
