@@ -49,8 +49,15 @@ class DType(enum.StrEnum):
 def quantize(
     source: Annotated[str, typer.Argument(help="Folder of a checkpoint, or a Hugging Face id.")],
     target: Annotated[Path, typer.Argument(help="Folder to write; must be new.")],
-    recipe: Annotated[str, typer.Option(help="One of: " + ", ".join(RECIPES))] = DEFAULT,
-    bits: Annotated[int | None, typer.Option(help="Bits of a base code: 2, 3, 4.")] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(help=f"One of: {', '.join(RECIPES)}. If not given: {DEFAULT}."),
+    ] = None,
+    target_bits: Annotated[
+        float | None,
+        typer.Option(help="Instead of a recipe: true bits per weight, 3.25 to 5.3, not exceeded."),
+    ] = None,
+    bits: Annotated[int | None, typer.Option(help="Bits of a base code: 2, 3, 4, 5.")] = None,
     group_size: Annotated[
         int | None, typer.Option(help="Weights per scale, a multiple of 32.")
     ] = None,
@@ -84,7 +91,8 @@ def quantize(
         "salient_bits": salient_bits,
         "clip": clip,
     }
-    options = Options(recipe, changes, [_override(text) for text in override or ()], keep or ())
+    overrides = [_override(text) for text in override or ()]
+    options = Options(recipe, changes, overrides, keep or (), target_bits)
     _check_device(device)
     plan = make_plan(open_checkpoint(hub.locate(source)), options)
     if dry_run:
@@ -206,7 +214,7 @@ def recipes() -> None:
         default = " (default)" if name == DEFAULT else ""
         bits = recipe.layout.bits_per_weight(4096, 4096)
         title = Text(name, style="bold")
-        console.out.print(title, f"{default}: {recipe.about}; {bits:.2f} true bits", sep="")
+        console.out.print(title, f"{default}: {recipe.describe()}; {bits:.2f} true bits", sep="")
 
 
 @app.command()

@@ -101,7 +101,7 @@ def show_plan(plan: Plan) -> None:
         weights = sum(packing.entry.weights for packing in packings)
         stored = sum(p.recipe.layout.stored_bytes(*p.entry.shape) for p in packings)
         bits = f"{8 * stored / weights:.3f}"
-        about = packings[0].recipe.about
+        about = packings[0].recipe.describe()
         table.add_row(label, f"{weights:,}", f"{len(packings):,}", bits, about)
     show_table(table)
     show_kept(plan.kept, plan.source.left_out)

@@ -15,10 +15,11 @@ ITERATIONS = 120
 
 
 def trained_levels(bits: int, group_size: int, salient_count: int) -> tuple[int, ...]:
-    """The 2**(bits+1) int8 levels of least squared error in the trellis, symmetric.
+    """The 2**(bits+1) int8 levels of least squared error in the trellis, symmetric and odd.
 
     Samples are groups of a normal, without their `salient_count` largest members, divided by the
-    largest that is left, as `encode` sees them.
+    largest that is left, as `encode` sees them. Odd levels are 2β − 127 with −level's β being the
+    bitwise complement of β: kernels negate four packed levels by one exclusive or.
     """
     generator = torch.Generator().manual_seed(0)
     normal = torch.randn((GROUPS, group_size), generator=generator)
@@ -33,7 +34,7 @@ def trained_levels(bits: int, group_size: int, salient_count: int) -> tuple[int,
         mean = _centroids(levels.round(), level, 127 * samples, ordinary)
         step = 2 * (mean - levels)  # shorter steps get stuck on the whole numbers
         levels = (levels + step).clamp(-127, 127)
-    return tuple(int(level) for level in levels.round())
+    return tuple(int(level) for level in 2 * ((levels - 1) / 2).round() + 1)
 
 
 def _start(count: int) -> Tensor:
@@ -58,5 +59,5 @@ def _centroids(levels: Tensor, chosen: Tensor, samples: Tensor, ordinary: Tensor
 
 
 if __name__ == "__main__":
-    for case in ((4, 128, 2), (3, 128, 4), (2, 128, 4)):
+    for case in ((5, 128, 2), (4, 128, 2), (3, 128, 4), (2, 128, 4)):
         print(case, trained_levels(*case))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from offline_quantize import recipes, selection
+from offline_quantize.allocation import allocate
 from offline_quantize.files import json_bytes
 from offline_quantize.recipes import Recipe
 from offline_quantize.source import CONFIG, INDEX, Checkpoint, refuse_unsuitable
@@ -26,21 +27,29 @@ from precalib_kernels.layout import FORMAT_VERSION
 class Options:
     """What the user asked for.
 
-    recipe:    name of the main recipe; `changes` are options that adjust it.
-    overrides: (pattern, recipe name) pairs, the first that matches a module wins.
-    keep:      patterns of modules to leave as they are.
+    recipe:      name of the main recipe, None for the default; `changes` adjust it.
+    overrides:   (pattern, recipe name) pairs, the first that matches a module wins.
+    keep:        patterns of modules to leave as they are.
+    target_bits: true bits that all quantized weights together may take, in place of a recipe.
     """
 
-    recipe: str = recipes.DEFAULT
+    recipe: str | None = None
     changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     overrides: Sequence[tuple[str, str]] = ()
     keep: Sequence[str] = ()
+    target_bits: float | None = None
 
     @property
     def label(self) -> str:
         """The main recipe with its adjustments, as one writes it on the command line."""
-        flags = [f"--{k.replace('_', '-')} {v}" for k, v in self.changes.items() if v is not None]
-        return " ".join([self.recipe, *flags])
+        if self.target_bits is not None:
+            return f"--target-bits {self.target_bits:g}"
+        return " ".join([self.recipe or recipes.DEFAULT, *self.flags])
+
+    @property
+    def flags(self) -> list[str]:
+        """The adjustments alone."""
+        return [f"{_flag(name)} {v}" for name, v in self.changes.items() if v is not None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +144,7 @@ def make_plan(source: Checkpoint, options: Options) -> Plan:
     """
     refuse_unsuitable(source)
     chosen = _Chooser(options)
-    packings: dict[str, Packing] = {}
+    wanted: dict[str, tuple[str, Entry]] = {}
     kept: dict[str, str] = {}
     for file, entries in source.shards.items():
         for name, entry in entries.items():
@@ -143,7 +152,14 @@ def make_plan(source: Checkpoint, options: Options) -> Plan:
             if reason:
                 kept[name] = reason
             else:
-                packings[name] = _packing(source.root / file, name, file, entry, chosen)
+                _refuse_type(source.root / file, name, entry)
+                wanted[name] = file, entry
+    if options.target_bits is not None and wanted:
+        chosen.allocate({name: entry.shape for name, (_, entry) in wanted.items()}, source)
+    packings = {
+        name: _packing(source.root / file, name, file, entry, chosen)
+        for name, (file, entry) in wanted.items()
+    }
     chosen.refuse_unused(packings, kept)
     if not packings:
         raise SourceError(
@@ -168,10 +184,18 @@ class _Chooser:
     """The recipe of each module under the user's options."""
 
     def __init__(self, options: Options) -> None:
-        for name, value in options.changes.items():
+        for name, value in (*options.changes.items(), ("target_bits", options.target_bits)):
             if isinstance(value, float) and not math.isfinite(value):
-                raise RecipeError(f"--{name.replace('_', '-')} {value}: give a finite number")
-        self.main = options.label, recipes.adjust(recipes.find(options.recipe), **options.changes)
+                raise RecipeError(f"{_flag(name)} {value}: give a finite number")
+        self.target_bits = options.target_bits
+        if self.target_bits is not None and (options.recipe or options.flags):
+            given = f"--recipe {options.recipe}" if options.recipe else options.flags[0]
+            raise RecipeError(
+                f"--target-bits {self.target_bits:g} chooses the recipes itself; leave out {given}"
+            )
+        main = recipes.find(options.recipe or recipes.DEFAULT)
+        self.main = options.label, recipes.adjust(main, **options.changes)
+        self.allocated: Mapping[str, tuple[str, Recipe]] = {}
         self.keep = [_pattern(text, "--keep") for text in options.keep]
         self.overrides = [
             (_pattern(text, "--override"), name, recipes.find(name))
@@ -184,7 +208,23 @@ class _Chooser:
             if pattern.search(module):
                 self.used.add(pattern.pattern)
                 return name, recipe
-        return self.main
+        return self.allocated.get(module, self.main)
+
+    def allocate(self, shapes: Mapping[str, tuple[int, ...]], source: Checkpoint) -> None:
+        """Give each weight, by name, that no override takes a recipe; all meet the target."""
+        assert self.target_bits is not None
+        free: dict[str, tuple[int, int]] = {}
+        number = nbytes = 0
+        for name, (rows, columns) in shapes.items():
+            label, recipe = self.recipe_for(module := selection.module_of(name))
+            if label == self.main[0]:
+                free[module] = rows, columns
+            else:
+                number += rows * columns
+                nbytes += recipe.layout.stored_bytes(rows, columns)
+        if free:
+            fixed = number, nbytes
+            self.allocated = allocate(free, self.target_bits, source.text_config, fixed)
 
     def refuse_unused(self, packings: Mapping[str, Packing], kept: Mapping[str, str]) -> None:
         """A pattern that matches nothing is a typing error, found before hours of work."""
@@ -203,6 +243,10 @@ class _Chooser:
                 )
 
 
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
 def _pattern(text: str, option: str) -> re.Pattern[str]:
     try:
         return re.compile(text)
@@ -213,12 +257,16 @@ def _pattern(text: str, option: str) -> re.Pattern[str]:
         ) from error
 
 
-def _packing(path: Path, name: str, file: str, entry: Entry, chosen: _Chooser) -> Packing:
+def _refuse_type(path: Path, name: str, entry: Entry) -> None:
+    """Raise SourceError for a weight of a type that cannot be quantized."""
     if entry.dtype not in selection.FLOAT_TYPES:
         raise SourceError(
             f"{path}: tensor '{name}' has type {entry.dtype}; only bfloat16, float16 and float32 "
             "weights can be quantized, so start from the original checkpoint or use --keep"
         )
+
+
+def _packing(path: Path, name: str, file: str, entry: Entry, chosen: _Chooser) -> Packing:
     label, recipe = chosen.recipe_for(selection.module_of(name))
     rows, columns = entry.shape
     if recipe.layout.group_size > columns:

@@ -7,11 +7,15 @@ from typing import Any, Literal
 from precalib_kernels.errors import FormatError, RecipeError
 from precalib_kernels.layout import MAX_SALIENT_COUNT, Layout
 
-# Levels for the trellis by bits, ascending; `offline_quantize.levels` computes them.
+# Levels above zero for the trellis, by bits; `offline_quantize.levels` computes them.
 _HALVES = {
-    2: (11, 35, 60, 96),
-    3: (5, 18, 29, 43, 57, 73, 91, 114),
-    4: (3, 9, 16, 22, 28, 35, 40, 48, 55, 63, 71, 79, 88, 97, 109, 123),
+    2: (11, 35, 61, 95),
+    3: (5, 19, 29, 43, 57, 73, 91, 113),
+    4: (3, 9, 15, 21, 29, 35, 41, 49, 55, 63, 71, 79, 87, 97, 109, 123),
+    5: (
+        *(1, 5, 7, 11, 13, 17, 19, 23, 25, 29, 33, 35, 39, 43, 45, 49),
+        *(53, 55, 59, 63, 67, 71, 75, 79, 83, 87, 93, 97, 103, 109, 117, 125),
+    ),
 }
 LEVELS = {bits: (*(-x for x in reversed(half)), *half) for bits, half in _HALVES.items()}
 
@@ -20,7 +24,7 @@ LEVELS = {bits: (*(-x for x in reversed(half)), *half) for bits, half in _HALVES
 class Recipe:
     """How a weight is quantized.
 
-    about:    one line for people.
+    about:    a few words for people, without the numbers of the layout.
     layout:   how the result is stored; its salient_count is the most a group can have.
     rule:     what makes a weight salient. "group": the layout's salient_count largest of each
               group (one λ' per group). "tensor": all above one λ' per tensor (the paper).
@@ -44,60 +48,53 @@ class Recipe:
         if self.clip != 1 and not self.layout.uniform:
             raise RecipeError("clip applies to min-max grids; this recipe fits non-uniform levels")
 
+    def describe(self) -> str:
+        """One line for people."""
+        layout, most = self.layout, "up to " if self.rule == "tensor" else ""
+        count = f"{most}{layout.salient_count} of {layout.group_size} salient"
+        salient = f", {count} at {layout.salient_bits} bits" if layout.salient_count else ""
+        return f"{layout.bits} bits{salient}: {self.about}"
+
     def to_dict(self) -> dict[str, Any]:
         """JSON form, for the manifest and for comparing runs."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return fields | {"layout": self.layout.to_dict()}
 
 
+def _balanced(bits: int, salient_count: int, salient_bits: int) -> Recipe:
+    layout = Layout(
+        bits=bits,
+        group_size=128,
+        levels=LEVELS[bits],
+        trellis=True,
+        scale="log8",
+        salient_count=salient_count,
+        salient_bits=salient_bits,
+        salient_grid="row",
+        column_scale=True,
+    )
+    return Recipe("trellis, column scale", layout, alpha=salient_count / 128, balance=4)
+
+
 RECIPES: Mapping[str, Recipe] = {
-    "balanced-4": Recipe(
-        "4 bits: trellis levels, 2 salient weights of 128 at 8 bits, column scale",
-        Layout(
-            bits=4,
-            group_size=128,
-            levels=LEVELS[4],
-            trellis=True,
-            scale="log8",
-            salient_count=2,
-            salient_bits=8,
-            salient_grid="row",
-            column_scale=True,
-        ),
-        alpha=2 / 128,
-        balance=4,
-    ),
-    "balanced-3": Recipe(
-        "3 bits: trellis levels, 4 salient weights of 128 at 7 bits, column scale",
-        Layout(
-            bits=3,
-            group_size=128,
-            levels=LEVELS[3],
-            trellis=True,
-            scale="log8",
-            salient_count=4,
-            salient_bits=7,
-            salient_grid="row",
-            column_scale=True,
-        ),
-        alpha=4 / 128,
-        balance=4,
-    ),
+    "balanced-4": _balanced(4, salient_count=2, salient_bits=8),
+    "balanced-3": _balanced(3, salient_count=4, salient_bits=7),
+    "balanced-5": _balanced(5, salient_count=2, salient_bits=8),
     "paper-4": Recipe(
-        "4 bits as in arXiv 2501.09107: 8 % salient by one λ' per tensor, min-max grids",
+        "arXiv 2501.09107: 8 % salient by one λ' per tensor, min-max grids",
         Layout(bits=4, group_size=128, salient_count=16, salient_bits=4, salient_grid="min-max"),
         rule="tensor",
         alpha=0.08,
     ),
     "paper-3": Recipe(
-        "3 bits as in arXiv 2501.09107: 8 % salient, non-salient range clipped to 95 %",
+        "arXiv 2501.09107: 8 % salient, non-salient range clipped to 95 %",
         Layout(bits=3, group_size=128, salient_count=16, salient_bits=3, salient_grid="min-max"),
         rule="tensor",
         alpha=0.08,
         clip=0.95,
     ),
-    "rtn-4": Recipe("4 bits, round to nearest, for comparison", Layout(bits=4, group_size=128)),
-    "rtn-3": Recipe("3 bits, round to nearest, for comparison", Layout(bits=3, group_size=128)),
+    "rtn-4": Recipe("round to nearest, for comparison", Layout(bits=4, group_size=128)),
+    "rtn-3": Recipe("round to nearest, for comparison", Layout(bits=3, group_size=128)),
 }
 DEFAULT = "balanced-4"
 

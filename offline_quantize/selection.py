@@ -25,6 +25,7 @@ KEPT = (
     ("multi-token prediction head", re.compile(r"(?:^|\.)(?:mtp\w*|nextn\w*|eh_proj)(?:$|\.)")),
 )
 EXPERT = re.compile(r"\.experts\.")
+EXPERT_INDEX = re.compile(r"\.experts\.\d+\.")
 
 
 def why_kept(source: Checkpoint, name: str, entry: Entry, keep: list[re.Pattern[str]]) -> str:

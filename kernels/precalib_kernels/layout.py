@@ -77,7 +77,7 @@ class TensorSpec(NamedTuple):
 class Layout:
     """How one weight is stored. Two weights with equal layouts can be fused row-wise.
 
-    bits:          width of a base code: 2, 3 or 4.
+    bits:          width of a base code: 2, 3, 4 or 5.
     group_size:    input columns that share a scale; a multiple of 32.
     levels:        2**bits int8 levels in code order, twice as many with a trellis; None for
                    uniform levels 0 … 2**bits - 1, which come with a zero point per group.
@@ -115,7 +115,7 @@ class Layout:
             require(type(getattr(self, field)) is int, f"{field} must be a whole number")
         for field in ("trellis", "column_scale"):
             require(type(getattr(self, field)) is bool, f"{field} must be true or false")
-        require(self.bits in (2, 3, 4), "bits must be 2, 3 or 4")
+        require(self.bits in (2, 3, 4, 5), "bits must be 2, 3, 4 or 5")
         require(
             self.group_size > 0 and self.group_size % COLUMN_UNIT == 0,
             f"group_size must be a positive multiple of {COLUMN_UNIT}",

@@ -1,9 +1,10 @@
-"""Write the frozen vector of the current format version: `python tests/kernels/make_vectors.py`.
+"""Add a recipe's case to the frozen vectors: `python tests/kernels/make_vectors.py RECIPE …`.
 
-Only for a new format version; the file of a released version must never change.
+A case that is there never changes as long as its format version is read.
 """
 
 import json
+import sys
 from pathlib import Path
 
 import torch
@@ -19,9 +20,10 @@ ROWS, COLUMNS = 2, 96
 
 def main() -> None:
     weight = torch.randn((ROWS, COLUMNS), generator=torch.Generator().manual_seed(1))
-    cases = []
-    for recipe in RECIPES.values():
-        small = adjust(recipe, group_size=64)
+    path = Path(__file__).parent / "vectors" / f"version-{FORMAT_VERSION}.json"
+    cases = json.loads(path.read_text()) if path.exists() else []
+    for name in sys.argv[1:]:
+        small = adjust(RECIPES[name], group_size=64)
         layout = small.layout
         scale = torch.linspace(0.5, 2, COLUMNS).half().float()[None]
         scale = scale if layout.column_scale else None
@@ -44,7 +46,6 @@ def main() -> None:
             positions, _ = unpack_salient(tensors["salient"], layout, COLUMNS, "vector")
             case["positions"] = positions.tolist()
         cases.append(case)
-    path = Path(__file__).parent / "vectors" / f"version-{FORMAT_VERSION}.json"
     path.write_text(json.dumps(cases, indent=1) + "\n")
 
 

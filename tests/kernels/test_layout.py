@@ -87,7 +87,7 @@ def test_tensors_can_be_cut_at_rows_and_group_boundaries(make_packed):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"bits": 5}, "bits must be 2, 3 or 4"),
+        ({"bits": 6}, "bits must be 2, 3, 4 or 5"),
         ({"bits": 4.0}, "bits must be a whole number"),
         ({"group_size": 48}, "group_size must be a positive multiple of 32"),
         ({"group_size": 0}, "group_size must be a positive multiple of 32"),

@@ -32,7 +32,7 @@ def test_help_and_usage(precalib):
 def test_recipes(precalib):
     ran = precalib("recipes")
     assert ran.code == 0
-    assert len(ran.out.splitlines()) == 6
+    assert len(ran.out.splitlines()) == 7
     assert ran.out.startswith("balanced-4 (default): 4 bits")
     assert all(line.endswith("true bits") for line in ran.out.splitlines())
 

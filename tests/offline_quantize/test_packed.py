@@ -47,7 +47,7 @@ def edit_config(change):
         (lambda c: c["modules"].update({MODULE: "x"}), r"config\.json: .*undefined layout 'x'"),
         (lambda c: c["modules"].update({MODULE: []}), r"config\.json: .*undefined layout \[\]"),
         (lambda c: c.update(kept=5), r"config\.json: .*"),
-        (lambda c: c["layouts"]["balanced-4"].update(bits=5), r"config\.json: .*bits must be"),
+        (lambda c: c["layouts"]["balanced-4"].update(bits=6), r"config\.json: .*bits must be"),
         (lambda c: c["layouts"]["balanced-4"].update(new=5), r"config\.json: .*'new' is not known"),
     ],
 )

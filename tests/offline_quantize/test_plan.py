@@ -90,7 +90,7 @@ def test_options_adjust_the_main_recipe_and_are_in_its_name(checkpoint):
         ({"keep": ["ffn"]}, r"^--keep 'ffn' matches no module; "),
         ({"group_size": 48}, r"options do not fit.*group_size must be a positive multiple of 32"),
         ({"group_size": 0}, r"options do not fit.*group_size must be a positive multiple of 32"),
-        ({"bits": 5}, r"options do not fit.*bits must be 2, 3 or 4"),
+        ({"bits": 6}, r"options do not fit.*bits must be 2, 3, 4 or 5"),
         ({"recipe": "paper-4", "salient_bits": 9}, r"salient_bits must be"),
         ({"recipe": "balanced-4", "alpha": 0.5}, r"salient_count must be between 0 and 32"),
         ({"recipe": "balanced-4", "alpha": -0.5}, r"."),

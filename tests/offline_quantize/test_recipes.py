@@ -21,7 +21,8 @@ def test_the_recipes(name):
 def test_the_names():
     assert DEFAULT == "balanced-4"
     families = ("balanced", "paper", "rtn")
-    assert set(RECIPES) == {f"{name}-{bits}" for name in families for bits in (3, 4)}
+    expected = {f"{name}-{bits}" for name in families for bits in (3, 4)} | {"balanced-5"}
+    assert set(RECIPES) == expected
     with pytest.raises(RecipeError, match=r"unknown recipe 'x'; there are balanced-4, balanced-3"):
         find("x")
 
@@ -34,7 +35,7 @@ def test_true_size_near_equation_13():
 
 
 @pytest.mark.parametrize("name", RECIPES)
-@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5])
 @pytest.mark.parametrize("group_size", [32, 64, 128])
 def test_bits_and_group_sizes(name, bits, group_size):
     layout = adjust(find(name), bits=bits, group_size=group_size).layout

@@ -27,7 +27,7 @@ def inputs(groups: int, size: int, seed: int = 0):
     return weights, unit, forced.to(torch.uint8)
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5])
 @pytest.mark.parametrize("groups", [1, 15, 16, 50])
 def test_compiled_and_torch_search_agree_bit_for_bit(bits, groups):
     case = inputs(groups, 96, seed=groups)
@@ -102,6 +102,9 @@ def test_without_a_compiler_torch_searches_and_says_so(monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(slow, fast, strict=True))
 
 
-@pytest.mark.parametrize(("bits", "count"), [(2, 4), (3, 4), (4, 2)])
+@pytest.mark.parametrize(("bits", "count"), [(2, 4), (3, 4), (4, 2), (5, 2)])
 def test_the_levels_of_the_recipes_are_the_trained_ones(bits, count):
-    assert trained_levels(bits, 128, count) == LEVELS[bits]
+    levels = trained_levels(bits, 128, count)
+    assert levels == LEVELS[bits]
+    assert levels == tuple(-level for level in reversed(levels))
+    assert all(level % 2 for level in levels)
