@@ -1,0 +1,1 @@
+"""Triton kernels for packed weights on NVIDIA and AMD GPUs; `docs/gpu.md` pictures the layouts."""

@@ -1,0 +1,112 @@
+"""The weight itself, from the in-memory form: for large M, where a plain product is best."""
+
+import triton
+import triton.language as tl
+
+from precalib_kernels.gpu.halves import chain_halves, spare_tile
+from precalib_kernels.gpu.product import group_scale
+
+
+@triton.jit(do_not_specialize=["first_tile", "columns", "padded_rows"])
+def dequantize_kernel(
+    weight,  # out: [rows, columns], any float type; row 0 is that of first_tile
+    words,
+    scales,
+    zeros,
+    carries,
+    positions,
+    values,
+    row_unit,
+    salient_unit,
+    table,
+    constants,
+    tiles,
+    column_scale,  # [parts, steps * STEP] float16
+    first_tile,
+    columns,
+    padded_rows,
+    BITS: tl.constexpr,
+    MODE: tl.constexpr,
+    GROUP: tl.constexpr,
+    SLOTS: tl.constexpr,
+    LOG8: tl.constexpr,
+    SCALED: tl.constexpr,
+    OFFSET: tl.constexpr,
+    ASM: tl.constexpr,
+    REGISTERS: tl.constexpr,
+    SPARE: tl.constexpr,
+):
+    """Program (tile of 64 rows, step). Arguments as in `product_kernel`."""
+    STEP: tl.constexpr = 256 if BITS == 3 else 128
+    TILES: tl.constexpr = 1 if BITS == 2 else (3 if BITS == 3 else 2)
+    J: tl.constexpr = 2 if GROUP == 128 else 1
+    GROUPS: tl.constexpr = STEP // GROUP
+    tile, step = first_tile + tl.program_id(0), tl.program_id(1)
+    inner = tl.arange(0, 64)
+    n = tile * 64 + inner
+    r = tl.arange(0, 16)
+    part = tl.load(tiles + tile * 4)
+    row = tl.load(tiles + tile * 4 + 1) - tl.load(tiles + first_tile * 4 + 1) + inner
+    inside = inner < tl.load(tiles + tile * 4 + 2)
+    low = tl.load(constants + r)
+    high = tl.load(constants + 16 + r)
+    ones = tl.load(constants + 32 + r)
+    shift = tl.load(constants + 48 + r)
+
+    here = words + step * TILES * padded_rows * 16 + n[:, None] * 16 + r[None, :]
+    nibbles = (tl.load(here),)
+    if BITS == 2:
+        nibbles = nibbles + (spare_tile(nibbles, BITS, SPARE),)
+    else:
+        nibbles = nibbles + (tl.load(here + padded_rows * 16),)
+        if BITS == 3:
+            nibbles = nibbles + (tl.load(here + 2 * padded_rows * 16),)
+            nibbles = nibbles + (spare_tile(nibbles, BITS, SPARE),)
+    unit = tl.load(row_unit + n)
+    for chain in tl.static_range(STEP // 64 // J):
+        first_group = step * GROUPS + chain * GROUPS // (STEP // 64 // J)
+        carry = n
+        if MODE == "trellis":
+            carry = tl.load(carries + first_group * padded_rows + n)
+        halves = chain_halves(
+            nibbles[chain * J], nibbles[chain * J + J - 1], carry,
+            low, high, ones, shift, table, BITS, MODE, J, ASM, REGISTERS,
+        )  # fmt: skip
+        for dot in tl.static_range(4 * J):
+            group = first_group + dot * 16 // GROUP
+            level = halves[dot].to(tl.float32) - OFFSET
+            if MODE == "uniform":
+                if dot % 2 == 1:
+                    level = (halves[dot].to(tl.float32) - 1024) * 0.0625
+                level -= tl.load(zeros + group * padded_rows + n).to(tl.float32)[:, None]
+            scale = group_scale(tl.load(scales + group * padded_rows + n), LOG8)
+            value = level * (scale * unit)[:, None]
+            column = dot_column(step * (STEP // 16) + chain * 4 * J + dot, r, GROUP, MODE, J)
+            for slot in tl.static_range(SLOTS):
+                at = (group * SLOTS + slot) * padded_rows + n
+                hit = (tl.load(positions + at).to(tl.int32) + group * GROUP)[:, None] == column[
+                    None, :
+                ]
+                salient = tl.load(values + at).to(tl.float32) * tl.load(salient_unit + n)
+                value += tl.where(hit, salient[:, None], 0.0)
+            if SCALED:
+                factor = tl.load(column_scale + part * tl.num_programs(1) * STEP + column)
+                value *= factor.to(tl.float32)[None, :]
+            to = weight + row.to(tl.int64)[:, None] * columns + column[None, :]
+            tl.store(
+                to,
+                value.to(weight.dtype.element_ty),
+                mask=inside[:, None] & (column < columns)[None, :],
+            )
+
+
+@triton.jit
+def dot_column(dot, r, GROUP: tl.constexpr, MODE: tl.constexpr, J: tl.constexpr):
+    """Inverse of `dot_position`."""
+    if MODE == "trellis":
+        inside = dot % (4 * J)
+        column = r // 2 * (8 * J) + inside // 4 * 8 + inside % 4 * 2 + r % 2
+        column += dot // (4 * J) * GROUP
+    else:
+        column = dot * 16 + r
+    return column

@@ -1,0 +1,123 @@
+"""The in-memory form: how packed tensors lie in GPU memory.
+
+A row is cut into steps of 128 columns (256 at 3 bits, where four groups of codes share three
+words), a step into dots of 16 columns, the depth of one tensor-core product. All arrays have the
+rows last or next to last, padded to `ROWS` per fused part, so a program reads whole lines.
+
+    nibble tile   int16 [rows, 16]: four dots; code r of dot i lies in a nibble of word r (uniform)
+                  or of the pair of words that holds it (tables), see `_nibble_words`
+    4 bits        two tiles a step
+    3 bits        three tiles a step; their spare fourth bits are a fourth tile
+    2 bits        one tile a step; its nibbles hold two codes
+
+Uniform and plain table codes keep the order of the columns. A trellis runs down one pair of
+words after the other: pair w of a group of 64·J columns holds columns w·8·J … w·8·J + 8·J - 1,
+so that the codes before a code are in the same registers. What comes before a pair's first code
+is two bits, kept in `carry`.
+"""
+
+import dataclasses
+import functools
+from typing import Literal
+
+from precalib_kernels.layout import Layout
+
+ROWS = 64  # rows of a tile; parts are padded to it
+DOT = 16  # columns of one dot
+Mode = Literal["uniform", "table", "trellis"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """Constants of a layout's in-memory form; what a kernel is compiled for.
+
+    bits, group: as in the layout.
+    mode:        how codes become levels.
+    table:       entries of the lookup, one byte each, in the order of stored codes.
+    slots:       places for salient weights in a group.
+    log8:        whether scales are bytes.
+    """
+
+    bits: int
+    group: int
+    mode: Mode
+    table: tuple[int, ...]
+    slots: int
+    log8: bool
+
+    @property
+    def step(self) -> int:
+        """Columns of one step of the main loop."""
+        return 256 if self.bits == 3 else 128
+
+    @property
+    def stored_tiles(self) -> int:
+        """Tiles of int16 words stored for one step."""
+        return {2: 1, 3: 3, 4: 2}[self.bits]
+
+    @property
+    def chain_tiles(self) -> int:
+        """J: nibble tiles decoded together; a trellis runs through them."""
+        return 2 if self.group == 128 else 1
+
+    @property
+    def offset(self) -> float:
+        """What a decoded half is above the level (or half the level of a trellis).
+
+        fp16 0x6400 + byte is 1024 + byte; table bytes are 128 + level. A trellis has 7-bit bytes
+        63.5 + level / 2, of which bit 7 is set as well.
+        """
+        return {"uniform": 1024.0, "table": 1152.0, "trellis": 1215.5}[self.mode]
+
+    @property
+    def level_step(self) -> int:
+        """Levels per unit of a decoded half: an odd table counts in twos."""
+        return 2 if self.mode == "trellis" else 1
+
+    def steps(self, input_size: int) -> int:
+        """Steps of a row."""
+        return -(-input_size // self.step)
+
+    def bits_per_weight(self, input_size: int) -> float:
+        """Bits read per weight of a long row: words, scales, zero points, carries and slots."""
+        side = 8 if self.log8 else 16
+        side += 8 if self.mode == "uniform" else 0
+        side += 16 if self.mode == "trellis" else 0
+        columns = self.steps(input_size) * self.step
+        return (self.bits + (side + 24 * self.slots) / self.group) * columns / input_size
+
+
+def reason_against(layout: Layout) -> str | None:
+    """Why the kernels cannot take a layout, or None."""
+    if layout.bits not in (2, 3, 4):
+        return f"no kernel for {layout.bits}-bit base codes"
+    if layout.group_size not in (32, 64, 128):
+        return f"no kernel for groups of {layout.group_size}, only 32, 64 and 128"
+    if not layout.trellis:
+        return None
+    if layout.group_size == 32:
+        return "no kernel for a trellis in groups of 32, only 64 and 128"
+    levels = layout.level_values
+    if any(level % 2 == 0 for level in levels) or any(
+        a != -b for a, b in zip(levels, reversed(levels), strict=True)
+    ):
+        return "no kernel for trellis levels that are not odd and symmetric"
+    return None
+
+
+@functools.lru_cache(maxsize=64)
+def form_of(layout: Layout) -> Form:
+    """The form of a layout for which there is no `reason_against`."""
+    mode: Mode = "uniform" if layout.uniform else "trellis" if layout.trellis else "table"
+    levels = layout.level_values
+    if mode == "trellis":
+        top = layout.bits - 1  # the bit of a stored code that carries u
+        codes = [
+            (code << 1 | code >> top) & (2**layout.bits - 1) for code in range(len(levels) // 2)
+        ]
+        table = tuple((levels[2 * code] + 127) // 2 for code in codes)
+    else:
+        table = () if mode == "uniform" else tuple(level + 128 for level in levels)
+    return Form(
+        layout.bits, layout.group_size, mode, table, layout.salient_count, layout.scale == "log8"
+    )

@@ -1,0 +1,140 @@
+"""From words to halves: `assembly` on NVIDIA, the same in plain Triton for everything else.
+
+Kernels give an empty ASM where there is no assembler: on AMD and in Triton's interpreter.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def spare_tile(tiles, BITS: tl.constexpr, SPARE: tl.constexpr):
+    """The tile that is not stored, int16 [rows, 16]; SPARE is its assembler, "" for none."""
+    if SPARE == "":
+        if BITS == 2:
+            tile = tiles[0] >> 2
+        else:
+            tile = (tiles[0] >> 3) & 0x1111
+            tile = tile | ((tiles[1] >> 2) & 0x2222) | ((tiles[2] >> 1) & 0x4444)
+    elif BITS == 2:
+        tile = tl.inline_asm_elementwise(SPARE, "=r,r", [tiles[0]], tl.int16, True, 2)
+    else:
+        tile = tl.inline_asm_elementwise(
+            SPARE, "=r,r,r,r", [tiles[0], tiles[1], tiles[2]], tl.int16, True, 2
+        )
+    return tile
+
+
+@triton.jit
+def chain_halves(
+    first,
+    second,
+    carry,
+    low,
+    high,
+    ones,
+    shift,
+    table,
+    BITS: tl.constexpr,
+    MODE: tl.constexpr,
+    J: tl.constexpr,
+    ASM: tl.constexpr,
+    REGISTERS: tl.constexpr,
+):
+    """Halves fp16 [rows, 16] of the 4·J dots of a chain.
+
+    first, second: nibble tiles int16 [rows, 16]; the second is used if J is 2.
+    carry:         int16 [rows], for a trellis.
+    low … shift:   the rows of `constants`, int16 [16].
+    table:         pointer to the lookup's bytes, for the path without assembler.
+    """
+    if ASM != "":
+        if MODE == "uniform":
+            inputs = ()
+        else:
+            inputs = (_over(low, first), _over(high, first), _over(ones, first))
+        if MODE == "trellis":
+            inputs = inputs + (_over(shift, first), tl.broadcast_to(carry[:, None], first.shape))
+        if J == 2:
+            result = tl.inline_asm_elementwise(
+                ASM, REGISTERS, inputs + (first, second), (tl.float16,) * 8, True, 2
+            )
+        else:
+            result = tl.inline_asm_elementwise(
+                ASM, REGISTERS, inputs + (first,), (tl.float16,) * 4, True, 2
+            )
+    elif MODE == "uniform":
+        result = _uniform_halves(first, BITS)
+        if J == 2:
+            result = result + _uniform_halves(second, BITS)
+    else:
+        word = _pair_words(first)
+        before = word
+        if MODE == "trellis":
+            pair_shift, _ = tl.split(tl.reshape(shift, (8, 2)))
+            twice = (carry.to(tl.int32) & 0xFFFF) | (carry.to(tl.int32) << 16)
+            before = (twice[:, None] << pair_shift.to(tl.int32)[None, :]) >> 24
+            before = (before & (0x11 << (BITS - 1))) << 24
+        result = _lookup_halves(word, before, table, BITS, MODE)
+        if J == 2:
+            result = result + _lookup_halves(_pair_words(second), word, table, BITS, MODE)
+    return result
+
+
+@triton.jit
+def _over(values, tile):
+    return tl.broadcast_to(values[None, :], tile.shape)
+
+
+@triton.jit
+def _uniform_halves(tile, BITS: tl.constexpr):
+    """1024 + code in even dots, 1024 + 16 · code in odd ones."""
+    mask: tl.constexpr = (1 << BITS) - 1
+    return (
+        ((tile & mask) | 0x6400).to(tl.float16, bitcast=True),
+        ((tile & (mask << 4)) | 0x6400).to(tl.float16, bitcast=True),
+        (((tile >> 8) & mask) | 0x6400).to(tl.float16, bitcast=True),
+        (((tile >> 8) & (mask << 4)) | 0x6400).to(tl.float16, bitcast=True),
+    )
+
+
+@triton.jit
+def _pair_words(tile):
+    """int16 [rows, 16] as int32 [rows, 8], element 2w being the low half of word w."""
+    low, high = tl.split(tl.reshape(tile, (tile.shape[0], 8, 2)))
+    return (low.to(tl.int32) & 0xFFFF) | (high.to(tl.int32) << 16)
+
+
+@triton.jit
+def _lookup_halves(word, before, table, BITS: tl.constexpr, MODE: tl.constexpr):
+    """Halves of the four dots of one tile; `before` is the word before each in its chain."""
+    one = word
+    x = word
+    if MODE == "trellis":
+        one = (word << 4) | ((before >> 28) & 0xF)
+        x = word ^ one ^ ((word << 8) | ((before >> 24) & 0xFF))
+    return (
+        _pair_halves(x, one, table, 0, BITS, MODE),
+        _pair_halves(x, one, table, 2, BITS, MODE),
+        _pair_halves(x, one, table, 4, BITS, MODE),
+        _pair_halves(x, one, table, 6, BITS, MODE),
+    )
+
+
+@triton.jit
+def _pair_halves(x, one, table, NIBBLE: tl.constexpr, BITS: tl.constexpr, MODE: tl.constexpr):
+    """Codes at NIBBLE and the next of every word, as fp16 [rows, 16]."""
+    pair = tl.join(
+        _half(x >> 4 * NIBBLE, one >> 4 * NIBBLE, table, BITS, MODE),
+        _half(x >> 4 * NIBBLE + 4, one >> 4 * NIBBLE + 4, table, BITS, MODE),
+    )
+    return tl.reshape(pair, (x.shape[0], 16))
+
+
+@triton.jit
+def _half(x, one, table, BITS: tl.constexpr, MODE: tl.constexpr):
+    byte = tl.load(table + (x & ((1 << BITS) - 1))).to(tl.int16)
+    if MODE == "trellis":
+        odd = (one >> (BITS - 1)) & 1
+        byte = (byte ^ (odd * 0x7F).to(tl.int16)) | 0x80
+    return (byte | 0x6400).to(tl.float16, bitcast=True)

@@ -1,0 +1,249 @@
+"""`precalib::gpu_linear` and `precalib::gpu_dequantize`: the operators over the in-memory form."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from precalib_kernels.errors import FormatError
+from precalib_kernels.gpu import assembly
+from precalib_kernels.gpu.form import ROWS, Form, form_of
+from precalib_kernels.gpu.table import Blocks, blocks_for, splits
+from precalib_kernels.layout import Layout
+
+PANEL_WEIGHTS = 1 << 25  # dequantized at a time for a plain product: 64 MiB of bfloat16
+
+
+def names(layout: Layout) -> list[str]:
+    """Names of the in-memory form's arrays in the order in which the operators take them."""
+    form = form_of(layout)
+    chosen = ["qweight", "scales", "row_unit", "tiles", "table", "constants"]
+    if form.mode == "uniform":
+        chosen.append("zeros")
+    if form.mode == "trellis":
+        chosen.append("carry")
+    if form.slots:
+        chosen += ["salient_positions", "salient_values", "salient_unit"]
+    if layout.column_scale:
+        chosen.append("column_scale")
+    return chosen
+
+
+@torch.library.custom_op("precalib::gpu_linear", mutates_args=())
+def gpu_linear(
+    x: Tensor, packed: list[Tensor], bias: Tensor | None, part_sizes: list[int], layout: str
+) -> Tensor:
+    """x·Ŵᵀ + bias from the in-memory form: [..., K] to [..., N] in the type of x.
+
+    packed: as `in_memory` gives them, in the order of `names`.
+    """
+    parsed = Layout.from_text(layout)
+    arrays = _named(packed, parsed, x.shape[-1], part_sizes)
+    flat = x.reshape(-1, x.shape[-1])
+    if flat.shape[0] == 0:
+        return x.new_empty((*x.shape[:-1], sum(part_sizes)))
+    blocks = blocks_for(family(), flat.shape[0])
+    if blocks is None:
+        y = _by_panels(flat, arrays, bias, parsed, part_sizes)
+    else:
+        y = product(flat, arrays, bias, parsed, part_sizes, blocks)
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+@gpu_linear.register_fake
+def _(
+    x: Tensor, packed: list[Tensor], bias: Tensor | None, part_sizes: list[int], layout: str
+) -> Tensor:
+    _named(packed, Layout.from_text(layout), int(x.shape[-1]), part_sizes)
+    if bias is not None and bias.shape != (sum(part_sizes),):
+        raise FormatError(f"bias has shape {list(bias.shape)}, expected [{sum(part_sizes)}]")
+    return x.new_empty((*x.shape[:-1], sum(part_sizes)))
+
+
+@torch.library.custom_op("precalib::gpu_dequantize", mutates_args=())
+def gpu_dequantize(
+    packed: list[Tensor], input_size: int, part_sizes: list[int], layout: str, dtype: torch.dtype
+) -> Tensor:
+    """Ŵ [N, input_size] in `dtype` from the in-memory form."""
+    parsed = Layout.from_text(layout)
+    arrays = _named(packed, parsed, input_size, part_sizes)
+    weight = packed[0].new_empty((sum(part_sizes), input_size), dtype=dtype)
+    panel(weight, arrays, parsed, 0, packed[0].shape[2] // ROWS)
+    return weight
+
+
+@gpu_dequantize.register_fake
+def _(
+    packed: list[Tensor], input_size: int, part_sizes: list[int], layout: str, dtype: torch.dtype
+) -> Tensor:
+    _named(packed, Layout.from_text(layout), input_size, part_sizes)
+    return packed[0].new_empty((sum(part_sizes), input_size), dtype=dtype)
+
+
+def product(
+    x: Tensor,
+    arrays: Mapping[str, Tensor],
+    bias: Tensor | None,
+    layout: Layout,
+    part_sizes: Sequence[int],
+    blocks: Blocks,
+) -> Tensor:
+    """x [M, K] times Ŵᵀ by the fused kernel, cut up as `blocks` says."""
+    from precalib_kernels.gpu.activations import prepare_kernel
+    from precalib_kernels.gpu.product import product_kernel
+
+    form = form_of(layout)
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    (rows, columns), device = x.shape, x.device
+    words = arrays["qweight"]
+    steps, _, padded_rows, _ = words.shape
+    padded, parts = steps * form.step, len(part_sizes)
+    block_n = blocks.block_n if padded_rows % blocks.block_n == 0 and parts == 1 else ROWS
+    row_blocks = -(-rows // blocks.block_m)
+    tiles = padded_rows // block_n
+    share = splits(blocks, tiles, row_blocks, steps, processors(device))
+
+    plane = (parts, row_blocks)
+    half = functools.partial(torch.empty, dtype=torch.float16, device=device)
+    single = functools.partial(torch.empty, dtype=torch.float32, device=device)
+    dots = half((*plane, padded, blocks.block_m))
+    by_column = half((*plane, padded, blocks.block_m)) if form.slots else dots
+    start, sums = single((2, *plane, padded // form.group, blocks.block_m))
+    inverse = single((*plane, blocks.block_m))
+    shares = single((share, row_blocks, padded_rows, blocks.block_m)) if share > 1 else inverse
+    counters = torch.empty(row_blocks * tiles, dtype=torch.int32, device=device)
+    y = x.new_empty((rows, sum(part_sizes)))
+
+    block_k = min(16384, 1 << (padded - 1).bit_length())
+    prepare_kernel[(row_blocks * blocks.block_m, parts)](
+        x, arrays.get("column_scale", x), dots, by_column, start, sums, inverse, counters,
+        counters.numel(), rows, columns, padded, x.stride(0),
+        OFFSET=form.offset, GROUP=form.group, MODE=form.mode, J=form.chain_tiles,
+        SCALED=layout.column_scale, BY_COLUMN=form.slots > 0,
+        BLOCK_M=blocks.block_m, BLOCK_K=block_k, num_warps=max(4, block_k // 1024),
+    )  # fmt: skip
+    product_kernel[(tiles, share, row_blocks)](
+        y, x if bias is None else bias, **_arguments(arrays),
+        dots=dots, by_column=by_column, start=start, sums=sums, inverse=inverse,
+        shares=shares, counters=counters, rows=rows, outputs=y.shape[1],
+        padded_rows=padded_rows, steps=steps,
+        BIAS=bias is not None, SPLIT=share > 1, BLOCK_N=block_n, BLOCK_M=blocks.block_m,
+        STAGES=blocks.stages, num_warps=blocks.warps, num_stages=blocks.stages,
+        **specialization(form),
+    )  # fmt: skip
+    return y
+
+
+def panel(
+    weight: Tensor, arrays: Mapping[str, Tensor], layout: Layout, first: int, last: int
+) -> None:
+    """Write the rows of tiles first … last - 1 of Ŵ into `weight` [rows, K]."""
+    from precalib_kernels.gpu.dequantize import dequantize_kernel
+
+    form = form_of(layout)
+    steps, _, padded_rows, _ = arrays["qweight"].shape
+    dequantize_kernel[(last - first, steps)](
+        weight, **_arguments(arrays), column_scale=arrays.get("column_scale", weight),
+        first_tile=first, columns=weight.shape[1], padded_rows=padded_rows,
+        SCALED=layout.column_scale, OFFSET=form.offset, num_warps=2, **specialization(form),
+    )  # fmt: skip
+
+
+def _by_panels(
+    x: Tensor,
+    arrays: Mapping[str, Tensor],
+    bias: Tensor | None,
+    layout: Layout,
+    part_sizes: Sequence[int],
+) -> Tensor:
+    """x·Ŵᵀ by the vendor's product, a bounded number of dequantized rows at a time."""
+    columns = x.shape[1]
+    most = max(1, PANEL_WEIGHTS // columns // ROWS)  # tiles of a panel
+    ends, tile = [], 0
+    for size in part_sizes:
+        count = -(-size // ROWS)
+        for first in range(0, count, most):
+            last = min(first + most, count)
+            ends.append((tile + first, tile + last, min(last * ROWS, size) - first * ROWS))
+        tile += count
+    y = x.new_empty((x.shape[0], sum(part_sizes)))
+    row = 0
+    for first, last, rows in ends:
+        weight = x.new_empty((rows, columns))
+        panel(weight, arrays, layout, first, last)
+        part_bias = None if bias is None else bias[row : row + rows]
+        y[:, row : row + rows] = torch.nn.functional.linear(x, weight, part_bias)
+        row += rows
+    return y
+
+
+def specialization(form: Form, assembler: bool | None = None) -> dict[str, Any]:
+    """Compile-time arguments of both kernels that decode words."""
+    use = family() == "cuda" and not interpreted() if assembler is None else assembler
+    return {
+        "BITS": form.bits,
+        "MODE": form.mode,
+        "GROUP": form.group,
+        "SLOTS": form.slots,
+        "LOG8": form.log8,
+        "ASM": assembly.assembler(form) if use else "",
+        "REGISTERS": assembly.constraints(form) if use else "",
+        "SPARE": assembly.spare_assembler(form.bits) if use and form.bits < 4 else "",
+    }
+
+
+def _arguments(arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Kernel arguments; an array that a form does not have is never read, any pointer will do."""
+    absent = arrays["qweight"]
+    return {
+        "words": arrays["qweight"],
+        "scales": arrays["scales"],
+        "zeros": arrays.get("zeros", absent),
+        "carries": arrays.get("carry", absent),
+        "positions": arrays.get("salient_positions", absent),
+        "values": arrays.get("salient_values", absent),
+        "row_unit": arrays["row_unit"],
+        "salient_unit": arrays.get("salient_unit", absent),
+        "table": arrays["table"],
+        "constants": arrays["constants"],
+        "tiles": arrays["tiles"],
+    }
+
+
+def family() -> str:
+    """The row of `TABLE` for this torch: "cuda" or "hip"."""
+    return "hip" if torch.version.hip else "cuda"
+
+
+def interpreted() -> bool:
+    """Whether Triton runs kernels in its interpreter, which has no assembler."""
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)
+
+
+@functools.lru_cache(maxsize=16)
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; a few where there is none, under the interpreter."""
+    if device.type != "cuda":
+        return 3
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def _named(
+    packed: list[Tensor], layout: Layout, input_size: int, part_sizes: Sequence[int]
+) -> dict[str, Tensor]:
+    wanted = names(layout)
+    if len(packed) != len(wanted):
+        raise FormatError(f"{len(packed)} arrays of the in-memory form, expected {wanted}")
+    arrays = dict(zip(wanted, packed, strict=True))
+    form = form_of(layout)
+    rows = sum(-(-size // ROWS) * ROWS for size in part_sizes)
+    shape = (form.steps(input_size), form.stored_tiles, rows, 16)
+    if tuple(packed[0].shape) != shape or packed[0].dtype != torch.int16:
+        raise FormatError(
+            f"'qweight' is {list(packed[0].shape)} {packed[0].dtype}, expected {list(shape)} int16"
+        )
+    return arrays

@@ -1,0 +1,190 @@
+"""Packed tensors of the file to the in-memory form, once, in plain torch on any device."""
+
+import functools
+from collections.abc import Mapping, Sequence
+
+import numpy
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from precalib_kernels import reference
+from precalib_kernels.gpu.assembly import constants
+from precalib_kernels.gpu.form import DOT, ROWS, Form, form_of
+from precalib_kernels.layout import Layout, unpack_bits
+
+CHUNK_WEIGHTS = 1 << 22  # weights changed at a time; the index form takes several bytes each
+VALUE_LIMIT = 256.0  # the largest salient value of a row, in its salient_unit
+
+
+def in_memory(
+    tensors: Mapping[str, Tensor],
+    layout: Layout,
+    input_size: int,
+    part_sizes: Sequence[int],
+    where: str = "packed weight",
+) -> dict[str, Tensor]:
+    """The arrays the kernels read; their shapes depend on the layout and the sizes only.
+
+    tensors: as named by `Layout.tensors`; column_scale has a row per part.
+
+    R is the number of rows with every part padded to 64, G and K count whole steps:
+    qweight [steps, tiles, R, 16] int16; scales [G, R]; zeros [G, R] uint8; carry [G, R] int16;
+    salient_positions [G, m, R] uint8; salient_values [G, m, R] float16; row_unit, salient_unit
+    [R] float32; column_scale [parts, K] float16; table uint8 and constants [4, 16] int16 for the
+    lookup; tiles [R / 64, 4] int32: part, first row of the result, rows left in the part, 0.
+
+    Raises FormatError that begins with `where` for positions out of range.
+    """
+    form = form_of(layout)
+    rows = [(-(-size // ROWS)) * ROWS for size in part_sizes]
+    result = _empty(form, layout, input_size, sum(rows), tensors["qweight"].device)
+    first = padded_first = 0
+    tiles = []
+    for part, (size, padded) in enumerate(zip(part_sizes, rows, strict=True)):
+        for row in range(0, padded, ROWS):
+            tiles.append([part, first + row, max(0, size - row), 0])
+        chunk = max(ROWS, CHUNK_WEIGHTS // input_size // ROWS * ROWS)
+        for row in range(0, size, chunk):
+            count = min(chunk, size - row)
+            taken = slice(first + row, first + row + count)
+            piece = {k: t[taken] for k, t in tensors.items() if k != "column_scale"}
+            _fill(
+                result, slice(padded_first + row, padded_first + row + count),
+                piece, layout, form, input_size, where,
+            )  # fmt: skip
+        first, padded_first = first + size, padded_first + padded
+    device = result["qweight"].device
+    result["tiles"] = torch.tensor(tiles, dtype=torch.int32, device=device)
+    result["table"] = torch.tensor(form.table or (0,), dtype=torch.uint8, device=device)
+    words = numpy.array(constants(form), dtype=numpy.uint32).view(numpy.int16)
+    result["constants"] = torch.from_numpy(words).to(device)
+    if layout.column_scale:
+        columns = form.steps(input_size) * form.step
+        result["column_scale"] = pad(tensors["column_scale"], (0, columns - input_size))
+    return result
+
+
+def _empty(
+    form: Form, layout: Layout, input_size: int, rows: int, device: torch.device
+) -> dict[str, Tensor]:
+    steps = form.steps(input_size)
+    groups, slots = steps * form.step // form.group, form.slots
+    new = functools.partial(torch.zeros, device=device)
+    result = {
+        "qweight": new((steps, form.stored_tiles, rows, DOT), dtype=torch.int16),
+        "scales": new((groups, rows), dtype=torch.uint8 if form.log8 else torch.float16),
+        "row_unit": new(rows, dtype=torch.float32),
+    }
+    if form.mode == "uniform":
+        result["zeros"] = new((groups, rows), dtype=torch.uint8)
+    if form.mode == "trellis":
+        result["carry"] = new((groups, rows), dtype=torch.int16)
+    if layout.salient_count:
+        result["salient_positions"] = new((groups, slots, rows), dtype=torch.uint8)
+        result["salient_values"] = new((groups, slots, rows), dtype=torch.float16)
+        result["salient_unit"] = new(rows, dtype=torch.float32)
+    return result
+
+
+def _fill(
+    result: dict[str, Tensor],
+    rows: slice,
+    tensors: Mapping[str, Tensor],
+    layout: Layout,
+    form: Form,
+    input_size: int,
+    where: str,
+) -> None:
+    columns = form.steps(input_size) * form.step
+    codes = pad(unpack_bits(tensors["qweight"], form.bits, input_size), (0, columns - input_size))
+    fields, carry = stored_codes(codes, form)
+    result["qweight"][:, :, rows] = pack_words(fields, form)
+    groups = layout.groups(input_size)
+    result["scales"][:groups, rows] = tensors["scales"].T
+    unit = tensors["row_scale"][:, 0].float() if form.log8 else torch.ones_like(codes[:, 0]).float()
+    result["row_unit"][rows] = unit * form.level_step / layout.level_limit
+    if form.mode == "uniform":
+        result["zeros"][:groups, rows] = tensors["zeros"].T
+    if carry is not None:
+        result["carry"][:, rows] = carry.T
+    if layout.salient_count:
+        positions, values, salient_unit = salient_slots(tensors, layout, input_size, where)
+        result["salient_positions"][:groups, :, rows] = positions.permute(1, 2, 0)
+        result["salient_values"][:groups, :, rows] = values.permute(1, 2, 0)
+        result["salient_unit"][rows] = salient_unit
+
+
+def stored_codes(codes: Tensor, form: Form) -> tuple[Tensor, Tensor | None]:
+    """Codes as they are stored, uint8 [N, dots, 16], and the carries, int16 [N, G].
+
+    codes: uint8 [N, K], K whole steps.
+    """
+    rows, columns = codes.shape
+    if form.mode != "trellis":
+        return codes.view(rows, columns // DOT, DOT), None
+    length = 8 * form.chain_tiles  # codes of one chain; eight chains side by side make a group
+    grouped = codes.view(rows, -1, form.group).int()
+    low = grouped & 1
+    before = pad(low, (2, 0))
+    index = 2 * (grouped ^ before[..., :-2]) + before[..., 1:-1]  # reference.level_index
+    # An odd index is the mirror image of an even one; so look up the even one, then negate.
+    even = torch.where(index % 2 == 1, ~index, index) >> 1 & (2**form.bits - 1)
+    top = form.bits - 1
+    turned = (even & 1) << top | even >> 1
+    chains = turned.view(rows, -1, 8, length)
+    ends = before.unfold(-1, 2, length)[:, :, :8]  # u two and one before each chain
+    # A code is stored so that it comes out by exclusive or with the two stored before it.
+    two, one = ends[..., 0] << top, ends[..., 1] << top
+    stored = torch.empty_like(chains)
+    for k in range(length):
+        stored[..., k] = chains[..., k] ^ one ^ two
+        two, one = one, stored[..., k]
+    w = torch.arange(8, device=codes.device)
+    shift = w + w // 4 * 4
+    at = [(23 + form.bits - shift) % 16, (27 + form.bits - shift) % 16]
+    carry = (ends[..., 0] << at[0] | ends[..., 1] << at[1]).sum(-1)
+    carry = torch.where(carry >= 1 << 15, carry - (1 << 16), carry).to(torch.int16)
+    # chain w, code 8j + n -> dot 4j + n // 2, column 2w + n % 2
+    fields = stored.view(rows, -1, 8, form.chain_tiles, 4, 2).permute(0, 1, 3, 4, 2, 5)
+    return fields.reshape(rows, columns // DOT, DOT).to(torch.uint8), carry
+
+
+def pack_words(fields: Tensor, form: Form) -> Tensor:
+    """Stored codes, uint8 [N, dots, 16], as int16 words [steps, tiles, N, 16]."""
+    rows, dots, _ = fields.shape
+    tiles = fields.view(rows, dots // 4, 4, DOT).int()
+    if form.mode == "uniform":
+        nibbles = tiles.permute(0, 1, 3, 2)  # nibble i of word r: code r of dot i
+    else:  # nibble 2i + h of pair w: code 2w + h of dot i
+        pairs = tiles.view(rows, -1, 4, 8, 2).permute(0, 1, 3, 2, 4)
+        nibbles = pairs.reshape(rows, dots // 4, DOT, 4)
+    shifts = torch.arange(0, 16, 4, device=fields.device, dtype=torch.int32)
+    words = (nibbles << shifts).sum(-1).view(rows, -1, form.step // 64, DOT)
+    if form.bits == 2:
+        words = words[:, :, :1] | words[:, :, 1:] << 2
+    elif form.bits == 3:
+        spare = words[:, :, 3]
+        bits = torch.stack([(spare & 0x1111 << i) << 3 - i for i in range(3)], 2)
+        words = words[:, :, :3] | bits
+    words = torch.where(words >= 1 << 15, words - (1 << 16), words)
+    return words.to(torch.int16).permute(1, 2, 0, 3)
+
+
+def salient_slots(
+    tensors: Mapping[str, Tensor], layout: Layout, input_size: int, where: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What salient weights add to the base: positions [N, G, m], values and their unit [N].
+
+    A value is the salient weight minus what the base plane has there; unused slots hold 0.
+    """
+    column, codes = reference.salient_codes(tensors, layout, input_size, where)
+    base = pad(reference.base_values(tensors, layout, input_size), (0, 1)).gather(1, column)
+    delta = reference.salient_grid_values(codes, tensors, layout) - base
+    used = column < input_size
+    delta = torch.where(used, delta, 0)
+    unit = (delta.abs().amax(1) / VALUE_LIMIT).clamp(min=torch.finfo(torch.float32).tiny)
+    shape = column.shape[0], -1, layout.salient_count
+    positions = torch.where(used, column % layout.group_size, 0).to(torch.uint8)
+    values = (delta / unit[:, None]).half()
+    return positions.view(shape), values.view(shape), unit

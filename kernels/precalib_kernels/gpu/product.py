@@ -1,0 +1,171 @@
+"""The product for small and middling M: words to halves in registers, one dot per nibble.
+
+A program computes BLOCK_N rows of the result's transpose for BLOCK_M rows of x, over a share of
+the steps. Weights are the left operand: at M ≤ 8 a tensor-core product of 8 columns is enough, and
+a group's scale belongs to a row of the accumulator.
+
+    y[m, n] = unit[n] · Σ_g f[n, g] · (Σ_k half · x'[m, k] + start[m, g] - zero[n, g] · sum[m, g])
+            + salient_unit[n] · Σ_slots value · x'[m, position]          all · inverse[m], + bias[n]
+
+The partial products of a split are added up in a fixed order by the program that arrives last.
+"""
+
+import triton
+import triton.language as tl
+
+from precalib_kernels.gpu.halves import chain_halves, spare_tile
+
+
+@triton.jit(do_not_specialize=["rows", "outputs", "padded_rows", "steps"])
+def product_kernel(
+    y,  # out: [rows, outputs]
+    bias,  # [outputs], or anything
+    words,  # int16 [steps, TILES, padded_rows, 16]
+    scales,  # uint8 or float16 [groups, padded_rows]
+    zeros,  # uint8 [groups, padded_rows]
+    carries,  # int16 [groups, padded_rows]
+    positions,  # uint8 [groups, SLOTS, padded_rows]
+    values,  # float16 [groups, SLOTS, padded_rows]
+    row_unit,  # float32 [padded_rows]
+    salient_unit,  # float32 [padded_rows]
+    table,  # uint8
+    constants,  # int16 [4, 16], see `assembly.constants`
+    tiles,  # int32 [padded_rows / 64, 4]
+    dots,  # float16 [parts, blocks, steps * STEP / 16, BLOCK_M, 16]
+    by_column,  # float16 [parts, blocks, steps * STEP, BLOCK_M]
+    start,  # float32 [parts, blocks, groups, BLOCK_M]
+    sums,  # float32 [parts, blocks, groups, BLOCK_M]
+    inverse,  # float32 [parts, blocks * BLOCK_M]
+    shares,  # workspace: float32 [splits, blocks, padded_rows, BLOCK_M]
+    counters,  # workspace: int32 [blocks, tiles], zero
+    rows,  # M
+    outputs,  # N
+    padded_rows,
+    steps,
+    BITS: tl.constexpr,
+    MODE: tl.constexpr,
+    GROUP: tl.constexpr,
+    SLOTS: tl.constexpr,
+    LOG8: tl.constexpr,
+    BIAS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    STAGES: tl.constexpr,
+    ASM: tl.constexpr,
+    REGISTERS: tl.constexpr,
+    SPARE: tl.constexpr,
+):
+    """Program (tile, share of the steps, block of x)."""
+    STEP: tl.constexpr = 256 if BITS == 3 else 128
+    TILES: tl.constexpr = 1 if BITS == 2 else (3 if BITS == 3 else 2)
+    J: tl.constexpr = 2 if GROUP == 128 else 1
+    GROUPS: tl.constexpr = STEP // GROUP
+    tile, split, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    blocks = tl.num_programs(2)
+    about = tiles + tile * (BLOCK_N // 64) * 4
+    part = tl.load(about)
+    n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    r = tl.arange(0, 16)
+    m = tl.arange(0, BLOCK_M)
+
+    low = tl.load(constants + r)
+    high = tl.load(constants + 16 + r)
+    ones = tl.load(constants + 32 + r)
+    shift = tl.load(constants + 48 + r)
+    plane = part * blocks + block
+    words += n[:, None] * 16 + r[None, :]
+    dots += plane * (steps * STEP * BLOCK_M) + m[None, :] * 16 + r[:, None]
+    by_column += plane * (steps * STEP * BLOCK_M)
+    start += plane * (steps * GROUPS * BLOCK_M)
+    sums += plane * (steps * GROUPS * BLOCK_M)
+
+    share = tl.cdiv(steps, tl.num_programs(1))
+    total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    salient = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for step in tl.range(
+        split * share, tl.minimum(split * share + share, steps), num_stages=STAGES
+    ):
+        here = words + step * TILES * padded_rows * 16
+        first = tl.load(here)
+        nibbles = (first,)
+        if BITS == 2:
+            nibbles = nibbles + (spare_tile((first,), BITS, SPARE),)
+        else:
+            nibbles = nibbles + (tl.load(here + padded_rows * 16),)
+            if BITS == 3:
+                nibbles = nibbles + (tl.load(here + 2 * padded_rows * 16),)
+                nibbles = nibbles + (spare_tile(nibbles, BITS, SPARE),)
+        step_dots = dots + step * (STEP * BLOCK_M)
+        partial = total
+        for chain in tl.static_range(STEP // 64 // J):
+            group = step * GROUPS + chain * GROUPS // (STEP // 64 // J)
+            carry = n
+            if MODE == "trellis":
+                carry = tl.load(carries + group * padded_rows + n)
+            halves = chain_halves(
+                nibbles[chain * J], nibbles[chain * J + J - 1], carry,
+                low, high, ones, shift, table, BITS, MODE, J, ASM, REGISTERS,
+            )  # fmt: skip
+            for dot in tl.static_range(4 * J):
+                if dot % (GROUP // 16) == 0:
+                    begin = tl.load(start + (group + dot * 16 // GROUP) * BLOCK_M + m)
+                    partial = tl.broadcast_to(begin[None, :], (BLOCK_N, BLOCK_M))
+                ready = tl.load(step_dots + (chain * 4 * J + dot) * (BLOCK_M * 16))
+                partial = tl.dot(halves[dot], ready, partial)
+                if (dot + 1) % (GROUP // 16) == 0:
+                    current = group + dot * 16 // GROUP
+                    scale = tl.load(scales + current * padded_rows + n)
+                    if MODE == "uniform":
+                        zero = tl.load(zeros + current * padded_rows + n).to(tl.float32)
+                        sum = tl.load(sums + current * BLOCK_M + m)
+                        partial -= zero[:, None] * sum[None, :]
+                    total += partial * group_scale(scale, LOG8)[:, None]
+        for group in tl.static_range(GROUPS):
+            for slot in tl.static_range(SLOTS):
+                at = ((step * GROUPS + group) * SLOTS + slot) * padded_rows + n
+                column = (step * GROUPS + group) * GROUP + tl.load(positions + at).to(tl.int32)
+                picked = tl.load(by_column + (column * BLOCK_M)[:, None] + m[None, :])
+                salient += picked.to(tl.float32) * tl.load(values + at).to(tl.float32)[:, None]
+    total *= tl.load(row_unit + n)[:, None]
+    if SLOTS > 0:
+        total += salient * tl.load(salient_unit + n)[:, None]
+
+    if SPLIT:
+        tile_size: tl.constexpr = BLOCK_N * BLOCK_M
+        plane_size = tl.num_programs(0) * blocks * tile_size
+        inner = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + m[None, :]
+        shares += (block * tl.num_programs(0) + tile) * tile_size + inner
+        tl.store(shares + split * plane_size, total)
+        tl.debug_barrier()
+        arrived = tl.atomic_add(counters + block * tl.num_programs(0) + tile, 1, sem="acq_rel")
+        if arrived == tl.num_programs(1) - 1:
+            total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+            for other in tl.range(tl.num_programs(1)):
+                total += tl.load(shares + other * plane_size, cache_modifier=".cg")
+            _store(y, bias, inverse, about, total, part, block, blocks, rows, outputs, BIAS)
+    else:
+        _store(y, bias, inverse, about, total, part, block, blocks, rows, outputs, BIAS)
+
+
+@triton.jit
+def group_scale(scale, LOG8: tl.constexpr):
+    """Factor of a group: float16 as it is, or 2**(-code / 16), code 255 being zero."""
+    if LOG8:
+        return tl.where(scale == 255, 0.0, tl.exp2(scale.to(tl.float32) * -0.0625))
+    return scale.to(tl.float32)
+
+
+@triton.jit
+def _store(y, bias, inverse, about, total, part, block, blocks, rows, outputs, BIAS: tl.constexpr):
+    BLOCK_N: tl.constexpr = total.shape[0]
+    BLOCK_M: tl.constexpr = total.shape[1]
+    inner = tl.arange(0, BLOCK_N)
+    inside = inner < tl.load(about + 2)
+    n = tl.load(about + 1) + inner
+    m = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    total *= tl.load(inverse + part * blocks * BLOCK_M + m)[None, :]
+    if BIAS:
+        total += tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)[:, None]
+    at = y + m.to(tl.int64)[None, :] * outputs + n[:, None]
+    tl.store(at, total.to(y.dtype.element_ty), mask=inside[:, None] & (m < rows)[None, :])

@@ -1,0 +1,58 @@
+"""Fixed configurations: which kernel and which blocks, by chip family and M. No tuning at run time.
+
+`python -m precalib_kernels.tune` measures on a GPU and prints a new table.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """How one product is cut up.
+
+    block_n: rows of the weight per program, 64 or 128.
+    block_m: rows of x per program.
+    warps:   of a program; two keep the tensor-core products of sm_80 on newer chips too.
+    stages:  steps of words and activations in flight.
+    waves:   programs wanted per multiprocessor; K is split until there are as many.
+    """
+
+    block_n: int
+    block_m: int
+    warps: int
+    stages: int
+    waves: int
+
+
+# The largest M each entry serves; beyond the last the weight is dequantized for a plain product.
+TABLE: Mapping[str, Mapping[int, Blocks]] = {
+    "cuda": {
+        8: Blocks(64, 8, 2, 4, 6),
+        16: Blocks(64, 16, 2, 4, 4),
+        32: Blocks(64, 32, 2, 3, 3),
+        64: Blocks(64, 64, 4, 3, 2),
+        128: Blocks(64, 128, 4, 3, 2),
+    },
+    "hip": {
+        16: Blocks(64, 16, 2, 2, 4),
+        32: Blocks(64, 32, 4, 2, 2),
+        64: Blocks(64, 64, 4, 2, 2),
+        128: Blocks(64, 128, 4, 2, 2),
+    },
+}
+
+
+def blocks_for(family: str, rows: int) -> Blocks | None:
+    """The entry for M rows; None where the weight is to be dequantized."""
+    for most, blocks in TABLE[family].items():
+        if rows <= most:
+            return blocks
+    return None
+
+
+def splits(blocks: Blocks, tiles: int, row_blocks: int, steps: int, processors: int) -> int:
+    """Programs that share the steps of one tile, so that every multiprocessor has work."""
+    wanted = blocks.waves * processors // max(1, tiles * row_blocks)
+    share = -(-steps // max(1, min(wanted, steps)))
+    return -(-steps // share)  # no program without a step

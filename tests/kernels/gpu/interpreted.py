@@ -1,0 +1,182 @@
+"""Numerics of the Triton kernels, run by `test_numerics.py` in a process of its own.
+
+Triton decides when it is imported whether kernels are interpreted, so this file cannot share a
+process with other tests. Errors are measured against Σ|x·w|: a float16 activation is off by at
+most 2**-12 of itself (2**-11 in tiny ones), a salient weight by 2**-11 of what it adds to its base
+weight, all sums are float32, and the result is rounded once to its own type.
+"""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+from offline_quantize.recipes import RECIPES
+from precalib_kernels import reference
+from precalib_kernels.gpu import linear
+from precalib_kernels.gpu.form import reason_against
+from precalib_kernels.gpu.pack import in_memory
+from precalib_kernels.gpu.table import Blocks
+from precalib_kernels.layout import Layout
+
+EPS = {torch.float32: 0.0, torch.float16: 2**-11, torch.bfloat16: 2**-7}  # it cuts bfloat16 off
+ODD = {
+    2: (-97, -61, -35, -11, 11, 35, 61, 97),
+    3: tuple(s * x for s, h in ((-1, -1), (1, 1)) for x in (5, 17, 29, 43, 57, 73, 91, 115)[::h]),
+}
+HALF = (3, 9, 15, 21, 27, 35, 41, 47, 55, 63, 71, 79, 87, 97, 109, 123)
+ODD[4] = (*(-x for x in reversed(HALF)), *HALF)
+TABLES = {2: (-100, -30, 31, 100), 3: (-128, -90, -40, 0, 10, 50, 90, 127)}
+TABLES[4] = (-128, -95, -70, -50, -36, -22, -12, -1, 0, 10, 21, 33, 47, 64, 88, 127)
+
+
+def layout(bits: int, mode: str, group: int, slots: int, **others) -> Layout:
+    base = Layout(bits=bits, group_size=group, salient_count=slots, **others)
+    if mode == "uniform":
+        return base
+    levels = ODD[bits] if mode == "trellis" else TABLES[bits]
+    trellis = mode == "trellis"
+    return dataclasses.replace(
+        base, levels=levels, trellis=trellis, scale="log8", salient_grid="row", column_scale=True
+    )
+
+
+@dataclasses.dataclass
+class Case:
+    layout: Layout
+    parts: list[int]
+    columns: int
+    tensors: dict[str, Tensor]
+
+    @property
+    def packed(self) -> list[Tensor]:
+        arrays = in_memory(self.tensors, self.layout, self.columns, self.parts)
+        return [arrays[name] for name in linear.names(self.layout)]
+
+    def weight(self) -> Tensor:
+        return reference.dequantize(self.tensors, self.layout, self.columns, self.parts).double()
+
+
+@pytest.fixture
+def make_case(make_packed):
+    def make(chosen: Layout, parts: list[int], columns: int) -> Case:
+        packed = make_packed(chosen, sum(parts), columns, seed=sum(parts) + columns)
+        tensors = dict(packed.tensors)
+        generator = torch.Generator().manual_seed(1)
+        if chosen.column_scale:
+            shape = (len(parts), columns)
+            tensors["column_scale"] = (torch.rand(shape, generator=generator) + 0.5).half()
+        return Case(chosen, parts, columns, tensors)
+
+    return make
+
+
+def check_product(case: Case, rows: int, dtype=torch.float32, bias=False, blocks=None, x=None):
+    generator = torch.Generator().manual_seed(rows)
+    if x is None:
+        x = torch.randn((rows, case.columns), generator=generator).to(dtype)
+    shift = torch.randn(sum(case.parts), generator=generator).to(dtype) if bias else None
+    if blocks is None:
+        text = case.layout.to_text()
+        y = linear.gpu_linear(x, case.packed, shift, case.parts, text)
+    else:
+        arrays = dict(zip(linear.names(case.layout), case.packed, strict=True))
+        y = linear.product(x, arrays, shift, case.layout, case.parts, blocks)
+    assert y.dtype == dtype
+    weight = case.weight()
+    exact = x.double() @ weight.T + (0 if shift is None else shift.double())
+    size = x.double().abs() @ absolute(case).T
+    tiny = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    weight_error = EPS[dtype] if rows > 128 else 0  # dequantized to the type of x first
+    allowed = (2**-10 + weight_error) * size + EPS[dtype] * exact.abs() + tiny
+    worst = ((y.double() - exact).abs() / allowed).max().item()
+    assert worst < 1, f"off by {worst} of the bound"
+
+
+def absolute(case: Case) -> Tensor:
+    """|Ŵ|, with base weight and addition counted apart where they are added in the kernel."""
+    parts = reference.base_values(case.tensors, case.layout, case.columns)
+    if case.layout.column_scale:
+        parts = parts * reference.expand_parts(case.tensors["column_scale"].float(), case.parts)
+    return case.weight().abs() + parts.double().abs()
+
+
+FORMS = [
+    pytest.param(bits, mode, group, id=f"{bits}-{mode}-{group}")
+    for bits in (2, 3, 4)
+    for mode in ("uniform", "table", "trellis")
+    for group in (32, 64, 128)
+    if (mode, group) != ("trellis", 32)
+]
+
+
+@pytest.mark.parametrize(("bits", "mode", "group"), FORMS)
+def test_every_form_is_the_reference(make_case, bits, mode, group):
+    """Ragged in N and K, fused parts with a column scale each."""
+    case = make_case(layout(bits, mode, group, 2), [17, 1], 160)
+    weight = linear.gpu_dequantize(
+        case.packed, 160, case.parts, case.layout.to_text(), torch.float32
+    )
+    assert (weight.double() - case.weight()).abs().max() <= 2**-10 * absolute(case).max()
+    check_product(case, 3)
+
+
+@pytest.mark.parametrize("name", ["paper-4", "paper-3", "rtn-4"])
+def test_recipes(make_case, name):
+    check_product(make_case(RECIPES[name].layout, [20], 160), 2, torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("rows", "parts", "columns", "dtype", "bias"),
+    [
+        (1, [1], 32, torch.float16, True),
+        (16, [96], 96, torch.bfloat16, True),
+        (33, [17], 576, torch.bfloat16, False),
+        (2, [3], 4160, torch.float16, False),
+        (130, [70, 5], 64, torch.bfloat16, True),  # beyond the table: dequantized
+    ],
+)
+def test_awkward_shapes(make_case, rows, parts, columns, dtype, bias):
+    check_product(make_case(layout(4, "trellis", 128, 2), parts, columns), rows, dtype, bias)
+
+
+@pytest.mark.parametrize("waves", [0, 100])
+def test_any_split_gives_the_same_sum(make_case, waves):
+    case = make_case(layout(3, "uniform", 64, 0), [65], 700 // 32 * 32)
+    check_product(case, 5, blocks=Blocks(64, 8, 2, 2, waves))
+
+
+def test_blocks_of_128_rows(make_case):
+    check_product(
+        make_case(layout(4, "uniform", 128, 1), [130], 128), 2, blocks=Blocks(128, 8, 4, 2, 1)
+    )
+
+
+@pytest.mark.parametrize("count", [0, 32])
+def test_no_salient_weights_and_whole_groups_of_them(make_case, count):
+    check_product(make_case(layout(4, "trellis", 64, count), [9], 96), 2)
+
+
+def test_extremes(make_case):
+    """Zero scales, largest codes, and activations across the range of their type."""
+    case = make_case(layout(4, "trellis", 128, 2), [8], 256)
+    case.tensors["scales"][::2] = 255
+    case.tensors["qweight"][1::2] = 255
+    x = torch.randn(4, 256)
+    x[0] *= 6e4 / x[0].abs().max()
+    x[1] *= 2**-20
+    x[2, 1:] = 0
+    x[3] = 0
+    check_product(case, 4, torch.float16, x=x.half())
+    check_product(case, 4, torch.bfloat16, x=(x * 2.0**90).bfloat16())
+
+
+def test_no_rows(make_case):
+    case = make_case(layout(4, "uniform", 128, 0), [8], 64)
+    y = linear.gpu_linear(torch.empty(0, 64), case.packed, None, [8], case.layout.to_text())
+    assert y.shape == (0, 8)
+
+
+def test_all_of_these_layouts_are_accepted():
+    assert {reason_against(layout(*param.values, 2)) for param in FORMS} == {None}

@@ -1,0 +1,16 @@
+"""Runs `interpreted.py` where Triton's interpreter takes the place of a GPU."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+def test_kernels_are_the_reference_under_the_interpreter():
+    cases = Path(__file__).with_name("interpreted.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(cases)]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
+    assert " passed" in done.stdout
+    assert "skipped" not in done.stdout
