@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: install demo test lint bench-quality bench-speed clean help
+.PHONY: install demo test lint chromium bench-quality bench-speed clean help
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -47,8 +47,20 @@ $(STAMP): pyproject.toml deploy/constraints.txt deploy/vllm-metapackage/pyprojec
 demo: $(STAMP) ## quantize a real model, serve it in vLLM, ask it, measure it
 	@$(BIN)/python deploy/demo.py
 
-test: lint ## lint, types and the whole test suite
+test: lint chromium ## lint, types and the whole test suite
 	@OMP_NUM_THREADS=1 $(BIN)/pytest
+
+# The tests of `precalib report` look at it in a browser; without one they skip, and say so.
+chromium: ## a browser for the tests, with apt-get where there is none and we may
+	@if ! command -v chromium chromium-browser google-chrome >/dev/null; then \
+	  as_root=; [ "$$(id -u)" = 0 ] || as_root="sudo -n"; \
+	  if command -v apt-get >/dev/null && $$as_root true 2>/dev/null; then \
+	    echo "chromium: installing it, for the tests of the report"; \
+	    export DEBIAN_FRONTEND=noninteractive; \
+	    { $$as_root apt-get -qq update && $$as_root apt-get -qq install -y --no-install-recommends \
+	      -o DPkg::Lock::Timeout=300 chromium; } >/dev/null 2>&1 \
+	      || echo "chromium: could not be installed; the tests of the report in a browser will skip"; \
+	  else echo "chromium: not there; the tests of the report in a browser will skip"; fi; fi
 
 lint: $(STAMP) ## ruff and mypy
 	@$(BIN)/ruff check .

@@ -24,6 +24,7 @@ from offline_quantize.plan import Options, make_plan
 from offline_quantize.quantize import is_finished
 from offline_quantize.quantize import quantize as run_quantize
 from offline_quantize.recipes import DEFAULT, RECIPES
+from offline_quantize.report import Request, check_out, write_report
 from offline_quantize.source import open_checkpoint
 from offline_quantize.verify import verify as run_verify
 from offline_quantize.verify import workload
@@ -82,6 +83,10 @@ def quantize(
     device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda:0.")] = "cpu",
     resume: Annotated[bool, typer.Option("--resume", help="Continue an unfinished run.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+    report_to: Annotated[
+        Path | None,
+        typer.Option("--report", metavar="FILE", help="Also write a report, an HTML page, here."),
+    ] = None,
 ) -> None:
     """Quantize a checkpoint. No data, no model class: tensors are chosen by name."""
     changes: dict[str, Any] = {
@@ -100,16 +105,20 @@ def quantize(
         if is_finished(plan, target, device, resume):
             console.out.print(f"{target} holds all of it already.")
         return
+    if report_to is not None:
+        check_out(report_to)
+    jobs = jobs or len(os.sched_getaffinity(0))
     total = plan.source.nbytes + plan.output_bytes
     with _resumable("add --resume to continue"), console.progress_bar(total) as progress:
-        outcome = run_quantize(
-            plan, target, progress, jobs or len(os.sched_getaffinity(0)), device, resume
-        )
+        outcome = run_quantize(plan, target, progress, jobs, device, resume)
     if outcome.seconds is None:
         console.out.print(f"{target} was finished before; nothing to do.")
     console.show_kept(plan.kept, plan.source.left_out)
     console.show_experts(plan)
     console.show_totals(outcome.manifest["totals"], outcome.seconds)
+    if report_to is not None:
+        seconds = None if resume else outcome.seconds  # a resumed run knows its last part alone
+        _report(target, Request(report_to, plan.source.root, seconds=seconds, jobs=jobs))
     folder = shlex.quote(str(target))
     console.out.print(f"Serve it:  vllm serve {folder} --quantization precalib")
 
@@ -208,6 +217,40 @@ def evaluate(
 
 
 @app.command()
+def report(
+    directory: Annotated[Path, typer.Argument(help="Folder of a packed checkpoint.")],
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="HTML file; NAME-report.html if not given.")
+    ] = None,
+    against: Annotated[
+        str | None, typer.Option(help="The source checkpoint: draw the weights before, too.")
+    ] = None,
+    evaluations: Annotated[
+        list[Path] | None,
+        typer.Option("--eval", metavar="FILE", help="Result of precalib eval --json; repeatable."),
+    ] = None,
+    tensor: Annotated[
+        list[str] | None,
+        typer.Option(metavar="REGEX", help="Draw these modules, not the worst of each kind."),
+    ] = None,
+    jobs: Annotated[int, typer.Option(help="Tensors at a time; 0: one per core.", min=0)] = 0,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace FILE even if it is no report.")
+    ] = False,
+) -> None:
+    """Show a packed checkpoint as an HTML page: sizes, errors, salient weights, evaluations."""
+    request = Request(
+        out or Path(f"{directory.resolve().name}-report.html"),
+        hub.locate(against) if against else None,
+        evaluations or (),
+        tensor or (),
+        jobs=jobs or len(os.sched_getaffinity(0)),
+        force=force,
+    )
+    _report(directory, request)
+
+
+@app.command()
 def recipes() -> None:
     """List the recipes."""
     for name, recipe in RECIPES.items():
@@ -236,6 +279,13 @@ def _resumable(how: str) -> Iterator[None]:
     except KeyboardInterrupt:
         console.err.print(f"precalib: interrupted; {how}")
         raise typer.Exit(130) from None
+
+
+def _report(directory: Path, request: Request) -> None:
+    stored = open_packed(directory).files.nbytes
+    with console.progress_bar(stored) as progress:
+        write_report(directory, request, progress)
+    console.out.print(f"Report: {request.out}")
 
 
 def _override(text: str) -> tuple[str, str]:

@@ -120,7 +120,7 @@ def evaluate(directory: Path, source: Path, request: Request) -> dict[str, Any]:
 
     Raises SourceError, FormatError or OutputError in plain sentences.
     """
-    open_packed(directory)
+    packed = open_packed(directory)
     checkpoint = open_checkpoint(source)
     questions = {path: tasks.read_questions(path, request.limit) for path in request.tasks}
     original = Original(checkpoint, request)
@@ -148,6 +148,8 @@ def evaluate(directory: Path, source: Path, request: Request) -> dict[str, Any]:
     result: dict[str, Any] = {
         "directory": str(directory),
         "source": str(source),
+        "recipe": packed.config.recipe,
+        "bits_per_weight": packed.bits_per_weight,
         "dtype": str(request.dtype).removeprefix("torch."),
     }
     if reference is not None:

@@ -52,6 +52,13 @@ class PackedCheckpoint:
             raise FormatError(f"{self.root}: tensor '{name}' has the impossible shape {shape}")
         return shape[0], 8 * shape[1] // self.layout(module).bits
 
+    @property
+    def bits_per_weight(self) -> float:
+        """True size: stored bits of everything that replaces a weight, per packed weight."""
+        shapes = {module: self.shape(module) for module in self.config.modules}
+        stored = sum(self.layout(module).stored_bytes(*shapes[module]) for module in shapes)
+        return 8 * stored / sum(rows * columns for rows, columns in shapes.values())
+
     def stored_names(self, module: str) -> list[str]:
         """Names of the tensors that replace a packed module's weight, in format order."""
         return [f"{module}.{suffix}" for suffix in self.layout(module).tensors(*self.shape(module))]

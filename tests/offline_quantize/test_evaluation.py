@@ -216,7 +216,11 @@ def test_command(
         "eval", packed, "--against", source, "--text", text, "--json", tmp_path / "result.json"
     )
     assert ran.code == 0, ran.err
-    result = json.loads((tmp_path / "result.json").read_text())["text"]
+    written = json.loads((tmp_path / "result.json").read_text())
+    manifest = json.loads((packed / "precalib.json").read_text())
+    assert written["bits_per_weight"] == manifest["totals"]["bits_per_weight"]
+    assert written["recipe"] == manifest["job"]["recipe"]
+    result = written["text"]
     windows = text_windows(load_tokenizer(source), [text], 8192, 128)
     assert result["tokens"] == sum(len(window) - 1 for window in windows) == len(TEXT)
     original = load_original(source, torch.bfloat16, "cpu")

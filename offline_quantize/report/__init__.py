@@ -1,0 +1,71 @@
+"""`precalib report`: a packed checkpoint as one HTML page that needs no network and no server."""
+
+import dataclasses
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+
+from offline_quantize.assembly import Progress
+from offline_quantize.files import write_bytes
+from precalib_kernels.errors import OutputError
+
+MARK = '<meta name="generator" content="precalib report">'
+NEEDED = ("matplotlib", "jinja2")
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What to show of a packed checkpoint, and where to write it.
+
+    out:         the HTML file; an earlier report there is replaced, another file only by `force`.
+    against:     the source checkpoint, which histograms of the weights before need; or None.
+    evaluations: results of `precalib eval --json`.
+    tensors:     patterns of the modules to draw; none for the worst of each kind.
+    seconds:     what quantizing took, where that is known.
+    jobs:        weights unpacked at a time.
+    """
+
+    out: Path
+    against: Path | None = None
+    evaluations: Sequence[Path] = ()
+    tensors: Sequence[str] = ()
+    seconds: float | None = None
+    jobs: int = 1
+    force: bool = False
+
+
+def check_out(out: Path, force: bool = False) -> None:
+    """Raise OutputError if a report cannot be made here, or would replace something else."""
+    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
+        raise OutputError(
+            f"a report needs {' and '.join(missing)}; "
+            "install what it needs with: pip install 'vllm-precalib[report]'"
+        )
+    if out.is_dir():
+        raise OutputError(f"{out}: is a directory; give --out the name of an HTML file")
+    if out.exists() and not force and not _is_report(out):
+        raise OutputError(
+            f"{out}: exists and is not a report; give another --out, or --force to replace it"
+        )
+
+
+def write_report(directory: Path, request: Request, progress: Progress) -> None:
+    """Write the report of a packed checkpoint, whole or not at all.
+
+    The same checkpoint, sources and evaluations give the same bytes.
+
+    Raises PrecalibError for an unreadable checkpoint, a source that is not its source, a pattern
+    that matches nothing, and an output file that would replace something else.
+    """
+    check_out(request.out, request.force)
+    # matplotlib takes a second to import, and only reports need it
+    from offline_quantize.report.contents import gather
+    from offline_quantize.report.page import render
+
+    page = render(gather(directory, request, progress))
+    write_bytes(request.out, page.encode())
+
+
+def _is_report(path: Path) -> bool:
+    with path.open("rb") as file:
+        return MARK.encode() in file.read(1024)
