@@ -11,6 +11,7 @@ Row = Mapping[str, Any]
 BEGIN, END = "<!-- table -->", "<!-- end of table -->"
 OURS = "precalib"
 FIRST = "precalib balanced"
+REACH = 0.05  # bits; a method of the same size may miss ours by a few hundredths
 
 
 def ranked(rows: Iterable[Row]) -> list[Row]:
@@ -21,13 +22,16 @@ def ranked(rows: Iterable[Row]) -> list[Row]:
 def best(bits: float, rows: Sequence[Row], text: str) -> float | None:
     """KL of the best method at so many bits, log-linear between a method's own points.
 
-    None outside the span of every method.
+    Its first and its last line reach on by REACH bits. None where no method reaches.
     """
     found = []
     for method in {row["method"] for row in rows}:
         points = sorted(point(row, text) for row in rows if row["method"] == method)
-        for (low, kl_low), (high, kl_high) in itertools.pairwise(points):
-            if low <= bits <= high and low < high:
+        pairs = [pair for pair in itertools.pairwise(points) if pair[0][0] < pair[1][0]]
+        for index, ((low, kl_low), (high, kl_high)) in enumerate(pairs):
+            below = REACH if index == 0 else 0
+            above = REACH if index == len(pairs) - 1 else 0
+            if low - below <= bits <= high + above:
                 share = (bits - low) / (high - low)
                 found.append(kl_low ** (1 - share) * kl_high**share)
     return min(found, default=None)

@@ -24,6 +24,10 @@ def test_best_is_log_linear(load: Load) -> None:
     assert best(4, rows, "b") == pytest.approx(0.2)
     assert best(3, rows, "a") == pytest.approx(0.9)
     assert best(5.1, rows, "a") is None
+    assert best(2.9, rows, "a") is None
+    assert best(5.04, rows, "a") == pytest.approx(0.01 * 10**-0.04)  # on along A's line
+    assert best(2.96, [*rows[2:], row("B", 3, 0.9)], "a") == pytest.approx(0.9 * 4.5**0.04)
+    assert best(3, rows[:1], "a") is None  # one point is no line
 
 
 def test_table(load: Load) -> None:
