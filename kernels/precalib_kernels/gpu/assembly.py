@@ -21,10 +21,9 @@ def assembler(form: Form) -> str:
     twice; J tiles. Every register holds two neighbouring int16 or fp16 elements.
     """
     tiles = form.chain_tiles
-    lines = []
+    lines = [".reg .b32 p, q, f, x, s, m, a, lo, hi, low, high, ones;"]
     first = 4 * tiles
     if form.mode != "uniform":
-        lines.append(".reg .b32 p, q, f, x, s, m, a, lo, hi, low, high, ones;")
         lines.append(
             f"mov.b32 low, ${first}; mov.b32 high, ${first + 1}; mov.b32 ones, ${first + 2};"
         )
@@ -86,7 +85,6 @@ def _uniform(bits: int, word: str, out: list[str]) -> list[str]:
     even, odd = f"{((1 << bits) - 1) * 0x10001:#x}", f"{((1 << bits) - 1) * 0x100010:#x}"
     magic = "0x64006400"
     return [
-        ".reg .b32 s;",
         f"shr.b32 s, {word}, 8;",
         f"lop3.b32 {out[0]}, {word}, {even}, {magic}, {_AND_OR};",
         f"lop3.b32 {out[1]}, {word}, {odd}, {magic}, {_AND_OR};",

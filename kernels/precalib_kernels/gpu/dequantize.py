@@ -87,7 +87,8 @@ def dequantize_kernel(
                 hit = (tl.load(positions + at).to(tl.int32) + group * GROUP)[:, None] == column[
                     None, :
                 ]
-                salient = tl.load(values + at).to(tl.float32) * tl.load(salient_unit + n)
+                # salient_unit is for activations divided by 32
+                salient = tl.load(values + at).to(tl.float32) * tl.load(salient_unit + n) / 32
                 value += tl.where(hit, salient[:, None], 0.0)
             if SCALED:
                 factor = tl.load(column_scale + part * tl.num_programs(1) * STEP + column)

@@ -100,7 +100,8 @@ def product(
     words = arrays["qweight"]
     steps, _, padded_rows, _ = words.shape
     padded, parts = steps * form.step, len(part_sizes)
-    block_n = blocks.block_n if padded_rows % blocks.block_n == 0 and parts == 1 else ROWS
+    fits = all(-(-size // ROWS) * ROWS % blocks.block_n == 0 for size in part_sizes)
+    block_n = blocks.block_n if fits else ROWS  # a program stays within one part
     row_blocks = -(-rows // blocks.block_m)
     tiles = padded_rows // block_n
     share = splits(blocks, tiles, row_blocks, steps, processors(device))
@@ -122,7 +123,7 @@ def product(
         counters.numel(), rows, columns, padded, x.stride(0),
         OFFSET=form.offset, GROUP=form.group, MODE=form.mode, J=form.chain_tiles,
         SCALED=layout.column_scale, BY_COLUMN=form.slots > 0,
-        BLOCK_M=blocks.block_m, BLOCK_K=block_k, num_warps=max(4, block_k // 1024),
+        BLOCK_M=blocks.block_m, BLOCK_K=block_k, num_warps=prepare_warps(block_k),
     )  # fmt: skip
     product_kernel[(tiles, share, row_blocks)](
         y, x if bias is None else bias, **_arguments(arrays),
@@ -192,6 +193,11 @@ def specialization(form: Form, assembler: bool | None = None) -> dict[str, Any]:
         "REGISTERS": assembly.constraints(form) if use else "",
         "SPARE": assembly.spare_assembler(form.bits) if use and form.bits < 4 else "",
     }
+
+
+def prepare_warps(block_k: int) -> int:
+    """Warps that make a row ready: 16 columns a thread."""
+    return min(32, max(4, block_k // 512))
 
 
 def _arguments(arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -14,7 +14,8 @@ from precalib_kernels.gpu.form import DOT, ROWS, Form, form_of
 from precalib_kernels.layout import Layout, unpack_bits
 
 CHUNK_WEIGHTS = 1 << 22  # weights changed at a time; the index form takes several bytes each
-VALUE_LIMIT = 256.0  # the largest salient value of a row, in its salient_unit
+VALUE_LIMIT = 4.0  # largest salient value of a row, so that eight times 2**10 fit float16
+PICKED_SCALE = 32.0  # by how much `activations` divides what salient weights pick
 
 
 def in_memory(
@@ -112,7 +113,7 @@ def _fill(
         positions, values, salient_unit = salient_slots(tensors, layout, input_size, where)
         result["salient_positions"][:groups, :, rows] = positions.permute(1, 2, 0)
         result["salient_values"][:groups, :, rows] = values.permute(1, 2, 0)
-        result["salient_unit"][rows] = salient_unit
+        result["salient_unit"][rows] = salient_unit * PICKED_SCALE
 
 
 def stored_codes(codes: Tensor, form: Form) -> tuple[Tensor, Tensor | None]:

@@ -61,6 +61,7 @@ def product_kernel(
     TILES: tl.constexpr = 1 if BITS == 2 else (3 if BITS == 3 else 2)
     J: tl.constexpr = 2 if GROUP == 128 else 1
     GROUPS: tl.constexpr = STEP // GROUP
+    PICKS: tl.constexpr = 8 if BLOCK_M < 64 else 4  # more would not fit the registers
     tile, split, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     blocks = tl.num_programs(2)
     about = tiles + tile * (BLOCK_N // 64) * 4
@@ -82,7 +83,6 @@ def product_kernel(
 
     share = tl.cdiv(steps, tl.num_programs(1))
     total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    salient = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for step in tl.range(
         split * share, tl.minimum(split * share + share, steps), num_stages=STAGES
     ):
@@ -121,14 +121,23 @@ def product_kernel(
                         sum = tl.load(sums + current * BLOCK_M + m)
                         partial -= zero[:, None] * sum[None, :]
                     total += partial * group_scale(scale, LOG8)[:, None]
-        for group in tl.static_range(GROUPS):
-            for slot in tl.static_range(SLOTS):
-                at = ((step * GROUPS + group) * SLOTS + slot) * padded_rows + n
-                column = (step * GROUPS + group) * GROUP + tl.load(positions + at).to(tl.int32)
-                picked = tl.load(by_column + (column * BLOCK_M)[:, None] + m[None, :])
-                salient += picked.to(tl.float32) * tl.load(values + at).to(tl.float32)[:, None]
     total *= tl.load(row_unit + n)[:, None]
     if SLOTS > 0:
+        salient = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        last = tl.minimum(split * share + share, steps) * GROUPS * SLOTS
+        for slot in tl.range(split * share * GROUPS * SLOTS, last, PICKS):
+            # A few products are added up in fp16, two at a time, then in float32.
+            few = tl.zeros((BLOCK_N, BLOCK_M), tl.float16)
+            for i in tl.static_range(PICKS):
+                at = (slot + i) * padded_rows + n
+                real = at < last * padded_rows
+                column = tl.load(positions + at, mask=real, other=0).to(tl.int32)
+                column += tl.minimum(slot + i, last - 1) // SLOTS * GROUP
+                picked = tl.load(by_column + (column * BLOCK_M)[:, None] + m[None, :])
+                value = tl.load(values + at, mask=real, other=0.0)[:, None]
+                value = tl.broadcast_to(value, (BLOCK_N, BLOCK_M))
+                few = multiply_add(picked, value, few, ASM != "")
+            salient += few.to(tl.float32)
         total += salient * tl.load(salient_unit + n)[:, None]
 
     if SPLIT:
@@ -146,6 +155,18 @@ def product_kernel(
             _store(y, bias, inverse, about, total, part, block, blocks, rows, outputs, BIAS)
     else:
         _store(y, bias, inverse, about, total, part, block, blocks, rows, outputs, BIAS)
+
+
+@triton.jit
+def multiply_add(a, b, c, ASSEMBLER: tl.constexpr):
+    """a · b + c in fp16, two at a time where there is assembler."""
+    if ASSEMBLER:
+        result = tl.inline_asm_elementwise(
+            "fma.rn.f16x2 $0, $1, $2, $3;", "=r,r,r,r", (a, b, c), tl.float16, True, 2
+        )
+    else:
+        result = a * b + c
+    return result
 
 
 @triton.jit

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 class Blocks:
     """How one product is cut up.
 
-    block_n: rows of the weight per program, 64 or 128.
+    block_n: rows of the weight per program, 64 or 128; 64 where a fused part has odd tiles.
     block_m: rows of x per program.
     warps:   of a program; two keep the tensor-core products of sm_80 on newer chips too.
     stages:  steps of words and activations in flight.
@@ -31,14 +31,12 @@ TABLE: Mapping[str, Mapping[int, Blocks]] = {
         8: Blocks(64, 8, 2, 4, 6),
         16: Blocks(64, 16, 2, 4, 4),
         32: Blocks(64, 32, 2, 3, 3),
-        64: Blocks(64, 64, 4, 3, 2),
-        128: Blocks(64, 128, 4, 3, 2),
+        256: Blocks(128, 64, 4, 3, 2),
     },
     "hip": {
         16: Blocks(64, 16, 2, 2, 4),
         32: Blocks(64, 32, 4, 2, 2),
-        64: Blocks(64, 64, 4, 2, 2),
-        128: Blocks(64, 128, 4, 2, 2),
+        128: Blocks(64, 64, 4, 2, 2),
     },
 }
 

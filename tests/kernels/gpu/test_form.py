@@ -1,0 +1,116 @@
+"""The in-memory form and its decoders' data, without Triton."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from precalib_kernels.errors import FormatError
+from precalib_kernels.gpu import linear
+from precalib_kernels.gpu.assembly import assembler, constraints, table_words
+from precalib_kernels.gpu.form import form_of, reason_against
+from precalib_kernels.gpu.pack import in_memory, stored_codes
+from precalib_kernels.gpu.table import Blocks, blocks_for, splits
+from precalib_kernels.layout import Layout
+from precalib_kernels.reference import level_index
+from precalib_kernels.static import LAYOUTS
+
+
+def decoded(fields: torch.Tensor, carry: torch.Tensor, form) -> torch.Tensor:
+    """Trellis levels of one group, code by code as the assembler's comments say."""
+    top, mask = form.bits - 1, 2**form.bits - 1
+    levels = []
+    for pair in range(8):
+        shift = pair + pair // 4 * 4
+        twice = (int(carry) & 0xFFFF) * 0x10001
+        two, one = (
+            (twice >> 23 + form.bits - shift + 0) & 1,
+            (twice >> 27 + form.bits - shift) & 1,
+        )
+        two, one = two << top, one << top
+        for tile in range(form.chain_tiles):
+            for code in range(8):
+                stored = int(fields[4 * tile + code // 2, 2 * pair + code % 2])
+                byte = form.table[(stored ^ one ^ two) & mask]
+                negated = one >> top & 1
+                levels.append((127 - byte if negated else byte) * 2 - 127)
+                two, one = one, stored
+    return torch.tensor(levels)
+
+
+@pytest.mark.parametrize("name", ["balanced-4", "balanced-3"])
+@pytest.mark.parametrize("group", [64, 128])
+def test_a_stored_trellis_is_the_reference(name, group):
+    layout = dataclasses.replace(LAYOUTS[name], group_size=group)
+    form = form_of(layout)
+    codes = torch.randint(0, 2**layout.bits, (3, 256), dtype=torch.uint8)
+    fields, carry = stored_codes(codes, form)
+    expected = torch.tensor(layout.levels)[level_index(codes, layout).int()]
+    for row in range(3):
+        for g in range(256 // group):
+            dots = fields[row, g * group // 16 : (g + 1) * group // 16]
+            levels = decoded(dots, carry[row, g], form)
+            assert torch.equal(levels, expected[row, g * group : (g + 1) * group])
+
+
+def test_memory_is_close_to_the_file():
+    """What the issue of decoding costs in bits: carries and unpacked salient weights."""
+    for name, most in {"balanced-4": 0.31, "uniform-4": 0.26, "balanced-3": 0.57}.items():
+        layout = LAYOUTS[name]
+        more = form_of(layout).bits_per_weight(4096) - layout.bits_per_weight(4096, 4096)
+        assert 0 < more < most
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"group_size": 96}, "groups of 96"),
+        ({"group_size": 32}, "a trellis in groups of 32"),
+        ({"levels": tuple(range(-16, 16))}, "not odd and symmetric"),
+    ],
+)
+def test_layouts_without_a_kernel_are_refused_with_the_reason(change, reason):
+    assert reason in reason_against(dataclasses.replace(LAYOUTS["balanced-4"], **change))
+
+
+def test_wrong_arrays_are_refused():
+    layout = Layout(4, 128)
+    tensors = {
+        name: torch.zeros(spec.shape, dtype=spec.dtype)
+        for name, spec in layout.tensors(8, 128).items()
+    }
+    arrays = in_memory(tensors, layout, 128, [8])
+    packed = [arrays[name] for name in linear.names(layout)]
+    text = layout.to_text()
+    fake = torch.ops.precalib.gpu_linear
+    with pytest.raises(FormatError, match="arrays of the in-memory form, expected"):
+        fake(torch.zeros(1, 128), packed[:-1], None, [8], text)
+    with pytest.raises(FormatError, match="'qweight' is "):
+        fake(torch.zeros(1, 256), packed, None, [8], text)
+    torch.library.opcheck(
+        fake.default, (torch.zeros(0, 128), packed, None, [8], text), test_utils="test_faketensor"
+    )
+
+
+def test_programs_share_all_steps():
+    blocks = Blocks(64, 16, 2, 4, 4)
+    for tiles, steps in ((64, 32), (448, 32), (1, 1), (3, 7), (1000, 5)):
+        count = splits(blocks, tiles, 1, steps, 132)
+        share = -(-steps // count)
+        assert (count - 1) * share < steps <= count * share
+
+
+def test_every_row_count_has_a_kernel_or_is_dequantized():
+    assert blocks_for("cuda", 1).block_m == 8
+    assert blocks_for("cuda", 17).block_m == 32
+    assert blocks_for("cuda", 257) is None
+
+
+def test_assembler_names_every_operand():
+    for layout in LAYOUTS.values():
+        form = form_of(layout)
+        operands = len(constraints(form).split(","))
+        text = assembler(form)
+        assert all(f"${i}" in text for i in range(operands))
+        assert f"${operands}" not in text
+        assert all(word < 2**32 for word in table_words(form))
