@@ -12,24 +12,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-WINDOWS, WINDOW = 128, 512
+WINDOW = 512  # tokens
 FLOAT16 = 16
 
 
 @dataclasses.dataclass(frozen=True)
 class Scheme:
-    """A weight-only grid."""
+    """A weight-only grid; windows: how many windows of text a calibrated method sees."""
 
     method: str
     bits: int
     group_size: int
     symmetric: bool = False
+    windows: int = 128
 
     @property
     def variant(self) -> str:
         """Its name beside the method's."""
         kind = "symmetric" if self.symmetric else "asymmetric"
-        return f"{self.bits} bits, g {self.group_size}, {kind}"
+        fewer = "" if self.windows == 128 else f", {self.windows} windows"
+        return f"{self.bits} bits, g {self.group_size}, {kind}{fewer}"
 
 
 CALIBRATED = ("GPTQ", "AWQ")
@@ -41,6 +43,8 @@ SCHEMES = (
     Scheme("GPTQ", 4, 64),
     Scheme("GPTQ", 3, 64),
     Scheme("GPTQ", 5, 64),
+    Scheme("GPTQ", 4, 64, windows=32),
+    Scheme("GPTQ", 3, 64, windows=32),
     Scheme("AWQ", 4, 64),
     Scheme("AWQ", 3, 64),
 )
@@ -55,9 +59,8 @@ def make(scheme: Scheme, source: Path, calibration: Path | None) -> tuple[dict, 
     before = {name: values.clone() for name, values in model.named_parameters()}
     options: dict[str, Any] = {}
     if calibration:
-        windows = calibration_windows(
-            AutoTokenizer.from_pretrained(source), calibration.read_text()
-        )
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        windows = calibration_windows(tokenizer, calibration.read_text(), scheme.windows)
         options = {
             "dataset": windows,
             "num_calibration_samples": len(windows),
@@ -123,15 +126,15 @@ def quick_gptq() -> type:
     return QuickGPTQModifier
 
 
-def calibration_windows(tokenizer: Any, text: str) -> Any:
-    """128 windows of 512 tokens, evenly spread over the text, as a data set."""
+def calibration_windows(tokenizer: Any, text: str, count: int) -> Any:
+    """So many windows of 512 tokens, evenly spread over the text, as a data set."""
     from datasets import Dataset
 
     tokens = tokenizer(text, add_special_tokens=False).input_ids
     whole = len(tokens) // WINDOW
-    if whole < WINDOWS:
-        raise ValueError(f"calibration needs {WINDOWS * WINDOW} tokens, the text has {len(tokens)}")
-    starts = [WINDOW * (i * whole // WINDOWS) for i in range(WINDOWS)]
+    if whole < count:
+        raise ValueError(f"calibration needs {count * WINDOW} tokens, the text has {len(tokens)}")
+    starts = [WINDOW * (i * whole // count) for i in range(count)]
     rows = [tokens[start : start + WINDOW] for start in starts]
     return Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * WINDOW] * len(rows)})
 

@@ -97,3 +97,24 @@ def test_adpq_counts_positions(load: Load, source: Path, monkeypatch: Any) -> No
     for name, stored in bits.items():
         assert torch.equal(found[name], original[name])
         assert stored / original[name].numel() == 3 + (32 + 5 * 7) / 128
+
+
+def test_calibration_windows(load: Load, monkeypatch: Any) -> None:
+    """Evenly spread, whole, and refused when the text is too short."""
+    peers = load("llmcompressor_peers")
+    data = SimpleNamespace(Dataset=SimpleNamespace(from_dict=lambda rows: rows))
+    monkeypatch.setitem(sys.modules, "datasets", data)
+    window = peers.WINDOW
+
+    def tokenizer(text: str, **_: Any) -> Any:
+        return SimpleNamespace(input_ids=list(range(len(text))))
+
+    rows = peers.calibration_windows(tokenizer, "x" * (8 * window + 3), 4)
+    starts = [ids[0] for ids in rows["input_ids"]]
+    assert starts == [0, 2 * window, 4 * window, 6 * window]
+    assert all(len(ids) == window for ids in rows["input_ids"])
+    assert len(rows["attention_mask"]) == 4
+    with pytest.raises(ValueError, match="needs 2048 tokens, the text has 2047"):
+        peers.calibration_windows(tokenizer, "x" * (4 * window - 1), 4)
+    assert peers.Scheme("GPTQ", 3, 64).variant == "3 bits, g 64, asymmetric"
+    assert peers.Scheme("GPTQ", 3, 64, windows=32).variant.endswith(", 32 windows")
