@@ -23,6 +23,7 @@ from vllm.lora.request import LoRARequest
 
 PROMPTS = [[5, 17, 101, 44, 3, 150], [199, 1, 64], list(range(20, 70))]
 TOKENS = 8
+DENSE = {"additional_config": {"precalib": {"backend": "dense"}}}
 REFERENCE = {"additional_config": {"precalib": {"backend": "reference"}}}
 
 Answers = list[list[tuple[int, float]]]  # per prompt, greedy tokens with their log-probability
@@ -115,6 +116,10 @@ def case_llama(folder: Path, **options: Any) -> dict[str, Any]:
     return {**result, "reloaded": (answers(llm), truth(second))}
 
 
+def case_llama_dense(folder: Path) -> dict[str, Any]:
+    return case_llama(folder, **DENSE)
+
+
 def case_llama_reference(folder: Path) -> dict[str, Any]:
     return case_llama(folder, quantization="precalib", **REFERENCE)
 
@@ -147,7 +152,7 @@ def case_half_precision(folder: Path) -> dict[str, Any]:
     checkpoint = llama(folder, 5)
     result = {}
     for dtype in ("bfloat16", "float16"):
-        packed = answers(start(checkpoint.packed, dtype=dtype))
+        packed = answers(start(checkpoint.packed, dtype=dtype, **DENSE))
         result[dtype] = (packed, answers(start(checkpoint.dense, dtype=dtype)))
     return result
 
@@ -178,6 +183,10 @@ def case_lora(folder: Path, **options: Any) -> dict[str, Any]:
         "nothing": (with_nothing, truth(checkpoint)),
         "none": (answers(llm), truth(checkpoint)),
     }
+
+
+def case_lora_dense(folder: Path) -> dict[str, Any]:
+    return case_lora(folder, **DENSE)
 
 
 def case_lora_reference(folder: Path) -> dict[str, Any]:
@@ -242,6 +251,10 @@ def case_compiled(folder: Path, **options: Any) -> dict[str, Any]:
     }
 
 
+def case_compiled_dense(folder: Path) -> dict[str, Any]:
+    return case_compiled(folder, **DENSE)
+
+
 def case_compiled_reference(folder: Path) -> dict[str, Any]:
     return case_compiled(folder, **REFERENCE)
 
@@ -255,16 +268,18 @@ def case_parallel(folder: Path) -> dict[str, Any]:
 SUITES = {
     "eager": [
         case_llama,
+        case_llama_dense,
         case_llama_reference,
         case_qwen2,
         case_phi3,
         case_half_precision,
         case_dummy,
         case_lora,
+        case_lora_dense,
         case_lora_reference,
         case_refused,
     ],
-    "compiled": [case_compiled, case_compiled_reference],
+    "compiled": [case_compiled, case_compiled_dense, case_compiled_reference],
     "parallel": [case_parallel],
 }
 

@@ -17,6 +17,7 @@ from vllm_precalib.backends import (
     unpacked_rows,
 )
 from vllm_precalib.config import PrecalibConfig
+from vllm_precalib.native import NativeBackend
 
 
 class Fussy(ReferenceBackend):
@@ -34,7 +35,9 @@ def task(tiny):
     return Task(tiny.ROW, 160, (48,), torch.float32, "cpu")
 
 
-def test_the_default_is_dense(task):
+def test_the_default_is_native_or_else_dense(task, monkeypatch):
+    assert isinstance(choose(task, None, "fc", "row"), NativeBackend)
+    monkeypatch.setattr(NativeBackend, "can_run", lambda _: "no compiler")
     assert isinstance(choose(task, None, "fc", "row"), DenseBackend)
     assert isinstance(choose(task, "reference", "fc", "row"), ReferenceBackend)
 
@@ -53,11 +56,13 @@ def test_a_backend_that_cannot_run_is_not_forced(task):
 
 
 def test_describe_names_every_backend():
-    assert dict(describe()) == {"dense": None, "reference": None}
+    assert dict(describe()) == {"native": None, "dense": None, "reference": None}
 
 
 def test_an_unknown_backend_is_refused_with_the_known_ones(task):
-    with pytest.raises(ServingError, match=r"no such backend; choose one of dense, reference$"):
+    with pytest.raises(
+        ServingError, match=r"no such backend; choose one of native, dense, reference$"
+    ):
         choose(task, "turbo", "a.fc", "row")
 
 
@@ -107,17 +112,17 @@ def test_unpacking_in_pieces_changes_nothing(tiny, monkeypatch, name):
         assert torch.equal(prepared["weight"], whole.to(dtype))
 
 
-def test_dense_keeps_no_packed_tensor_and_reference_all(tiny, config_of, rank):
+def test_each_backend_keeps_only_its_own_form(tiny, config_of, rank):
     tensors = tiny.random_packed(tiny.ROW, 32, 160)
     kept = {}
-    for backend in ("dense", "reference"):
+    for backend in ("native", "dense", "reference"):
         with rank(additional_config={"precalib": {"backend": backend}}):
             layer = ReplicatedLinear(160, 32, False, quant_config=config_of("fc"), prefix="fc")
         for name, tensor in tensors.items():
             getattr(layer, name).weight_loader(getattr(layer, name), tensor)
         layer.quant_method.process_weights_after_loading(layer)
         kept[backend] = {name for name, _ in layer.named_parameters()}
-    assert kept == {"dense": {"weight"}, "reference": set(tensors)}
+    assert kept == {"native": {"qweight"}, "dense": {"weight"}, "reference": set(tensors)}
 
 
 def test_a_backend_of_its_own_in_memory_form_is_one_class(tiny, config_of, rank, monkeypatch):

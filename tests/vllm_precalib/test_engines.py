@@ -27,7 +27,7 @@ def assert_same(pair, tolerance=LOGPROB_TOLERANCE):
             assert abs(logprob - true_logprob) <= tolerance
 
 
-@pytest.mark.parametrize("name", ["llama", "llama_reference", "qwen2", "phi3"])
+@pytest.mark.parametrize("name", ["llama", "llama_dense", "llama_reference", "qwen2", "phi3"])
 @pytest.mark.parametrize("weights", ["first", "reloaded"])
 def test_answers_are_those_of_transformers(case, name, weights):
     assert_same(case("eager", name)[weights])
@@ -53,7 +53,7 @@ def test_dummy_weights_answer_and_make_room_for_real_ones(case):
     assert_same(result["reloaded"])
 
 
-@pytest.mark.parametrize("name", ["lora", "lora_reference"])
+@pytest.mark.parametrize("name", ["lora", "lora_dense", "lora_reference"])
 def test_lora_adapters_add_to_packed_layers(case, name):
     result = case("eager", name)
     for adapter in ("adapter", "nothing", "none"):
@@ -72,7 +72,7 @@ def test_a_checkpoint_that_is_not_whole_is_refused(case):
     )
 
 
-@pytest.mark.parametrize("name", ["compiled", "compiled_reference"])
+@pytest.mark.parametrize("name", ["compiled", "compiled_dense", "compiled_reference"])
 def test_torch_compile_traces_it(case, name):
     result = case("compiled", name)
     assert result["mode"] == "DYNAMO_TRACE_ONCE"
@@ -86,5 +86,5 @@ def test_two_ranks_answer_like_one(case):
 def test_the_backend_is_logged_once_for_all_layers_and_ranks(suite):
     log = suite("parallel")["log"]
     for layout in ("row", "sign"):
-        line = f"precalib computes layout {layout} with backend dense (first that can run)"
+        line = f"precalib computes layout {layout} with backend native (first that can run)"
         assert log.count(line) == 1

@@ -1,0 +1,146 @@
+// From bit planes to levels: 16 rows by 4 columns of them per step.
+//
+// A group of L columns is cut into four segments of L/4; byte 4r+s of a vector belongs to row r and
+// segment s, so every 32-bit lane is a row and holds four columns. A chunk is eight steps along all
+// segments. Its first plane has the low bits u of the codes, bit i of a byte being step i; the other
+// planes hold the high bits. An index is the high bits above u[k], u[k-1], u[k-2], so one byte
+// shift of the plane u yields the trellis' state, and a table without trellis just ignores it.
+#pragma once
+
+#include "simd.h"
+
+namespace precalib {
+namespace {
+
+constexpr uint16_t both(int byte) { return uint16_t(byte << 8 | byte); }
+
+template <int kBy>
+inline Shorts shift_left(Shorts v) {
+  if constexpr (kBy >= 0) return v << kBy;
+  else return v >> -kBy;
+}
+
+// High bits of step i's codes, from bit 3 on; what lies around them is not cleared.
+template <int kBits, int i>
+inline Shorts high_bits(const Shorts* plane) {
+  if constexpr (kBits == 2) return shift_left<3 - i>(plane[0]);
+  if constexpr (kBits == 3) return shift_left<3 - 2 * (i % 4)>(plane[i / 4]);
+  if constexpr (kBits == 4) {
+    if constexpr (i < 6) return shift_left<i % 2 ? 0 : 3>(plane[i / 2]);
+    // two left-over bits of one plane, one of the last
+    else return select(Shorts{} + both(0x18), plane[i - 6] >> 3, plane[2] >> (i - 5));
+  }
+  if constexpr (kBits == 5) return shift_left<i % 2 ? -1 : 3>(plane[i / 2]);
+}
+
+// use(step, index, which of eight steps) for every step of a group of `chunks` chunks.
+template <int kBits, class Use>
+inline void decode(const uint8_t* planes, int64_t chunks, Use&& use) {
+  const Shorts high_mask = Shorts{} + both(((1 << (kBits - 1)) - 1) << 3);
+  // What precedes a segment is the end of the one before it; zeros precede the first.
+  Shorts before = (Shorts)(load<Words>(planes + (chunks - 1) * kVector) << 8);
+  for (int64_t c = 0; c < chunks; ++c) {
+    const Shorts low = load<Shorts>(planes + c * kVector);
+    const Shorts joined = select(Shorts{} + both(0xfc), low << 2, before >> 6);
+    Shorts high[kBits - 1];
+    for (int p = 0; p < kBits - 1; ++p)
+      high[p] = load<Shorts>(planes + (chunks + c * (kBits - 1) + p) * kVector);
+    before = low;
+    [&]<int... i>(std::integer_sequence<int, i...>) {
+      (use(8 * c + i,
+           select(high_mask, high_bits<kBits, i>(high),
+                  i < 2 ? joined >> i : low >> (i < 2 ? 0 : i - 2)),
+           std::integral_constant<int, i>{}),
+       ...);
+    }(std::make_integer_sequence<int, 8>{});
+  }
+}
+
+// Where a block of rows is and what belongs to it.
+struct Block {
+  const uint8_t* planes;
+  const uint8_t* side;
+  const float* row_values;  // [3][16]: factor of the scales; salient step and offset
+  int64_t part, first_row, rows;  // rows: at most 16
+};
+
+inline int64_t count_blocks(const Plan& plan) {
+  int64_t blocks = 0;
+  for (int64_t p = 0; p < plan.part_count; ++p) blocks += (plan.part_rows[p] + kLanes - 1) / kLanes;
+  return blocks;
+}
+
+inline Block find_block(const Plan& plan, const uint8_t* packed, int64_t index) {
+  Block block;
+  block.planes = packed + index * plan.block_bytes;
+  block.side = packed + plan.side_offset + index * plan.groups * plan.side_bytes;
+  block.row_values = (const float*)(packed + plan.row_offset) + index * 3 * kLanes;
+  int64_t row = 0, part = 0, local = index;
+  for (;; ++part) {
+    const int64_t blocks = (plan.part_rows[part] + kLanes - 1) / kLanes;
+    if (local < blocks) break;
+    local -= blocks;
+    row += plan.part_rows[part];
+  }
+  block.part = part;
+  block.first_row = row + local * kLanes;
+  block.rows = smaller(kLanes, plan.part_rows[part] - local * kLanes);
+  return block;
+}
+
+// One group of a block: columns, scale and zero point by row, salient weights.
+struct Group {
+  int64_t first, columns, chunks;
+  const uint8_t* planes;
+  const uint8_t* scales;
+  const uint8_t* zeros;
+  const uint8_t* salient;  // per slot: positions [16], codes [16], indices of base levels [16]
+};
+
+inline Group find_group(const Plan& plan, const Block& block, int64_t index) {
+  Group group;
+  group.first = index * plan.group_size;
+  group.columns = smaller(plan.group_size, plan.columns - group.first);
+  group.chunks = group.columns / kChunk;
+  group.planes = block.planes + group.first / kChunk * plan.bits * kVector;
+  group.scales = block.side + index * plan.side_bytes;
+  group.zeros = group.scales + kLanes * (plan.log_scales ? 1 : 2);
+  group.salient = group.zeros + (plan.uniform ? kLanes : 0);
+  return group;
+}
+
+// Scales of the group, float32.
+inline Floats group_scales(const Plan& plan, const Block& block, const Group& group) {
+  const Floats factor = load<Floats>(block.row_values);
+  if (plan.log_scales) return factor * look_up(plan.factors, ints_of_bytes(group.scales));
+  return factor * floats_of_halves(group.scales);
+}
+
+// One salient weight of each row.
+struct Salient {
+  Ints position;  // 4 * step + segment
+  Floats value;   // without column scale
+  Floats level;   // of the base weight in its place
+  Ints used;      // 0 or -1
+};
+
+template <int kBits>
+inline Salient find_salient(const Plan& plan, const Block& block, const Group& group,
+                            const Table<kBits + 2>& table, int64_t slot) {
+  const uint8_t* at = group.salient + slot * kLanes * (plan.position_bytes + 2);
+  Salient out;
+  out.position = plan.position_bytes == 1 ? ints_of_bytes(at) : ints_of_halves(at);
+  at += kLanes * plan.position_bytes;
+  const Ints code = ints_of_bytes(at), index = ints_of_bytes(at + kLanes);
+  const int32_t size = int32_t(plan.salient_mask);  // bits of a code that are not its sign
+  const Floats step = load<Floats>(block.row_values + kLanes);
+  const Floats offset = load<Floats>(block.row_values + 2 * kLanes);
+  const Ints bits = (Ints)(to_floats(code & size) * step + offset);
+  out.value = (Floats)(bits ^ (code & ~size) << 24);
+  out.used = index < 128;
+  out.level = to_floats((Ints)table.find((Shorts)index) << 24 >> 24);
+  return out;
+}
+
+}  // namespace
+}  // namespace precalib

@@ -1,0 +1,266 @@
+"""Compiled kernels against the reference: every level of instructions, layout, type and size."""
+
+import ctypes
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from offline_quantize.recipes import RECIPES
+from precalib_kernels import reference
+from precalib_kernels.cpu import library, op
+from precalib_kernels.cpu.pack import pack
+from precalib_kernels.cpu.plan import Plan, PlanStruct
+from precalib_kernels.errors import FormatError
+from precalib_kernels.layout import Layout
+from precalib_kernels.native.build import BuildError
+
+try:
+    LEVELS = library.machine_levels()
+except BuildError:
+    LEVELS = ()
+pytestmark = pytest.mark.skipif(not LEVELS, reason="no kernels for this machine")
+
+PLAIN_LEVELS = (-128, -90, -50, -20, 0, 25, 60, 127)
+LAYOUTS = {
+    **{name: recipe.layout for name, recipe in RECIPES.items()},
+    "two bits": Layout(bits=2, group_size=32),
+    "two bits, trellis": Layout(
+        bits=2,
+        group_size=64,
+        levels=PLAIN_LEVELS,
+        trellis=True,
+        scale="log8",
+        salient_count=1,
+        salient_bits=5,
+        salient_grid="row",
+    ),
+    "three bits, table": Layout(bits=3, group_size=96, levels=PLAIN_LEVELS, column_scale=True),
+    "five bits, uniform": Layout(bits=5, group_size=64, scale="log8", salient_count=3),
+    "signs": Layout(bits=4, group_size=64, salient_count=32, salient_bits=8, column_scale=True),
+    "far positions": Layout(bits=3, group_size=544, salient_count=5, salient_grid="min-max"),
+}
+ROUNDING = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+DIGITS = {torch.float32: 127 * 65793 - 2, torch.float16: 127 * 257 - 1}
+
+
+@dataclasses.dataclass
+class Case:
+    """A packed weight of fused parts, with what it stands for."""
+
+    layout: Layout
+    columns: int
+    parts: tuple[int, ...]
+    packed: torch.Tensor
+    base: torch.Tensor  # without column scale, float64
+    scale: torch.Tensor  # of the columns, a row per output, float64
+
+    def linear(self, x, level, bias=None):
+        text = self.layout.to_text()
+        return op.linear(x, self.packed, bias, list(self.parts), text, level)
+
+
+@pytest.fixture
+def make_case(make_packed):
+    def make(layout, columns=416, parts=(37, 16, 1), edit=None):
+        made = [make_packed(layout, rows, columns, seed).tensors for seed, rows in enumerate(parts)]
+        for tensors in made:
+            if edit:
+                edit(tensors)
+        plain = dataclasses.replace(layout, column_scale=False)
+        base, scale = [], []
+        for rows, tensors in zip(parts, made, strict=True):
+            base.append(reference.dequantize(tensors, plain, columns))
+            ones = torch.ones(1, columns)
+            scale.append(tensors.get("column_scale", ones).float().expand(rows, columns))
+        fused = {name: torch.cat([tensors[name] for tensors in made]) for name in made[0]}
+        packed = pack(fused, Plan(layout, columns, parts), "here")
+        return Case(
+            layout, columns, parts, packed, torch.cat(base).double(), torch.cat(scale).double()
+        )
+
+    return make
+
+
+def error_bound(case, x, expected):
+    """What a product may be off by, per element.
+
+    Rounding the result; four standard deviations of the rounding of K products and their sums in
+    float32, or of inputs and salient weights in bfloat16; and inputs in fixed point, whose error is
+    half a step of their group's largest.
+    """
+    u = ROUNDING[x.dtype]
+    fine = ROUNDING[torch.float32] * math.sqrt(case.columns)
+    each = fine + (u * math.sqrt(2) if x.dtype == torch.bfloat16 else 0)
+    x = x.double()
+    scaled = x[:, None] * case.scale  # [M, N, K]
+    size = (scaled * case.base).square().sum(-1).sqrt()
+    # and a scale of zero is a tiny one where salient weights are divided by it
+    bound = u * expected.abs() + 4 * each * size + 2.0**-64 * 128 * scaled.abs().sum(-1)
+    for first in range(0, case.columns, case.layout.group_size):
+        group = slice(first, first + case.layout.group_size)
+        step = scaled[..., group].abs().amax(-1) / DIGITS.get(
+            torch.float32 if u == ROUNDING[torch.float32] else torch.float16
+        )
+        bound += step / 2 * case.base[:, group].abs().sum(-1)
+    return bound
+
+
+def assert_right(case, x, level, bias=None):
+    expected = (x.double()[:, None] * case.scale * case.base).sum(-1)
+    if bias is not None:
+        expected += bias.double()
+    result = case.linear(x, level, bias)
+    assert result.dtype == x.dtype
+    error = (result.double() - expected).abs()
+    assert bool((error <= error_bound(case, x, expected)).all())
+
+
+def test_python_and_the_kernels_mean_the_same_plan():
+    assert library.load().precalib_plan_bytes() == ctypes.sizeof(PlanStruct)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_products_are_those_of_the_reference(make_case, name, level):
+    case = make_case(LAYOUTS[name], columns=1056 if name == "far positions" else 416)
+    generator = torch.Generator().manual_seed(1)
+    for rows in (1, 2, 3, 4, 20, 39):
+        for dtype in ROUNDING:
+            x = torch.randn((rows, case.columns), generator=generator).to(dtype)
+            bias = torch.randn(54, generator=generator).to(dtype)
+            assert_right(case, x, level, bias)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_more_rows_than_a_slab(make_case, level):
+    case = make_case(LAYOUTS["balanced-4"], columns=160, parts=(20,))
+    for dtype in (torch.float32, torch.bfloat16):
+        assert_right(case, torch.randn(600, 160).to(dtype), level)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", ROUNDING)
+def test_large_inputs_do_not_drown_the_others(make_case, level, dtype):
+    case = make_case(LAYOUTS["balanced-4"])
+    for rows in (1, 7):
+        x = torch.randn(rows, case.columns)
+        x[:, 5] = 1000
+        x[:, 200] = -3000
+        assert_right(case, x.to(dtype), level)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("name", ["balanced-3", "paper-4"])
+def test_scales_of_zero(make_case, name, level):
+    def edit(tensors):
+        zero = 255 if tensors["scales"].dtype == torch.uint8 else 0
+        tensors["scales"][:, ::2] = zero
+        if "row_scale" in tensors:
+            tensors["row_scale"][-1] = 0
+
+    case = make_case(LAYOUTS[name], edit=edit)
+    for rows in (1, 9):
+        for dtype in (torch.float32, torch.bfloat16):
+            assert_right(case, torch.randn(rows, case.columns).to(dtype), level)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("rows", [1, 6])
+def test_what_is_not_finite_stays_so(make_case, level, rows):
+    case = make_case(LAYOUTS["balanced-4"])
+    for bad in (math.nan, math.inf):
+        x = torch.randn(rows, case.columns, dtype=torch.bfloat16)
+        x[0, 77] = bad
+        result = case.linear(x, level)
+        assert not bool(result[0].isfinite().any())
+        assert bool(result[1:].isfinite().all())
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_inputs_of_nothing_and_of_next_to_nothing(make_case, level):
+    case = make_case(LAYOUTS["balanced-4"])
+    for rows in (1, 6):
+        zero = torch.zeros(rows, case.columns, dtype=torch.bfloat16)
+        assert not bool(case.linear(zero, level).any())
+        tiny = torch.full((rows, case.columns), 1e-38)
+        assert bool(case.linear(tiny, level).isfinite().all())
+    assert case.linear(torch.zeros(0, case.columns), level).shape == (0, 54)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_one_thread_and_two_agree(make_case, level):
+    case = make_case(LAYOUTS["balanced-3"], columns=1024, parts=(520, 40))
+    before = torch.get_num_threads()
+    try:
+        for rows in (1, 4, 20):
+            x = torch.randn(rows, 1024, dtype=torch.bfloat16)
+            results = []
+            for threads in (1, 2):
+                torch.set_num_threads(threads)
+                results.append(case.linear(x, level))
+            assert torch.equal(*results)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_any_shape_and_stride_of_inputs(make_case):
+    case = make_case(LAYOUTS["balanced-4"])
+    x = torch.randn(3, case.columns, 2, dtype=torch.bfloat16).transpose(1, 2)
+    result = case.linear(x, LEVELS[-1])
+    assert result.shape == (3, 2, 54)
+    assert torch.equal(result.flatten(0, 1), case.linear(x.reshape(6, -1), LEVELS[-1]))
+
+
+@pytest.mark.parametrize("recipe", ["balanced-4", "balanced-3"])
+def test_the_packed_form_is_small(recipe):
+    layout = LAYOUTS[recipe]
+    plan = Plan(layout, 4096, (4096,))
+    assert plan.nbytes / (2 * 4096 * 4096) <= {"balanced-4": 0.285, "balanced-3": 0.245}[recipe]
+
+
+def test_damaged_positions_are_refused_at_packing(make_packed):
+    layout = LAYOUTS["balanced-4"]
+    tensors = make_packed(layout, 5, 160).tensors
+    tensors["salient"] |= 255
+    with pytest.raises(FormatError, match=r"^here: 'salient' names a weight outside its group"):
+        pack(tensors, Plan(layout, 160, (5,)), "here")
+
+
+def test_packing_in_pieces_changes_nothing(make_case, monkeypatch):
+    whole = make_case(LAYOUTS["balanced-3"])
+    monkeypatch.setattr("precalib_kernels.cpu.pack.CHUNK_WEIGHTS", 17 * 416)
+    assert torch.equal(make_case(LAYOUTS["balanced-3"]).packed, whole.packed)
+
+
+@pytest.mark.parametrize("name", ["balanced-4", "rtn-3"])
+def test_the_operator_passes_opcheck(make_case, name):
+    case = make_case(LAYOUTS[name])
+    x, text = torch.randn(2, case.columns), case.layout.to_text()
+    arguments = (x, case.packed, torch.randn(54), list(case.parts), text, LEVELS[-1])
+    torch.library.opcheck(torch.ops.precalib.cpu_linear.default, arguments)
+
+
+def test_the_operator_compiles(make_case):
+    case = make_case(LAYOUTS["balanced-4"])
+    parts, text = list(case.parts), case.layout.to_text()
+
+    def run(x):
+        return torch.ops.precalib.cpu_linear(x + 1, case.packed, None, parts, text, LEVELS[-1])
+
+    x = torch.randn(3, case.columns)
+    assert torch.equal(torch.compile(run, backend="eager", fullgraph=True)(x), run(x))
+
+
+def test_sizes_that_do_not_belong_together_are_refused(make_case):
+    case = make_case(LAYOUTS["balanced-4"])
+    x, text, level = torch.randn(2, 416), case.layout.to_text(), LEVELS[-1]
+    with pytest.raises(FormatError, match=r"the packed weight is \d+ of torch.uint8, expected"):
+        op.linear(x, case.packed[1:], None, list(case.parts), text, level)
+    with pytest.raises(FormatError, match=r"bias is \[53\] torch.float32, expected \[54\]"):
+        op.linear(x, case.packed, torch.zeros(53), list(case.parts), text, level)
+    with pytest.raises(FormatError, match=r"x is torch.float64, expected one of"):
+        op.linear(x.double(), case.packed, None, list(case.parts), text, level)
+    with pytest.raises(FormatError, match="this machine has no avx1024"):
+        op.linear(x, case.packed, None, list(case.parts), text, "avx1024")

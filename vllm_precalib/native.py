@@ -1,0 +1,47 @@
+"""Backend `native`: compiled kernels for x86 processors, straight from packed weights."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from precalib_kernels.cpu import library, op
+from precalib_kernels.cpu.pack import pack
+from precalib_kernels.cpu.plan import Plan
+from precalib_kernels.native.build import BuildError
+from vllm_precalib.backend import Backend, Task
+
+
+class NativeBackend(Backend):
+    """About the memory of the file, and faster than dense weights where memory is the limit."""
+
+    name = "native"
+
+    def __init__(self, task: Task) -> None:
+        super().__init__(task)
+        self.plan = Plan(task.layout, task.input_size, task.part_sizes)
+        self.layout_text = task.layout.to_text()
+        self.part_sizes = list(task.part_sizes)
+        self.level = library.machine_levels()[-1]
+
+    @staticmethod
+    def can_run(task: Task) -> str | None:
+        """It needs an x86 processor with AVX2, and a C++ compiler once."""
+        if task.device != "cpu":
+            return f"computes on CPUs, not on {task.device}"
+        try:
+            levels = library.machine_levels()
+        except BuildError as error:
+            return str(error)
+        return None if levels else "needs AVX2, FMA and F16C"
+
+    def prepare(self, tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+        """One tensor of bytes, under a name by which vLLM's LoRA layers know a weight."""
+        return {"qweight": pack(tensors, self.plan, where)}
+
+    def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
+        """One call of `precalib::cpu_linear`."""
+        # The dispatcher takes about as long as the product of a small layer.
+        call = torch.ops.precalib.cpu_linear if torch.compiler.is_compiling() else op.linear
+        packed = layer.get_parameter("qweight")
+        return call(x, packed, bias, self.part_sizes, self.layout_text, self.level)
