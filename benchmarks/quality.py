@@ -7,7 +7,7 @@ markers. Recipes go through the real encoder and back. Claims are decided on the
 
 --only WORD ... measures the methods whose names contain a word, and with no word none of them.
 --resume measures only what quality.json does not have yet, text by text. Other rows stay as they
-are; those that were not measured on all texts are left out of table and plot.
+are; what was not measured on a text stays empty there.
 --checkpoint DIR ... adds packed checkpoints, at the bits they really take.
 --peers-python names the interpreter whose packages make the peers of outside_peers.py.
 --libllama names a library of llama.cpp, whose quantizer makes the GGUF peers.
@@ -92,7 +92,7 @@ def run(arguments: argparse.Namespace, work: Path) -> None:
         print(f"{method.name}, {method.variant}: {row['bits']:.3f} bits, KL {kl}", flush=True)
         write_json(path, {"source": arguments.source.name, "rows": rows})
     texts = [file.stem for file in arguments.text]
-    rows = [row for row in rows if set(texts) <= set(row["texts"])]
+    rows = [row for row in rows if set(texts) & set(row["texts"])]
     if rows:
         insert_table(table(rows, texts), arguments.out / "quality.md")
         plot(rows, texts, arguments.out / "quality.png")

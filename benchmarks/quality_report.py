@@ -26,7 +26,7 @@ def best(bits: float, rows: Sequence[Row], text: str) -> float | None:
     """
     found = []
     for method in {row["method"] for row in rows}:
-        points = sorted(point(row, text) for row in rows if row["method"] == method)
+        points = curve(method, rows, text)
         pairs = [pair for pair in itertools.pairwise(points) if pair[0][0] < pair[1][0]]
         for index, ((low, kl_low), (high, kl_high)) in enumerate(pairs):
             below = REACH if index == 0 else 0
@@ -35,6 +35,12 @@ def best(bits: float, rows: Sequence[Row], text: str) -> float | None:
                 share = (bits - low) / (high - low)
                 found.append(kl_low ** (1 - share) * kl_high**share)
     return min(found, default=None)
+
+
+def curve(method: str, rows: Sequence[Row], text: str) -> list[tuple[float, float]]:
+    """A method's points on a text, by bits."""
+    own = [row for row in rows if row["method"] == method and text in row["texts"]]
+    return sorted(point(row, text) for row in own)
 
 
 def point(row: Row, text: str) -> tuple[float, float]:
@@ -57,7 +63,10 @@ def table(rows: Sequence[Row], texts: Sequence[str]) -> str:
     for row in rows:
         cells = [row["method"], row["variant"] + _mark(row), f"{row['bits']:.3f}"]
         for text in texts:
-            values = row["texts"][text]
+            values = row["texts"].get(text)
+            if values is None:
+                cells += [""] * 5
+                continue
             low, high = values["kl_interval"]
             cells += [f"{values['kl']:.4f}", f"{low:.4f}–{high:.4f}"]
             cells.append(f"{100 * values['agreement']:.1f} %")
@@ -91,18 +100,22 @@ def plot(rows: Sequence[Row], texts: Sequence[str], path: Path) -> None:
     methods = {row["method"]: row for row in rows}
     for text, axes in zip(texts, panels[0], strict=True):
         for index, (method, first) in enumerate(methods.items()):
-            points = sorted(point(row, text) for row in rows if row["method"] == method)
+            points = curve(method, rows, text)
             ours = _ours(first)
             axes.plot(
-                *zip(*points, strict=True),
-                label=method + _mark(first),
+                [bits for bits, _ in points],
+                [kl for _, kl in points],
+                label=method + (" (found grid)" if first["note"] else ""),
                 marker="o" if ours else "osD^v<>"[index % 7],
-                linestyle="-" if ours else ":" if first["calibration"] else "--",
+                linestyle=_line(first),
                 linewidth=2.4 if method == FIRST else 1.3,
                 markersize=7 if ours else 5,
                 color=pyplot.get_cmap("tab20")(index % 20),
             )
         axes.set_yscale("log")
+        honest = [row for row in rows if text in row["texts"] and not row["note"]]
+        smallest = min(point(row, text)[1] for row in honest)
+        axes.set_ylim(bottom=smallest / 1.5)  # a found grid has no error at all
         axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
         axes.yaxis.set_minor_formatter(ticker.NullFormatter())
@@ -118,6 +131,12 @@ def plot(rows: Sequence[Row], texts: Sequence[str], path: Path) -> None:
 
 def _ours(row: Row) -> bool:
     return str(row["method"]).startswith(OURS)
+
+
+def _line(row: Row) -> str:
+    """Points only where the bits do not explain the KL."""
+    styles = {"": "-" if _ours(row) else ":" if row["calibration"] else "--"}
+    return styles.get(row["note"], "none")
 
 
 def _mark(row: Row) -> str:
