@@ -15,6 +15,7 @@ from precalib_kernels.layout import Layout
 from vllm_precalib.backend import Backend, Task
 from vllm_precalib.compat import vllm_names
 from vllm_precalib.native import NativeBackend
+from vllm_precalib.triton_backend import TritonBackend
 
 with vllm_names():
     from vllm.logger import init_logger
@@ -84,7 +85,12 @@ class DenseBackend(Backend):
         return self.unquantized.apply(layer, x, bias)
 
 
-BACKENDS: tuple[type[Backend], ...] = (NativeBackend, DenseBackend, ReferenceBackend)
+BACKENDS: tuple[type[Backend], ...] = (
+    NativeBackend,
+    TritonBackend,
+    DenseBackend,
+    ReferenceBackend,
+)
 
 
 def choose(

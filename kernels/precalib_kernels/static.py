@@ -22,8 +22,8 @@ from precalib_kernels.gpu.table import TABLE, Blocks, blocks_for
 from precalib_kernels.layout import Layout
 
 _MAGNITUDES = {
-    3: (5, 17, 29, 43, 57, 73, 91, 115),
-    4: (3, 9, 15, 21, 27, 35, 41, 47, 55, 63, 71, 79, 87, 97, 109, 123),
+    3: (5, 19, 29, 43, 57, 73, 91, 113),
+    4: (3, 9, 15, 21, 29, 35, 41, 49, 55, 63, 71, 79, 87, 97, 109, 123),
 }
 
 
@@ -229,7 +229,7 @@ def check_all() -> Iterator[str]:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--chip", action="append", choices=[chip.name for chip in CHIPS])
     parser.add_argument("--layout", action="append", choices=list(LAYOUTS))
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 16, 64, 256])

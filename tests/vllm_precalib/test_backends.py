@@ -56,12 +56,17 @@ def test_a_backend_that_cannot_run_is_not_forced(task):
 
 
 def test_describe_names_every_backend():
-    assert dict(describe()) == {"native": None, "dense": None, "reference": None}
+    assert dict(describe()) == {
+        "native": None,
+        "triton": "computes on GPUs, not on cpu",
+        "dense": None,
+        "reference": None,
+    }
 
 
 def test_an_unknown_backend_is_refused_with_the_known_ones(task):
     with pytest.raises(
-        ServingError, match=r"no such backend; choose one of native, dense, reference$"
+        ServingError, match=r"no such backend; choose one of native, triton, dense, reference$"
     ):
         choose(task, "turbo", "a.fc", "row")
 

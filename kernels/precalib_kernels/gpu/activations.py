@@ -10,7 +10,10 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=["columns", "padded", "row_stride", "rows"])
+@triton.jit(
+    do_not_specialize=["counter_count", "rows", "columns", "padded", "row_stride"],
+    do_not_specialize_on_alignment=["x", "column_scale"],
+)
 def prepare_kernel(
     x,  # [rows, columns], any float type
     column_scale,  # [parts, padded] float16, or anything

@@ -7,7 +7,7 @@ from precalib_kernels.gpu.halves import chain_halves, spare_tile
 from precalib_kernels.gpu.product import group_scale
 
 
-@triton.jit(do_not_specialize=["first_tile", "columns", "padded_rows"])
+@triton.jit(do_not_specialize=["first_tile", "columns"])
 def dequantize_kernel(
     weight,  # out: [rows, columns], any float type; row 0 is that of first_tile
     words,

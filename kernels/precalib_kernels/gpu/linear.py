@@ -10,7 +10,7 @@ from torch import Tensor
 from precalib_kernels.errors import FormatError
 from precalib_kernels.gpu import assembly
 from precalib_kernels.gpu.form import ROWS, Form, form_of
-from precalib_kernels.gpu.table import Blocks, blocks_for, splits
+from precalib_kernels.gpu.table import TABLE, Blocks, blocks_for, splits
 from precalib_kernels.layout import Layout
 
 PANEL_WEIGHTS = 1 << 25  # dequantized at a time for a plain product: 64 MiB of bfloat16
@@ -178,6 +178,16 @@ def _by_panels(
         y[:, row : row + rows] = torch.nn.functional.linear(x, weight, part_bias)
         row += rows
     return y
+
+
+def warm_up_rows() -> list[int]:
+    """Values of M that reach every kernel: one for each number of blocks, and one for panels."""
+    rows: list[int] = []
+    least = 1
+    for most, blocks in TABLE[family()].items():
+        rows += range(least, most + 1, blocks.block_m)
+        least = most + 1
+    return [*rows, least]
 
 
 def specialization(form: Form, assembler: bool | None = None) -> dict[str, Any]:

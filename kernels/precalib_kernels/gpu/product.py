@@ -16,7 +16,10 @@ import triton.language as tl
 from precalib_kernels.gpu.halves import chain_halves, spare_tile
 
 
-@triton.jit(do_not_specialize=["rows", "outputs", "padded_rows", "steps"])
+@triton.jit(
+    do_not_specialize=["rows", "outputs", "steps"],  # padded_rows is known to be a multiple of 64
+    do_not_specialize_on_alignment=["y", "bias"],
+)
 def product_kernel(
     y,  # out: [rows, outputs]
     bias,  # [outputs], or anything

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from offline_quantize.recipes import RECIPES
+from offline_quantize.recipes import LEVELS, RECIPES
 from precalib_kernels import reference
 from precalib_kernels.gpu import linear
 from precalib_kernels.gpu.form import reason_against
@@ -21,12 +21,6 @@ from precalib_kernels.gpu.table import Blocks
 from precalib_kernels.layout import Layout
 
 EPS = {torch.float32: 0.0, torch.float16: 2**-11, torch.bfloat16: 2**-7}  # it cuts bfloat16 off
-ODD = {
-    2: (-97, -61, -35, -11, 11, 35, 61, 97),
-    3: tuple(s * x for s, h in ((-1, -1), (1, 1)) for x in (5, 17, 29, 43, 57, 73, 91, 115)[::h]),
-}
-HALF = (3, 9, 15, 21, 27, 35, 41, 47, 55, 63, 71, 79, 87, 97, 109, 123)
-ODD[4] = (*(-x for x in reversed(HALF)), *HALF)
 TABLES = {2: (-100, -30, 31, 100), 3: (-128, -90, -40, 0, 10, 50, 90, 127)}
 TABLES[4] = (-128, -95, -70, -50, -36, -22, -12, -1, 0, 10, 21, 33, 47, 64, 88, 127)
 
@@ -35,7 +29,7 @@ def layout(bits: int, mode: str, group: int, slots: int, **others) -> Layout:
     base = Layout(bits=bits, group_size=group, salient_count=slots, **others)
     if mode == "uniform":
         return base
-    levels = ODD[bits] if mode == "trellis" else TABLES[bits]
+    levels = LEVELS[bits] if mode == "trellis" else TABLES[bits]
     trellis = mode == "trellis"
     return dataclasses.replace(
         base, levels=levels, trellis=trellis, scale="log8", salient_grid="row", column_scale=True
@@ -183,3 +177,20 @@ def test_no_rows(make_case):
 
 def test_all_of_these_layouts_are_accepted():
     assert {reason_against(layout(*param.values, 2)) for param in FORMS} == {None}
+
+
+def test_the_backend_of_the_plugin(make_case):
+    from vllm_precalib.backend import Task
+    from vllm_precalib.triton_backend import TritonBackend
+
+    case = make_case(layout(4, "trellis", 128, 2), [17, 1], 160)
+    task = Task(case.layout, 160, (17, 1), torch.bfloat16, "cuda")
+    backend = TritonBackend(task)
+    layer = torch.nn.Module()
+    for name, tensor in backend.prepare(case.tensors, "fc").items():
+        layer.register_parameter(name, torch.nn.Parameter(tensor, requires_grad=False))
+    backend.finish(layer)
+    x = torch.randn(2, 3, 160)
+    y = backend.apply(layer, x, None)
+    assert y.shape == (2, 3, 18)
+    torch.testing.assert_close(y.double(), x.double() @ case.weight().T, rtol=0.02, atol=0.05)

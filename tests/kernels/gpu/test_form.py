@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from offline_quantize.recipes import RECIPES
 from precalib_kernels.errors import FormatError
 from precalib_kernels.gpu import linear
 from precalib_kernels.gpu.assembly import assembler, constraints, table_words
@@ -53,8 +54,13 @@ def test_a_stored_trellis_is_the_reference(name, group):
             assert torch.equal(levels, expected[row, g * group : (g + 1) * group])
 
 
+@pytest.mark.parametrize("name", ["balanced-4", "balanced-3", "paper-4"])
+def test_costs_are_counted_for_what_the_recipes_make(name):
+    assert LAYOUTS[name] == RECIPES[name].layout
+
+
 def test_memory_is_close_to_the_file():
-    """What the issue of decoding costs in bits: carries and unpacked salient weights."""
+    """What fast decoding costs in bits: carries and unpacked salient weights."""
     for name, most in {"balanced-4": 0.31, "uniform-4": 0.26, "balanced-3": 0.57}.items():
         layout = LAYOUTS[name]
         more = form_of(layout).bits_per_weight(4096) - layout.bits_per_weight(4096, 4096)

@@ -1,0 +1,60 @@
+"""On a GPU: the kernels as they are compiled, in a CUDA graph, and the scripts that time them."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from precalib_kernels import reference
+from precalib_kernels.gpu import linear
+from precalib_kernels.gpu.pack import in_memory
+from precalib_kernels.static import LAYOUTS
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU")
+
+
+@pytest.fixture(params=list(LAYOUTS))
+def case(request, make_packed):
+    packed = make_packed(LAYOUTS[request.param], 192, 576)
+    tensors = {name: tensor.cuda() for name, tensor in packed.tensors.items()}
+    arrays = in_memory(tensors, packed.layout, 576, [192])
+    weight = reference.dequantize(tensors, packed.layout, 576)
+    return packed.layout, [arrays[name] for name in linear.names(packed.layout)], weight.double()
+
+
+@needs_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [1, 3, 16, 33, 130, 300])
+def test_product_is_the_reference(case, rows, dtype):
+    layout, packed, weight = case
+    x = torch.randn(rows, 576, device="cuda").to(dtype)
+    y = linear.gpu_linear(x, packed, None, [192], layout.to_text())
+    exact, size = x.double() @ weight.T, x.double().abs() @ weight.T.abs()
+    assert ((y.double() - exact).abs() <= 2**-7 * size).all()
+
+
+@needs_gpu
+@pytest.mark.gpu
+def test_a_graph_replays_new_inputs(case):
+    layout, packed, _ = case
+    x = torch.randn(4, 576, device="cuda", dtype=torch.bfloat16)
+    linear.gpu_linear(x, packed, None, [192], layout.to_text())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = linear.gpu_linear(x, packed, None, [192], layout.to_text())
+    for _ in range(2):
+        x.normal_()
+        graph.replay()
+        assert torch.equal(y, linear.gpu_linear(x, packed, None, [192], layout.to_text()))
+
+
+@pytest.mark.parametrize("script", ["bench", "tune"])
+def test_scripts_say_when_there_is_no_gpu(script):
+    command = [sys.executable, "-m", f"precalib_kernels.{script}"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={"CUDA_VISIBLE_DEVICES": "", "PATH": ""}
+    )
+    assert done.returncode == 1
+    assert "this machine has no GPU" in done.stderr

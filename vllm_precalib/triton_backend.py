@@ -1,0 +1,83 @@
+"""Backend `triton`: fused kernels for NVIDIA and AMD GPUs, straight from packed weights."""
+
+import functools
+import itertools
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from precalib_kernels.gpu import linear
+from precalib_kernels.gpu.form import reason_against
+from precalib_kernels.gpu.pack import in_memory
+from vllm_precalib.backend import Backend, Task
+from vllm_precalib.compat import vllm_names
+
+with vllm_names():
+    from vllm.platforms import current_platform
+    from vllm.triton_utils import HAS_TRITON
+
+MIN_CAPABILITY = 80  # NVIDIA: tensor-core products of 16 columns and asynchronous copies
+
+
+class TritonBackend(Backend):
+    """About the memory of the file; base and salient weights in one kernel."""
+
+    name = "triton"
+
+    def __init__(self, task: Task) -> None:
+        super().__init__(task)
+        self.names = linear.names(task.layout)
+        self.layout_text = task.layout.to_text()
+        self.part_sizes = list(task.part_sizes)
+
+    @staticmethod
+    def can_run(task: Task) -> str | None:
+        """It needs a GPU, Triton, half-precision activations and a layout with a kernel."""
+        if task.device != "cuda":
+            return f"computes on GPUs, not on {task.device}"
+        if not HAS_TRITON:
+            return "Triton is not installed or has no driver"
+        if current_platform.is_cuda() and not current_platform.has_device_capability(
+            MIN_CAPABILITY
+        ):
+            return "needs compute capability 8.0"
+        if task.dtype not in (torch.bfloat16, torch.float16):
+            return f"computes in bfloat16 and float16, not in {task.dtype}"
+        return reason_against(task.layout)
+
+    def prepare(self, tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+        """The arrays of `precalib_kernels.gpu.form`."""
+        arrays = in_memory(
+            tensors, self.task.layout, self.task.input_size, self.task.part_sizes, where
+        )
+        return {name: arrays[name] for name in self.names}
+
+    def finish(self, layer: torch.nn.Module) -> None:
+        """Compile every kernel that serving can reach, so that none is compiled later."""
+        arrays = [layer.get_parameter(name).data for name in self.names]
+        if arrays[0].is_cuda:
+            warm_up(self.task, tuple(arrays))
+
+    def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
+        """One call of `precalib::gpu_linear`."""
+        packed = [layer.get_parameter(name) for name in self.names]
+        return torch.ops.precalib.gpu_linear(x, packed, bias, self.part_sizes, self.layout_text)
+
+
+def warm_up(task: Task, arrays: tuple[Tensor, ...]) -> None:
+    """Run the operator once for every kernel, for the first layer of its kind in this process."""
+    if next(_first_visit(task, arrays[0].device)):
+        bias = torch.zeros(sum(task.part_sizes), dtype=task.dtype, device=arrays[0].device)
+        for rows in linear.warm_up_rows():
+            x = torch.zeros((rows, task.input_size), dtype=task.dtype, device=arrays[0].device)
+            for given in (None, bias):
+                linear.gpu_linear(
+                    x, list(arrays), given, list(task.part_sizes), task.layout.to_text()
+                )
+
+
+@functools.lru_cache(maxsize=1024)
+def _first_visit(*kind: object) -> Iterator[bool]:  # noqa: ARG001, it is the key of the cache
+    """True once for each kind of layer, then False."""
+    return itertools.chain([True], itertools.repeat(False))
