@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: install demo test lint chromium bench-quality bench-speed clean help
+.PHONY: install demo test lint chromium bench-quality bench-speed kernels-report clean help
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -75,6 +75,10 @@ bench-quality: $(STAMP) ## KL against true bits, beside other methods: make benc
 
 bench-speed: $(STAMP) ## seconds to quantize, recipe by recipe
 	@$(BIN)/python benchmarks/quantize_speed.py
+
+kernels-report: $(STAMP) ## compile every GPU kernel for every chip, and what they cost (an hour)
+	@TRITON_DEFAULT_FP_FUSION=1 $(BIN)/python -m precalib_kernels.static --check
+	@TRITON_DEFAULT_FP_FUSION=1 $(BIN)/python -m precalib_kernels.static
 
 clean: ## remove .venv, caches and the demo's output
 	rm -rf .venv demo-output build deploy/vllm-metapackage/build *.egg-info deploy/*/*.egg-info \

@@ -5,8 +5,10 @@ the median is given as a ratio to bfloat16's plain product.
 """
 
 import argparse
+import contextlib
 import functools
 import statistics
+import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -62,6 +64,22 @@ def interleaved(calls: dict[str, Callable[[], Any]]) -> dict[str, float]:
     return {name: statistics.median(each) for name, each in times.items()}
 
 
+@contextlib.contextmanager
+def alone_in_vllm() -> Iterator[None]:
+    """vLLM's state of a single process, which its parameters ask for; nothing without vLLM."""
+    try:
+        from vllm.config import VllmConfig, set_current_vllm_config
+        from vllm.distributed import init_distributed_environment, initialize_model_parallel
+    except ImportError:
+        yield
+        return
+    with set_current_vllm_config(VllmConfig()), tempfile.TemporaryDirectory() as directory:
+        if not torch.distributed.is_initialized():
+            init_distributed_environment(1, 0, f"file://{directory}/store", 0, "gloo")
+            initialize_model_parallel()
+        yield
+
+
 def vllm_kernels(rows: int, columns: int) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
     """vLLM's W4A16 products of a random weight: its own choice for this GPU, and its Triton one.
 
@@ -108,7 +126,8 @@ def compare(shape: str, rows: list[int], names: list[str]) -> Iterator[str]:
     outputs, inputs = SHAPES[shape]
     weight = torch.randn(outputs, inputs, dtype=torch.bfloat16, device="cuda")
     packed = {name: random_packed(LAYOUTS[name], outputs, inputs, "cuda") for name in names}
-    peers = dict(vllm_kernels(outputs, inputs))
+    with alone_in_vllm():
+        peers = dict(vllm_kernels(outputs, inputs))
     yield f"| {shape} {outputs} × {inputs}, M | bf16 µs | " + " | ".join([*names, *peers]) + " |"
     yield "|--:" * (2 + len(names) + len(peers)) + "|"
     for m in rows:
