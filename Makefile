@@ -2,13 +2,14 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: install demo test lint chromium bench-quality bench-speed kernels-report clean help
+.PHONY: install demo test lint chromium bench-quality bench-speed kernels-report bench-cpu sanitize clean help
 
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 # Python files that are scripts, not part of the distribution.
-SCRIPTS := $(wildcard deploy/*.py) benchmarks/quality.py benchmarks/peers.py
+SCRIPTS := $(wildcard deploy/*.py) benchmarks/quality.py benchmarks/peers.py \
+  benchmarks/cpu_linear.py benchmarks/cpu_serving.py
 PIP = $(BIN)/python -m pip install --progress-bar off
 PIP_PROGRESS := awk '/^(Collecting|Processing) / && ++n % 20 == 0 {print "install:   " n " found"} \
   /^Installing collected/ {print "install:   writing .venv"} {fflush()}'
@@ -72,6 +73,15 @@ bench-quality: $(STAMP) ## KL against true bits, beside other methods: make benc
 	@test -n "$(TEXT)" || { echo "bench-quality: name a text file: make bench-quality TEXT=file.txt"; exit 1; }
 	@$(BIN)/python deploy/smollm2.py demo-output/SmolLM2-135M-Instruct
 	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/quality.py demo-output/SmolLM2-135M-Instruct --text $(TEXT) --out docs
+
+bench-cpu: $(STAMP) ## products and serving on this CPU, beside bfloat16 and other 4-bit ways
+	@$(BIN)/python benchmarks/cpu_linear.py
+	@$(BIN)/python deploy/smollm2.py demo-output/SmolLM2-135M-Instruct
+	@$(BIN)/python benchmarks/cpu_serving.py demo-output/SmolLM2-135M-Instruct
+
+sanitize: $(STAMP) ## tests of the compiled CPU kernels under AddressSanitizer and UBSan
+	@LD_PRELOAD=$$(g++ -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 \
+	  $(BIN)/python tests/kernels/sanitized.py
 
 bench-speed: $(STAMP) ## seconds to quantize, recipe by recipe
 	@$(BIN)/python benchmarks/quantize_speed.py

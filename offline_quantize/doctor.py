@@ -23,6 +23,7 @@ def diagnose() -> Iterator[tuple[str, bool | None, str]]:
     compiler = shutil.which("g++") or shutil.which("c++")
     yield "C++ compiler", None, compiler or "none"
     yield _trellis()
+    yield _cpu_kernels()
     registered = [
         entry.value for entry in entry_points(group="vllm.general_plugins", name="precalib")
     ]
@@ -51,6 +52,19 @@ def _trellis() -> tuple[str, bool | None, str]:
     except build.BuildError as error:
         return "trellis search", None, f"in torch, quantizing takes about 7 times as long: {error}"
     return "trellis search", True, f"compiled, in {build.cache_directory()}"
+
+
+def _cpu_kernels() -> tuple[str, bool | None, str]:
+    from precalib_kernels.cpu import library
+    from precalib_kernels.native import build
+
+    try:
+        levels = library.machine_levels()
+    except build.BuildError as error:
+        return "CPU kernels", None, f"none, CPUs serve dense weights: {error}"
+    if not levels:
+        return "CPU kernels", None, "none, CPUs serve dense weights: they need AVX2"
+    return "CPU kernels", True, f"compiled for {levels[-1]}, in {build.cache_directory()}"
 
 
 def _plugin() -> tuple[str, bool | None, str]:

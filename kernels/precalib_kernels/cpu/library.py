@@ -26,6 +26,7 @@ _ADDED = {
     "avx512_bf16": ("-mavx512bf16",),
     "amx": ("-mamx-tile", "-mamx-bf16"),
 }
+_LINK: tuple[str, ...] = ()
 LEVELS = tuple(_ADDED)  # each has all instructions of those before it
 
 
@@ -38,7 +39,7 @@ def load() -> ctypes.CDLL:
     if platform.machine() not in ("x86_64", "AMD64"):
         raise BuildError(f"the kernels are for x86-64, this is {platform.machine()}")
     # OpenMP stays undefined in the library: the runtime of torch, already loaded, provides it.
-    library = load_units("cpu", _units())
+    library = load_units("cpu", _units(), _LINK)
     library.precalib_linear.argtypes = (
         *(ctypes.c_void_p, ctypes.c_int64),
         *(ctypes.c_void_p,) * 4,
@@ -49,6 +50,7 @@ def load() -> ctypes.CDLL:
     return library
 
 
+@functools.cache
 def machine_levels() -> tuple[str, ...]:
     """Levels this processor has, lowest first; empty without AVX2. Raises BuildError."""
     return LEVELS[: load().precalib_level() + 1]

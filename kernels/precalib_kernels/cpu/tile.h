@@ -76,14 +76,27 @@ inline void unpack_bfloats(const Plan& plan, const Block& block, const Group& gr
     store(levels + 2 * step * 2 * kLanes, wide.find(index));
     store(levels + (2 * step + 1) * 2 * kLanes, wide.find(index >> 8));
   });
+  const Floats inverse = 1 / scale;
   for (int64_t j = 0; j < plan.salient_count; ++j) {
     const Salient salient = find_salient<kBits>(plan, block, group, table, j);
-    const Halves value = to_bfloats(salient.value / scale + zero);
+    const Halves value = to_bfloats(salient.value * inverse + zero);
     const Ints segment = salient.position & 3, step = salient.position >> 2;
     const Ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     const Ints at = ((2 * step + (segment & 1)) * kLanes + lane) * 2 + (segment >> 1);
-    for (int l = 0; l < kLanes; ++l)
-      if (salient.used[l]) levels[at[l]] = value[l];
+    // Through memory: taking lanes out of a register one by one takes longer.
+    alignas(64) uint16_t values[kLanes];
+    alignas(64) int32_t places[kLanes];
+    store(values, value);
+    store(places, at);
+    unsigned used = unsigned(_mm512_movepi32_mask((__m512i)salient.used));
+    if (used == 0xffff) {
+      for (int l = 0; l < kLanes; ++l) levels[places[l]] = values[l];
+    } else {
+      for (; used; used &= used - 1) {
+        const int l = __builtin_ctz(used);
+        levels[places[l]] = values[l];
+      }
+    }
   }
 }
 

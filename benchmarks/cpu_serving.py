@@ -1,0 +1,235 @@
+"""Tokens per second of a model served by vLLM on the CPU: bfloat16, packed, W4A16.
+
+    python benchmarks/cpu_serving.py MODEL [--rounds 3] [--threads 1] [--tokens 48] [--work DIR]
+    python benchmarks/cpu_serving.py --llama-layers 16   # random weights, sizes of Llama-3.2-1B
+
+Every way gets a process of its own, one after another, round by round; reported are medians of
+ratios to the bfloat16 run of the same round. W4A16 is round-to-nearest in groups of 64 in
+compressed-tensors' format, which vLLM computes with 8-bit activations on processors with AMX.
+The last table is where the time of a decode step goes.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+STREAMS = (1, 16)
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "2",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "TORCHDYNAMO_DISABLE": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+
+
+def write_llama(directory: Path, layers: int) -> None:
+    """A checkpoint of Llama-3.2-1B's sizes with random weights."""
+    import transformers
+
+    config = transformers.LlamaConfig(
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=layers,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=64,
+        vocab_size=128256,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(directory)
+
+
+def write_w4a16(source: Path, directory: Path, group: int = 64) -> None:
+    """Round-to-nearest, symmetric, in compressed-tensors' pack-quantized format."""
+    from safetensors.torch import load_file, save_file
+
+    directory.mkdir(parents=True)
+    stored: dict[str, torch.Tensor] = {}
+    for file in sorted(source.glob("*.safetensors")):
+        for name, tensor in load_file(file).items():
+            if not name.endswith("_proj.weight"):
+                stored[name] = tensor
+                continue
+            rows, columns = tensor.shape
+            grouped = tensor.float().view(rows, -1, group)
+            scale = (grouped.abs().amax(-1, keepdim=True) / 7.5).clamp(min=1e-8).bfloat16()
+            codes = (grouped / scale.float()).round().clamp(-8, 7).int().view(rows, -1, 8) + 8
+            shifts = 4 * torch.arange(8, dtype=torch.int32)
+            stored[f"{name}_packed"] = (codes << shifts).sum(-1, dtype=torch.int32)
+            stored[f"{name}_scale"] = scale[..., 0].contiguous()
+            stored[f"{name}_shape"] = torch.tensor([rows, columns])
+    save_file(stored, directory / "model.safetensors")
+    for file in source.glob("*.json*"):
+        if "index" not in file.name:
+            (directory / file.name).write_bytes(file.read_bytes())
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group"}
+    scheme = {"targets": ["Linear"], "weights": weights | {"group_size": group}}
+    config = json.loads((directory / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": scheme},
+        "ignore": ["lm_head"],
+    }
+    (directory / "config.json").write_text(json.dumps(config))
+
+
+def serve(model: str, tokens: int) -> dict[str, Any]:
+    """In a process of its own: tokens per second by streams, and seconds of a step by what."""
+    from vllm import LLM, SamplingParams, TokensPrompt
+
+    llm = LLM(
+        model,
+        dtype="bfloat16",
+        max_model_len=256,
+        max_num_seqs=max(STREAMS),
+        enforce_eager=True,
+        skip_tokenizer_init=True,
+    )
+    sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+
+    def seconds(streams: int) -> float:
+        prompts = [TokensPrompt(prompt_token_ids=[5 + i, 17, 101, 44]) for i in range(streams)]
+        start = time.perf_counter()
+        llm.generate(prompts, sampling, use_tqdm=False)
+        return time.perf_counter() - start
+
+    seconds(1)
+    rates = {n: n * tokens / statistics.median(seconds(n) for _ in range(3)) for n in STREAMS}
+    spent, undo = watch()
+    steps = {}
+    for n in STREAMS:
+        spent.clear()
+        spent["step"] = seconds(n)
+        steps[n] = {what: 1e3 * value / tokens for what, value in spent.items()}
+    undo()
+    return {"rates": rates, "steps": steps}
+
+
+def watch() -> tuple[dict[str, float], Any]:
+    """Count seconds in linear layers, attention and head from now on."""
+    from vllm.model_executor.layers.attention import Attention
+    from vllm.model_executor.layers.linear import LinearBase
+    from vllm.model_executor.layers.logits_processor import LogitsProcessor
+
+    spent: dict[str, float] = {}
+    watched = []
+
+    def wrap(kind: Any, what: str) -> None:
+        forward = kind.forward
+
+        def timed(self: Any, *args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            result = forward(self, *args, **kwargs)
+            spent[what] = spent.get(what, 0.0) + time.perf_counter() - start
+            return result
+
+        watched.append((kind, forward))
+        kind.forward = timed
+
+    for layer in _subclasses(LinearBase):
+        if "forward" in vars(layer):
+            wrap(layer, "linear layers")
+    wrap(Attention, "attention")
+    wrap(LogitsProcessor, "output head")
+
+    def undo() -> None:
+        for kind, forward in watched:
+            kind.forward = forward
+
+    return spent, undo
+
+
+def _subclasses(kind: type) -> list[type]:
+    children: list[type] = type.__subclasses__(kind)
+    return [kind, *{each for child in children for each in _subclasses(child)}]
+
+
+def run(model: Path, tokens: int, threads: int) -> dict[str, Any]:
+    command = [sys.executable, __file__, str(model), "--tokens", str(tokens), "--serve"]
+    environment = os.environ | ENVIRONMENT | {"OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    if not lines:
+        raise SystemExit(f"{model}: {done.stderr[-3000:]}")
+    return json.loads(lines[0].removeprefix("RESULT "))
+
+
+def compare(source: Path, work: Path, options: argparse.Namespace) -> None:
+    ways = {"bfloat16": source}
+    for name in ("balanced-4", "balanced-3"):
+        ways[name] = work / name
+        if not ways[name].exists():
+            script = Path(sys.executable).with_name("precalib")
+            command = [script, "quantize", source, ways[name], "--recipe", name]
+            subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL)
+    ways["W4A16"] = work / "w4a16"
+    if not ways["W4A16"].exists():
+        write_w4a16(source, ways["W4A16"])
+    rounds = []
+    for number in range(options.rounds):
+        rounds.append(
+            {way: run(path, options.tokens, options.threads) for way, path in ways.items()}
+        )
+        print(f"# round {number + 1} of {options.rounds} done", flush=True)
+    print(f"| {options.threads} thread(s), tokens/s over bfloat16 | 1 stream | 16 streams |")
+    print("|---|--:|--:|")
+    for way in ways:
+        cells = []
+        for n in map(str, STREAMS):
+            rates = [done[way]["rates"][n] for done in rounds]
+            dense = [done["bfloat16"]["rates"][n] for done in rounds]
+            ratio = statistics.median(a / b for a, b in zip(rates, dense, strict=True))
+            cells.append(f"{ratio:.2f} ({statistics.median(rates):.1f} tokens/s)")
+        print(f"| {way} | " + " | ".join(cells) + " |")
+    for n in map(str, STREAMS):
+        print(f"\n| ms of a step, {n} stream(s) | linear layers | attention | output head | rest |")
+        print("|---|--:|--:|--:|--:|")
+        for way in ways:
+            step = rounds[-1][way]["steps"][n]
+            parts = [step.get(part, 0.0) for part in ("linear layers", "attention", "output head")]
+            shown = " | ".join(f"{part:.2f}" for part in (*parts, step["step"] - sum(parts)))
+            print(f"| {way} | {shown} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", type=Path, nargs="?")
+    parser.add_argument("--llama-layers", type=int)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--work", type=Path)
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.serve:
+        print("RESULT " + json.dumps(serve(str(options.model), options.tokens)))
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        work = options.work or Path(scratch)
+        source = options.model
+        if options.llama_layers:
+            source = work / "llama"
+            if not source.exists():
+                write_llama(source, options.llama_layers)
+        if source is None:
+            parser.error("name a model, or --llama-layers")
+        compare(source, work, options)
+
+
+if __name__ == "__main__":
+    main()
