@@ -8,7 +8,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 # Python files that are scripts, not part of the distribution.
-SCRIPTS := $(wildcard deploy/*.py) benchmarks/quality.py benchmarks/peers.py \
+SCRIPTS := $(wildcard deploy/*.py) benchmarks/quality.py benchmarks/outside_peers.py benchmarks/texts.py \
   benchmarks/cpu_linear.py benchmarks/cpu_serving.py
 PIP = $(BIN)/python -m pip install --progress-bar off
 PIP_PROGRESS := awk '/^(Collecting|Processing) / && ++n % 20 == 0 {print "install:   " n " found"} \
@@ -69,10 +69,14 @@ lint: $(STAMP) ## ruff and mypy
 	@$(BIN)/mypy
 	@$(BIN)/mypy $(SCRIPTS)
 
+PEER_OPTIONS = $(if $(PEERS),--peers-python $(PEERS)) $(if $(LIBLLAMA),--libllama $(LIBLLAMA)) \
+  $(if $(CALIBRATION),--calibration $(CALIBRATION))
+
 bench-quality: $(STAMP) ## KL against true bits, beside other methods: make bench-quality TEXT=file.txt
 	@test -n "$(TEXT)" || { echo "bench-quality: name a text file: make bench-quality TEXT=file.txt"; exit 1; }
 	@$(BIN)/python deploy/smollm2.py demo-output/SmolLM2-135M-Instruct
-	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/quality.py demo-output/SmolLM2-135M-Instruct --text $(TEXT) --out docs
+	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/quality.py demo-output/SmolLM2-135M-Instruct --text $(TEXT) \
+	  --out docs --resume $(PEER_OPTIONS)
 
 bench-cpu: $(STAMP) ## products and serving on this CPU, beside bfloat16 and other 4-bit ways
 	@$(BIN)/python benchmarks/cpu_linear.py

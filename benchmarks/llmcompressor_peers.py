@@ -4,10 +4,12 @@ Asymmetric grids, one float16 scale and one zero point of as many bits as a code
 sizes are divisors of the input sizes, for llm-compressor has no ragged groups.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -47,6 +49,8 @@ SCHEMES = (
     Scheme("GPTQ", 3, 64, windows=32),
     Scheme("AWQ", 4, 64),
     Scheme("AWQ", 3, 64),
+    Scheme("AWQ", 4, 64, windows=32),
+    Scheme("AWQ", 3, 64, windows=32),
 )
 
 
@@ -68,8 +72,21 @@ def make(scheme: Scheme, source: Path, calibration: Path | None) -> tuple[dict, 
             "shuffle_calibration_samples": False,
             "batch_size": 8,
         }
-    oneshot(model=model, recipe=recipe(scheme), **options)
+    with no_pinning():
+        oneshot(model=model, recipe=recipe(scheme), **options)
     return changed(model, before)
+
+
+@contextlib.contextmanager
+def no_pinning() -> Iterator[None]:
+    """AWQ pins its activations in memory, which torch refuses on a machine without a GPU."""
+    from llmcompressor.pipelines.cache import IntermediatesCache
+
+    if torch.accelerator.is_available():
+        yield
+        return
+    with mock.patch.object(IntermediatesCache, "pin_memory", lambda *_: None):
+        yield
 
 
 def recipe(scheme: Scheme) -> list[Any]:

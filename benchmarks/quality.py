@@ -3,7 +3,7 @@
     python benchmarks/quality.py SOURCE --text DECIDING [OTHER ...] --out docs
 
 writes quality.json (after every row), quality.png, and the table in quality.md between its two
-markers. Recipes go through the real encoder and back. Claims are decided on the first text.
+markers. Recipes and target sizes go through the real encoder and back. The first text decides.
 
 --only WORD ... measures the methods whose names contain a word, and with no word none of them.
 --resume measures only what quality.json does not have yet, text by text. Other rows stay as they
@@ -19,12 +19,12 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from methods import Method, checkpoint, each, outside
+from methods import Method, Quantize, checkpoint, each, outside
 from peers import Peer, peers
 from quality_report import insert_table, plot, ranked, table
 from torch import Tensor
@@ -38,12 +38,13 @@ from offline_quantize.plan import Options, make_plan
 from offline_quantize.recipes import RECIPES, Recipe
 from offline_quantize.source import Checkpoint, open_checkpoint
 from offline_quantize.tensorfile import read_tensor
-from precalib_kernels.errors import PrecalibError, SourceError
+from precalib_kernels.errors import PrecalibError, RecipeError, SourceError
 from precalib_kernels.reference import dequantize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+TARGETS = (3.3, 3.85, 4.3, 4.8)
 OUTSIDE = Path(__file__).with_name("outside_peers.py")
 Text = tuple[Sequence[Tensor], Reference]
 
@@ -104,7 +105,7 @@ def methods(arguments: argparse.Namespace, work: Path) -> list[Method]:
     library = ("--libllama", str(arguments.libllama)) if arguments.libllama else ()
     python = (arguments.peers_python, str(OUTSIDE), *library)
     others = outside(python, arguments.source, work, arguments.calibration)
-    return recipes(RECIPES) + inside + others
+    return recipes(RECIPES) + targets(arguments.source) + inside + others
 
 
 def recipes(names: Iterable[str]) -> list[Method]:
@@ -113,6 +114,27 @@ def recipes(names: Iterable[str]) -> list[Method]:
         Method(f"precalib {name.split('-')[0]}", name, each(_through_the_format(RECIPES[name])))
         for name in names
     ]
+
+
+def targets(source: Path) -> list[Method]:
+    """`--target-bits` at the sizes in TARGETS, as far as the model can have them."""
+    found = []
+    for bits in TARGETS:
+        try:
+            plan = make_plan(open_checkpoint(source), Options(target_bits=bits))
+        except RecipeError:
+            continue
+        chosen = {name: _through_the_format(p.recipe) for name, p in plan.packings.items()}
+        found.append(Method("precalib --target-bits", f"{bits:g}", _by_name(chosen)))
+    return found
+
+
+def _by_name(chosen: Mapping[str, Peer]) -> Quantize:
+    def quantize(weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, int]]:
+        for name, weight in weights.items():
+            yield name, *chosen[name](weight.float())
+
+    return quantize
 
 
 def select(found: Sequence[Method], words: Sequence[str] | None) -> list[Method]:

@@ -62,6 +62,15 @@ def test_recipes_go_through_the_format(load: Load) -> None:
     assert 0.003 < float((found - weight).square().mean() / weight.square().mean()) < 0.02
 
 
+def test_target_sizes_that_the_model_cannot_have_are_left_out(run: Any) -> None:
+    rows = run("--only", "target-bits")
+    assert [row["variant"] for row in rows] == ["3.85", "4.3", "4.8"]  # small rows cost more
+    for row in rows:
+        assert float(row["variant"]) - 0.3 < row["bits"] <= float(row["variant"])
+    kl = [row["texts"]["prose"]["kl"] for row in rows]
+    assert kl == sorted(kl, reverse=True)
+
+
 def test_checkpoints_and_recipes_agree(run: Any, source: Path, tmp_path: Path) -> None:
     whole = packed(source, tmp_path / "whole", [])
     part = packed(source, tmp_path / "part", [r"\.mlp\."])
