@@ -177,7 +177,7 @@ def report(chips: list[Chip], names: list[str], rows: list[int]) -> Iterator[str
         plain = {m: max(chip.seconds(2 * weights, 0, 2 * weights * m).values()) for m in rows}
         for name in names:
             for m in rows:
-                blocks = blocks_for(family, m)
+                blocks = blocks_for(family, m, LAYOUTS[name].bits)
                 if blocks is None:
                     seconds, bound = panel_seconds(chip, LAYOUTS[name], m)
                     row = f"| {name} | {m} | – | | | | | "
@@ -211,8 +211,11 @@ def check_all() -> Iterator[str]:
         limit = (
             65536 if target.startswith("gfx94") else 160 * 1024 if "gfx" in target else 99 * 1024
         )
-        for blocks in TABLE["hip" if target.startswith("gfx") else "cuda"].values():
+        family = "hip" if target.startswith("gfx") else "cuda"
+        for most in TABLE[family]:
             for name, layout in LAYOUTS.items():
+                blocks = blocks_for(family, most, layout.bits)
+                assert blocks is not None
                 try:
                     made = ahead.compile_product(layout, blocks, target)
                 except RuntimeError as error:

@@ -44,7 +44,7 @@ def gpu_linear(
     flat = x.reshape(-1, x.shape[-1])
     if flat.shape[0] == 0:
         return x.new_empty((*x.shape[:-1], sum(part_sizes)))
-    blocks = blocks_for(family(), flat.shape[0])
+    blocks = blocks_for(family(), flat.shape[0], parsed.bits)
     if blocks is None:
         y = _by_panels(flat, arrays, bias, parsed, part_sizes)
     else:

@@ -107,9 +107,10 @@ def test_programs_share_all_steps():
 
 
 def test_every_row_count_has_a_kernel_or_is_dequantized():
-    assert blocks_for("cuda", 1).block_m == 8
-    assert blocks_for("cuda", 17).block_m == 32
-    assert blocks_for("cuda", 257) is None
+    assert blocks_for("cuda", 1, 4).block_m == 8
+    assert blocks_for("cuda", 17, 4).block_m == 32
+    assert blocks_for("cuda", 17, 3).stages < blocks_for("cuda", 17, 4).stages
+    assert blocks_for("cuda", 257, 4) is None
 
 
 def test_assembler_names_every_operand():

@@ -57,7 +57,8 @@ def test_the_largest_of_three_times_counts():
     ],
 )
 def test_instruction_budget(target, name, rows, most):
-    cost = product_cost(LAYOUTS[name], blocks_for("cuda", rows), target)
+    layout = LAYOUTS[name]
+    cost = product_cost(layout, blocks_for("cuda", rows, layout.bits), target)
     assert cost.instructions <= most
     for loop in count.loops(cost.compiled):
         assert not {"STL", "LDL"} & loop.counts().keys()  # nothing spilled where it matters
@@ -66,7 +67,7 @@ def test_instruction_budget(target, name, rows, most):
 
 
 def test_amd_and_the_other_kernels_compile():
-    cost = product_cost(LAYOUTS["balanced-4"], blocks_for("hip", 16), "gfx942")
+    cost = product_cost(LAYOUTS["balanced-4"], blocks_for("hip", 16, 4), "gfx942")
     assert cost.compiled.spilled == 0
     assert cost.compiled.shared <= 65536
     assert ahead.compile_dequantize(LAYOUTS["balanced-3"], "sm_80").spilled == 0
