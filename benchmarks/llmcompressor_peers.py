@@ -85,7 +85,7 @@ def no_pinning() -> Iterator[None]:
     if torch.accelerator.is_available():
         yield
         return
-    with mock.patch.object(IntermediatesCache, "pin_memory", lambda *_: None):
+    with mock.patch.object(IntermediatesCache, "pin_memory", return_value=None):
         yield
 
 
