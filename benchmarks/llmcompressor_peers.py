@@ -47,6 +47,7 @@ SCHEMES = (
     Scheme("GPTQ", 5, 64),
     Scheme("GPTQ", 4, 64, windows=32),
     Scheme("GPTQ", 3, 64, windows=32),
+    Scheme("GPTQ", 5, 64, windows=32),
     Scheme("AWQ", 4, 64),
     Scheme("AWQ", 3, 64),
     Scheme("AWQ", 4, 64, windows=32),
