@@ -6,6 +6,7 @@ where they lower the sum of harms most per byte. Weights that vLLM computes as o
 experts of one, get the same layout.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -81,7 +82,7 @@ def allocate(
         low, high = (8 * (size + fixed[1]) / count for size in (smallest, largest))
         raise RecipeError(
             f"--target-bits {target_bits:g} cannot be met: these weights take between "
-            f"{_up(low):.3f} and {_down(high):.3f} true bits"
+            f"{math.ceil(1000 * low) / 1000:.3f} and {math.floor(1000 * high) / 1000:.3f} true bits"
         )
     ladder = _widths_around(every, allowed)
     depth = _depth(weights, config)
@@ -184,11 +185,3 @@ def _depth(weights: Mapping[str, Shape], config: Mapping[str, Any]) -> int:
 def _layer(module: str) -> int:
     match = selection.LAYER.search(f"{module}.")
     return int(match[1]) if match else -1
-
-
-def _up(bits: float) -> float:
-    return -(-bits * 1000 // 1) / 1000
-
-
-def _down(bits: float) -> float:
-    return bits * 1000 // 1 / 1000

@@ -57,9 +57,14 @@ def _(
     x: Tensor, packed: list[Tensor], bias: Tensor | None, part_sizes: list[int], layout: str
 ) -> Tensor:
     _named(packed, int(x.shape[-1]), part_sizes, Layout.from_text(layout))
-    if bias is not None and bias.shape != packed[0].shape[:1]:
-        raise FormatError(f"bias has shape {list(bias.shape)}, expected [{packed[0].shape[0]}]")
-    return x.new_empty((*x.shape[:-1], packed[0].shape[0]))
+    return empty_result(x, bias, packed[0].shape[0])
+
+
+def empty_result(x: Tensor, bias: Tensor | None, rows: int) -> Tensor:
+    """What x·Ŵᵀ + bias goes into: [..., rows]. Raises FormatError for a bias of another size."""
+    if bias is not None and bias.shape != (rows,):
+        raise FormatError(f"bias has shape {list(bias.shape)}, expected [{rows}]")
+    return x.new_empty((*x.shape[:-1], rows))
 
 
 def _named(

@@ -24,7 +24,7 @@ from offline_quantize.plan import Options, make_plan
 from offline_quantize.quantize import quantize as run_quantize
 from offline_quantize.source import open_checkpoint
 
-VOCABULARY, BEGIN = 260, 256
+BEGIN = 256
 TEXT = "The original is compared with the quantized model, token by token. " * 12
 
 
@@ -43,40 +43,8 @@ class Bigram:
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random llama with a tokenizer of bytes."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    root = tmp_path_factory.mktemp("models") / "source"
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {letter: i for i, letter in enumerate(alphabet)} | {"<s>": BEGIN}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", BEGIN)]
-    )
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>").save_pretrained(root)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        vocab_size=VOCABULARY,
-        max_position_embeddings=128,
-        bos_token_id=BEGIN,
-        eos_token_id=None,
-        pad_token_id=None,
-    )
-    model = LlamaForCausalLM(config)
-    model.lm_head.weight.data *= 20  # far from uniform
-    for parameter in model.model.layers.parameters():
-        parameter.data *= 4 if parameter.ndim == 2 else 1
-    model.to(torch.bfloat16).save_pretrained(root)
-    return root
+def source(byte_llama: Callable[..., Path]) -> Path:
+    return byte_llama(hidden_size=64, intermediate_size=96, max_position_embeddings=128)
 
 
 @pytest.fixture(scope="module")

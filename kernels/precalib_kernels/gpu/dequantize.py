@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from precalib_kernels.gpu.halves import chain_halves, spare_tile
+from precalib_kernels.gpu.halves import chain_halves, step_tiles
 from precalib_kernels.gpu.product import group_scale
 
 
@@ -54,14 +54,7 @@ def dequantize_kernel(
     shift = tl.load(constants + 48 + r)
 
     here = words + step * TILES * padded_rows * 16 + n[:, None] * 16 + r[None, :]
-    nibbles = (tl.load(here),)
-    if BITS == 2:
-        nibbles = nibbles + (spare_tile(nibbles, BITS, SPARE),)
-    else:
-        nibbles = nibbles + (tl.load(here + padded_rows * 16),)
-        if BITS == 3:
-            nibbles = nibbles + (tl.load(here + 2 * padded_rows * 16),)
-            nibbles = nibbles + (spare_tile(nibbles, BITS, SPARE),)
+    nibbles = step_tiles(here, padded_rows * 16, BITS, SPARE)
     unit = tl.load(row_unit + n)
     for chain in tl.static_range(STEP // 64 // J):
         first_group = step * GROUPS + chain * GROUPS // (STEP // 64 // J)

@@ -87,6 +87,11 @@ class Form:
         return (self.bits + (side + 24 * self.slots) / self.group) * columns / input_size
 
 
+def padded(rows: int) -> int:
+    """Rows of a fused part with those that fill its last tile."""
+    return -(-rows // ROWS) * ROWS
+
+
 def reason_against(layout: Layout) -> str | None:
     """Why the kernels cannot take a layout, or None."""
     if layout.bits not in (2, 3, 4):

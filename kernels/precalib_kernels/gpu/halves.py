@@ -8,6 +8,20 @@ import triton.language as tl
 
 
 @triton.jit
+def step_tiles(words, stride, BITS: tl.constexpr, SPARE: tl.constexpr):
+    """Nibble tiles int16 [rows, 16] of a step, from pointers to the first; `stride` to the next."""
+    tiles = (tl.load(words),)
+    if BITS == 2:
+        tiles = tiles + (spare_tile(tiles, BITS, SPARE),)
+    else:
+        tiles = tiles + (tl.load(words + stride),)
+        if BITS == 3:
+            tiles = tiles + (tl.load(words + 2 * stride),)
+            tiles = tiles + (spare_tile(tiles, BITS, SPARE),)
+    return tiles
+
+
+@triton.jit
 def spare_tile(tiles, BITS: tl.constexpr, SPARE: tl.constexpr):
     """The tile that is not stored, int16 [rows, 16]; SPARE is its assembler, "" for none."""
     if SPARE == "":

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from precalib_kernels.errors import FormatError
 from precalib_kernels.gpu import assembly
-from precalib_kernels.gpu.form import ROWS, Form, form_of
+from precalib_kernels.gpu.form import ROWS, Form, form_of, padded
 from precalib_kernels.gpu.table import TABLE, Blocks, blocks_for, splits
 from precalib_kernels.layout import Layout
+from precalib_kernels.ops import empty_result
 
 PANEL_WEIGHTS = 1 << 25  # dequantized at a time for a plain product: 64 MiB of bfloat16
 
@@ -57,9 +58,7 @@ def _(
     x: Tensor, packed: list[Tensor], bias: Tensor | None, part_sizes: list[int], layout: str
 ) -> Tensor:
     _named(packed, Layout.from_text(layout), int(x.shape[-1]), part_sizes)
-    if bias is not None and bias.shape != (sum(part_sizes),):
-        raise FormatError(f"bias has shape {list(bias.shape)}, expected [{sum(part_sizes)}]")
-    return x.new_empty((*x.shape[:-1], sum(part_sizes)))
+    return empty_result(x, bias, sum(part_sizes))
 
 
 @torch.library.custom_op("precalib::gpu_dequantize", mutates_args=())
@@ -99,8 +98,8 @@ def product(
     (rows, columns), device = x.shape, x.device
     words = arrays["qweight"]
     steps, _, padded_rows, _ = words.shape
-    padded, parts = steps * form.step, len(part_sizes)
-    fits = all(-(-size // ROWS) * ROWS % blocks.block_n == 0 for size in part_sizes)
+    whole, parts = steps * form.step, len(part_sizes)  # columns of whole steps
+    fits = all(padded(size) % blocks.block_n == 0 for size in part_sizes)
     block_n = blocks.block_n if fits else ROWS  # a program stays within one part
     row_blocks = -(-rows // blocks.block_m)
     tiles = padded_rows // block_n
@@ -109,18 +108,18 @@ def product(
     plane = (parts, row_blocks)
     half = functools.partial(torch.empty, dtype=torch.float16, device=device)
     single = functools.partial(torch.empty, dtype=torch.float32, device=device)
-    dots = half((*plane, padded, blocks.block_m))
-    by_column = half((*plane, padded, blocks.block_m)) if form.slots else dots
-    start, sums = single((2, *plane, padded // form.group, blocks.block_m))
+    dots = half((*plane, whole, blocks.block_m))
+    by_column = half((*plane, whole, blocks.block_m)) if form.slots else dots
+    start, sums = single((2, *plane, whole // form.group, blocks.block_m))
     inverse = single((*plane, blocks.block_m))
     shares = single((share, row_blocks, padded_rows, blocks.block_m)) if share > 1 else inverse
     counters = torch.empty(row_blocks * tiles, dtype=torch.int32, device=device)
     y = x.new_empty((rows, sum(part_sizes)))
 
-    block_k = min(16384, 1 << (padded - 1).bit_length())
+    block_k = min(16384, 1 << (whole - 1).bit_length())
     prepare_kernel[(row_blocks * blocks.block_m, parts)](
         x, arrays.get("column_scale", x), dots, by_column, start, sums, inverse, counters,
-        counters.numel(), rows, columns, padded, x.stride(0),
+        counters.numel(), rows, columns, whole, x.stride(0),
         OFFSET=form.offset, GROUP=form.group, MODE=form.mode, J=form.chain_tiles,
         SCALED=layout.column_scale, BY_COLUMN=form.slots > 0,
         BLOCK_M=blocks.block_m, BLOCK_K=block_k, num_warps=prepare_warps(block_k),
@@ -164,7 +163,7 @@ def _by_panels(
     most = max(1, PANEL_WEIGHTS // columns // ROWS)  # tiles of a panel
     ends, tile = [], 0
     for size in part_sizes:
-        count = -(-size // ROWS)
+        count = padded(size) // ROWS
         for first in range(0, count, most):
             last = min(first + most, count)
             ends.append((tile + first, tile + last, min(last * ROWS, size) - first * ROWS))
@@ -256,7 +255,7 @@ def _named(
         raise FormatError(f"{len(packed)} arrays of the in-memory form, expected {wanted}")
     arrays = dict(zip(wanted, packed, strict=True))
     form = form_of(layout)
-    rows = sum(-(-size // ROWS) * ROWS for size in part_sizes)
+    rows = sum(padded(size) for size in part_sizes)
     shape = (form.steps(input_size), form.stored_tiles, rows, 16)
     if tuple(packed[0].shape) != shape or packed[0].dtype != torch.int16:
         raise FormatError(

@@ -10,7 +10,7 @@ from torch.nn.functional import pad
 
 from precalib_kernels import reference
 from precalib_kernels.gpu.assembly import constants
-from precalib_kernels.gpu.form import DOT, ROWS, Form, form_of
+from precalib_kernels.gpu.form import DOT, ROWS, Form, form_of, padded
 from precalib_kernels.layout import Layout, unpack_bits
 
 CHUNK_WEIGHTS = 1 << 22  # weights changed at a time; the index form takes several bytes each
@@ -38,12 +38,12 @@ def in_memory(
     Raises FormatError that begins with `where` for positions out of range.
     """
     form = form_of(layout)
-    rows = [(-(-size // ROWS)) * ROWS for size in part_sizes]
+    rows = [padded(size) for size in part_sizes]
     result = _empty(form, layout, input_size, sum(rows), tensors["qweight"].device)
     first = padded_first = 0
     tiles = []
-    for part, (size, padded) in enumerate(zip(part_sizes, rows, strict=True)):
-        for row in range(0, padded, ROWS):
+    for part, (size, filled) in enumerate(zip(part_sizes, rows, strict=True)):
+        for row in range(0, filled, ROWS):
             tiles.append([part, first + row, max(0, size - row), 0])
         chunk = max(ROWS, CHUNK_WEIGHTS // input_size // ROWS * ROWS)
         for row in range(0, size, chunk):
@@ -54,7 +54,7 @@ def in_memory(
                 result, slice(padded_first + row, padded_first + row + count),
                 piece, layout, form, input_size, where,
             )  # fmt: skip
-        first, padded_first = first + size, padded_first + padded
+        first, padded_first = first + size, padded_first + filled
     device = result["qweight"].device
     result["tiles"] = torch.tensor(tiles, dtype=torch.int32, device=device)
     result["table"] = torch.tensor(form.table or (0,), dtype=torch.uint8, device=device)

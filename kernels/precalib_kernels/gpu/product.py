@@ -13,7 +13,7 @@ The partial products of a split are added up in a fixed order by the program tha
 import triton
 import triton.language as tl
 
-from precalib_kernels.gpu.halves import chain_halves, spare_tile
+from precalib_kernels.gpu.halves import chain_halves, step_tiles
 
 
 @triton.jit(
@@ -90,15 +90,7 @@ def product_kernel(
         split * share, tl.minimum(split * share + share, steps), num_stages=STAGES
     ):
         here = words + step * TILES * padded_rows * 16
-        first = tl.load(here)
-        nibbles = (first,)
-        if BITS == 2:
-            nibbles = nibbles + (spare_tile((first,), BITS, SPARE),)
-        else:
-            nibbles = nibbles + (tl.load(here + padded_rows * 16),)
-            if BITS == 3:
-                nibbles = nibbles + (tl.load(here + 2 * padded_rows * 16),)
-                nibbles = nibbles + (spare_tile(nibbles, BITS, SPARE),)
+        nibbles = step_tiles(here, padded_rows * 16, BITS, SPARE)
         step_dots = dots + step * (STEP * BLOCK_M)
         partial = total
         for chain in tl.static_range(STEP // 64 // J):
