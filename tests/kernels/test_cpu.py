@@ -83,21 +83,24 @@ def make_case(make_packed):
     return make
 
 
-def error_bound(case, x, expected):
+MERGED_ROWS = 33  # of bfloat16, and more, are multiplied by weights in bfloat16
+
+
+def error_bound(case, x, expected, level):
     """What a product may be off by, per element.
 
     Rounding the result; four standard deviations of the rounding of K products and their sums in
-    float32, or of inputs and salient weights in bfloat16; and inputs in fixed point, whose error is
-    half a step of their group's largest.
+    float32, or of inputs and weights in bfloat16; and inputs in fixed point, whose error is half a
+    step of their group's largest.
     """
     u = ROUNDING[x.dtype]
-    fine = ROUNDING[torch.float32] * math.sqrt(case.columns)
-    each = fine + (u * math.sqrt(2) if x.dtype == torch.bfloat16 else 0)
+    each = ROUNDING[torch.float32] * math.sqrt(case.columns)
+    if x.dtype == torch.bfloat16 and len(x) >= MERGED_ROWS and level in ("avx512_bf16", "amx"):
+        each += u * math.sqrt(2)
     x = x.double()
     scaled = x[:, None] * case.scale  # [M, N, K]
     size = (scaled * case.base).square().sum(-1).sqrt()
-    # and a scale of zero is a tiny one where salient weights are divided by it
-    bound = u * expected.abs() + 4 * each * size + 2.0**-64 * 128 * scaled.abs().sum(-1)
+    bound = u * expected.abs() + 4 * each * size
     for first in range(0, case.columns, case.layout.group_size):
         group = slice(first, first + case.layout.group_size)
         step = scaled[..., group].abs().amax(-1) / DIGITS.get(
@@ -114,7 +117,7 @@ def assert_right(case, x, level, bias=None):
     result = case.linear(x, level, bias)
     assert result.dtype == x.dtype
     error = (result.double() - expected).abs()
-    assert bool((error <= error_bound(case, x, expected)).all())
+    assert bool((error <= error_bound(case, x, expected, level)).all())
 
 
 def test_python_and_the_kernels_mean_the_same_plan():
@@ -126,7 +129,7 @@ def test_python_and_the_kernels_mean_the_same_plan():
 def test_products_are_those_of_the_reference(make_case, name, level):
     case = make_case(LAYOUTS[name], columns=1056 if name == "far positions" else 416)
     generator = torch.Generator().manual_seed(1)
-    for rows in (1, 2, 3, 4, 20, 39):
+    for rows in (1, 2, 3, 4, 20, 39, 64):
         for dtype in ROUNDING:
             x = torch.randn((rows, case.columns), generator=generator).to(dtype)
             bias = torch.randn(54, generator=generator).to(dtype)
@@ -144,7 +147,7 @@ def test_more_rows_than_a_slab(make_case, level):
 @pytest.mark.parametrize("dtype", ROUNDING)
 def test_large_inputs_do_not_drown_the_others(make_case, level, dtype):
     case = make_case(LAYOUTS["balanced-4"])
-    for rows in (1, 7):
+    for rows in (1, 7, 40):
         x = torch.randn(rows, case.columns)
         x[:, 5] = 1000
         x[:, 200] = -3000
@@ -161,13 +164,13 @@ def test_scales_of_zero(make_case, name, level):
             tensors["row_scale"][-1] = 0
 
     case = make_case(LAYOUTS[name], edit=edit)
-    for rows in (1, 9):
+    for rows in (1, 9, 40):
         for dtype in (torch.float32, torch.bfloat16):
             assert_right(case, torch.randn(rows, case.columns).to(dtype), level)
 
 
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("rows", [1, 6])
+@pytest.mark.parametrize("rows", [1, 6, 40])
 def test_what_is_not_finite_stays_so(make_case, level, rows):
     case = make_case(LAYOUTS["balanced-4"])
     for bad in (math.nan, math.inf):
@@ -181,7 +184,7 @@ def test_what_is_not_finite_stays_so(make_case, level, rows):
 @pytest.mark.parametrize("level", LEVELS)
 def test_inputs_of_nothing_and_of_next_to_nothing(make_case, level):
     case = make_case(LAYOUTS["balanced-4"])
-    for rows in (1, 6):
+    for rows in (1, 6, 40):
         zero = torch.zeros(rows, case.columns, dtype=torch.bfloat16)
         assert not bool(case.linear(zero, level).any())
         tiny = torch.full((rows, case.columns), 1e-38)
@@ -194,7 +197,7 @@ def test_one_thread_and_two_agree(make_case, level):
     case = make_case(LAYOUTS["balanced-3"], columns=1024, parts=(520, 40))
     before = torch.get_num_threads()
     try:
-        for rows in (1, 4, 20):
+        for rows in (1, 4, 20, 40):
             x = torch.randn(rows, 1024, dtype=torch.bfloat16)
             results = []
             for threads in (1, 2):

@@ -33,27 +33,39 @@ inline Shorts high_bits(const Shorts* plane) {
   if constexpr (kBits == 5) return shift_left<i % 2 ? -1 : 3>(plane[i / 2]);
 }
 
-// use(step, index, which of eight steps) for every step of a group of `chunks` chunks.
+// use(step, index, which of eight steps) for steps [kFrom, kTo) of chunk c of a group's `chunks`.
+template <int kBits, int kFrom = 0, int kTo = 8, class Use>
+inline void decode_chunk(const uint8_t* planes, int64_t chunks, int64_t c, Use&& use) {
+  const Shorts high_mask = Shorts{} + both(((1 << (kBits - 1)) - 1) << 3);
+  const Shorts low = load<Shorts>(planes + c * kVector);
+  // What precedes a segment is the end of the one before it; zeros precede the first.
+  const Shorts before = c ? load<Shorts>(planes + (c - 1) * kVector)
+                          : (Shorts)(load<Words>(planes + (chunks - 1) * kVector) << 8);
+  const Shorts joined = select(Shorts{} + both(0xfc), low << 2, before >> 6);
+  Shorts high[kBits - 1];
+  for (int p = 0; p < kBits - 1; ++p)
+    high[p] = load<Shorts>(planes + (chunks + c * (kBits - 1) + p) * kVector);
+  [&]<int... i>(std::integer_sequence<int, i...>) {
+    (use(8 * c + kFrom + i,
+         select(high_mask, high_bits<kBits, kFrom + i>(high),
+                kFrom + i < 2 ? joined >> (kFrom + i) : low >> (kFrom + i < 2 ? 0 : kFrom + i - 2)),
+         std::integral_constant<int, kFrom + i>{}),
+     ...);
+  }(std::make_integer_sequence<int, kTo - kFrom>{});
+}
+
+// The same for all steps of a group.
 template <int kBits, class Use>
 inline void decode(const uint8_t* planes, int64_t chunks, Use&& use) {
-  const Shorts high_mask = Shorts{} + both(((1 << (kBits - 1)) - 1) << 3);
-  // What precedes a segment is the end of the one before it; zeros precede the first.
-  Shorts before = (Shorts)(load<Words>(planes + (chunks - 1) * kVector) << 8);
-  for (int64_t c = 0; c < chunks; ++c) {
-    const Shorts low = load<Shorts>(planes + c * kVector);
-    const Shorts joined = select(Shorts{} + both(0xfc), low << 2, before >> 6);
-    Shorts high[kBits - 1];
-    for (int p = 0; p < kBits - 1; ++p)
-      high[p] = load<Shorts>(planes + (chunks + c * (kBits - 1) + p) * kVector);
-    before = low;
-    [&]<int... i>(std::integer_sequence<int, i...>) {
-      (use(8 * c + i,
-           select(high_mask, high_bits<kBits, i>(high),
-                  i < 2 ? joined >> i : low >> (i < 2 ? 0 : i - 2)),
-           std::integral_constant<int, i>{}),
-       ...);
-    }(std::make_integer_sequence<int, 8>{});
-  }
+  for (int64_t c = 0; c < chunks; ++c) decode_chunk<kBits>(planes, chunks, c, use);
+}
+
+// Levels plus `by`, 0 or 128, as unsigned bytes.
+template <int kBits>
+inline Table<kBits + 2> shifted_levels(const Plan& plan, int by) {
+  int8_t shifted[128];
+  for (int i = 0; i < 128; ++i) shifted[i] = int8_t(plan.levels[i] ^ by);
+  return Table<kBits + 2>(shifted);
 }
 
 // Where a block of rows is and what belongs to it.
@@ -64,9 +76,13 @@ struct Block {
   int64_t part, first_row, rows;  // rows: at most 16
 };
 
+inline int64_t count_blocks(const Plan& plan, int64_t part) {
+  return (plan.part_rows[part] + kLanes - 1) / kLanes;
+}
+
 inline int64_t count_blocks(const Plan& plan) {
   int64_t blocks = 0;
-  for (int64_t p = 0; p < plan.part_count; ++p) blocks += (plan.part_rows[p] + kLanes - 1) / kLanes;
+  for (int64_t p = 0; p < plan.part_count; ++p) blocks += count_blocks(plan, p);
   return blocks;
 }
 
@@ -77,7 +93,7 @@ inline Block find_block(const Plan& plan, const uint8_t* packed, int64_t index) 
   block.row_values = (const float*)(packed + plan.row_offset) + index * 3 * kLanes;
   int64_t row = 0, part = 0, local = index;
   for (;; ++part) {
-    const int64_t blocks = (plan.part_rows[part] + kLanes - 1) / kLanes;
+    const int64_t blocks = count_blocks(plan, part);
     if (local < blocks) break;
     local -= blocks;
     row += plan.part_rows[part];
@@ -86,6 +102,35 @@ inline Block find_block(const Plan& plan, const uint8_t* packed, int64_t index) 
   block.first_row = row + local * kLanes;
   block.rows = smaller(kLanes, plan.part_rows[part] - local * kLanes);
   return block;
+}
+
+// Two blocks of one part, or a part's last one alone.
+struct Pair {
+  Block blocks[2];
+  int count;
+};
+
+inline int64_t count_pairs(const Plan& plan) {
+  int64_t pairs = 0;
+  for (int64_t p = 0; p < plan.part_count; ++p) pairs += (count_blocks(plan, p) + 1) / 2;
+  return pairs;
+}
+
+inline Pair find_pair(const Plan& plan, const uint8_t* packed, int64_t index) {
+  int64_t first = 0;
+  for (int64_t part = 0;; ++part) {
+    const int64_t blocks = count_blocks(plan, part), pairs = (blocks + 1) / 2;
+    if (index >= pairs) {
+      index -= pairs;
+      first += blocks;
+      continue;
+    }
+    Pair pair;
+    pair.count = int(smaller(2, blocks - 2 * index));
+    for (int b = 0; b < pair.count; ++b)
+      pair.blocks[b] = find_block(plan, packed, first + 2 * index + b);
+    return pair;
+  }
 }
 
 // One group of a block: columns, scale and zero point by row, salient weights.

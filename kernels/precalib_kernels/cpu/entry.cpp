@@ -33,8 +33,9 @@ extern "C" EXPORT int precalib_level() {
   if (!(__builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni"))) return 1;
   if (!__builtin_cpu_supports("avx512bf16")) return 2;
   if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return 3;
-  constexpr unsigned kTiles = 1u << 24, kTileBfloat16 = 1u << 22;
-  return (edx & kTiles) && (edx & kTileBfloat16) && tiles_allowed() ? 4 : 3;
+  constexpr unsigned kTiles = 1u << 24, kTileBytes = 1u << 25, kTileBfloats = 1u << 22;
+  constexpr unsigned kAll = kTiles | kTileBytes | kTileBfloats;
+  return (edx & kAll) == kAll && tiles_allowed() ? 4 : 3;
 }
 
 // Bytes of Plan and Call, for Python to compare with its own.

@@ -1,28 +1,24 @@
 // The kernels of one level of instructions; PRECALIB_LEVEL names it and -m flags set it.
 #include <omp.h>
 
-#include <cstdlib>
-
+#include "digits.h"
 #include "dot.h"
-#include "tile.h"
+#include "merge.h"
 
 namespace precalib {
 namespace {
 
 constexpr int64_t kSlabRows = 512;        // rows of x that are held arranged at a time
+#if defined(__AMX_INT8__)
+constexpr int64_t kFewRows = 3;           // up to so many without tiles
+#else
+constexpr int64_t kFewRows = 4;
+#endif
+constexpr int64_t kDigitSlab = 64;        // the same in fixed point, which takes more memory
+constexpr int64_t kDigitRows = 32;        // bfloat16: up to so many rows in fixed point
+constexpr int64_t kChunkPairs = 8;        // pairs of blocks whose sums are held at a time
+constexpr int64_t kSalientColumns = 192;  // about: columns of float32 inputs in the first cache
 constexpr int64_t kThreadWork = 1 << 19;  // products for which one thread is enough
-
-// Memory of one call or thread.
-template <class T>
-struct Buffer {
-  T* data;
-  explicit Buffer(int64_t count)
-      : data((T*)std::aligned_alloc(64, (size_t(count) * sizeof(T) + 127) / 64 * 64)) {
-    if (data == nullptr) std::abort();
-  }
-  ~Buffer() { std::free(data); }
-  Buffer(const Buffer&) = delete;
-};
 
 // A call, and what all of its ways to compute share.
 struct Work {
@@ -62,6 +58,49 @@ void store_sums(const Work& work, const Block& block, int64_t first, int64_t row
   for (int64_t r = 0; r < rows; ++r)
     store_floats(work.call.y, (first + r) * work.outputs + block.first_row,
                  load<Floats>(sums + r * kLanes) + bias, block.rows, work.call.type);
+}
+
+// The same, by tiles: [tile of rows][kBlocks][16][16].
+template <int kBlocks>
+void store_tiles(const Work& work, const Block* blocks, int64_t first, int64_t rows,
+                 const float* sums) {
+  for (int64_t r = 0; r < rows; r += kTile)
+    for (int b = 0; b < kBlocks; ++b)
+      store_sums(work, blocks[b], first + r, smaller(kTile, rows - r),
+                 sums + (r * kBlocks + b * kTile) * kLanes);
+}
+
+// Pairs of blocks that a thread computes side by side.
+struct Chunk {
+  int64_t first, count;
+  Buffer<Pair> pairs;
+
+  explicit Chunk(int64_t size) : first(0), count(0), pairs(size) {}
+  void find(const Work& work, int64_t at, int64_t size) {
+    first = at;
+    count = smaller(size, count_pairs(work.plan) - at);
+    for (int64_t p = 0; p < count; ++p)
+      pairs.data[p] = find_pair(work.plan, work.call.packed, at + p);
+  }
+  // use<how many>(which of the chunk's pairs, blocks, which of the pair's is the first) for all
+  // pairs, whole if kMost is 2.
+  template <int kMost, class Use>
+  void for_each(Use&& use) const {
+    for (int64_t p = 0; p < count; ++p) {
+      const Pair& pair = pairs.data[p];
+      if (pair.count == kMost) {
+        use.template operator()<kMost>(p, pair.blocks, 0);
+      } else {
+        for (int b = 0; b < pair.count; ++b) use.template operator()<1>(p, pair.blocks + b, b);
+      }
+    }
+  }
+};
+
+// At most `most`, and enough chunks for all threads.
+int64_t chunk_size(const Work& work, int64_t most) {
+  const int64_t share = count_pairs(work.plan) / (work.alone ? 1 : 4 * omp_get_max_threads());
+  return share < 1 ? 1 : smaller(share, most);
 }
 
 template <int kBits>
@@ -122,7 +161,103 @@ void choose_dot(const Work& work) {
     case 1: return run_dot<kBits, kDigits, 1>(work);
     case 2: return run_dot<kBits, kDigits, 2>(work);
     case 3: return run_dot<kBits, kDigits, 3>(work);
-    default: return run_dot<kBits, kDigits, 4>(work);
+    default: return run_dot<kBits, kDigits, kFewRows>(work);
+  }
+}
+
+#endif
+
+#if defined(__AVX512VNNI__) && defined(__AVX512VBMI__)
+
+// Tiles of sixteen rows of x in fixed point.
+template <int kDigits>
+class DigitMemory {
+ public:
+  DigitMemory(const Plan& plan, int64_t count)
+      : tiles_(count * byte_tiles(plan) * kDigits * kByteTile), units_(count * plan.groups * kTile),
+        totals_(count * plan.groups * kTile), starts_(count * plan.groups * kTile * kDigits),
+        columns_(plan.salient_count ? count * plan.columns * kTile : 0), all_(count) {
+    // of rows that are not there, too
+    std::memset(columns_.data, 0, plan.salient_count ? size_t(count * plan.columns * kTile) * 4 : 0);
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t groups = i * plan.groups * kTile;
+      all_.data[i] = {tiles_.data + i * byte_tiles(plan) * kDigits * kByteTile,
+                      units_.data + groups, totals_.data + groups, starts_.data + groups * kDigits,
+                      columns_.data + i * plan.columns * kTile};
+    }
+  }
+  const Digits& operator[](int64_t i) const { return all_.data[i]; }
+
+ private:
+  Buffer<int8_t> tiles_;
+  Buffer<float> units_, totals_;
+  Buffer<int32_t> starts_;
+  Buffer<float> columns_;
+  Buffer<Digits> all_;
+};
+
+template <int kBits, int kDigits>
+void run_digits(const Work& work) {
+  constexpr int kMost = kDigits == 2 ? 2 : 1;  // blocks whose sums fit into tiles
+  constexpr int64_t kSize = kTile * kLanes;    // sums of a block and a tile of rows
+  const Plan& plan = work.plan;
+  const Table<kBits + 2> table(plan.levels);
+  const int64_t slab = smaller(kDigitSlab, work.call.rows);
+  const int64_t row_tiles = (slab + kTile - 1) / kTile;
+  const int64_t pairs = count_pairs(plan), chunk_pairs = chunk_size(work, kChunkPairs);
+  const int64_t span = kSalientColumns / plan.group_size + 1;
+  DigitMemory<kDigits> x(plan, work.variants * row_tiles);
+#pragma omp parallel if (!work.alone)
+  {
+    const Tiles registers(work.call.rows);
+    Chunk chunk(chunk_pairs);
+    Buffer<float> arranged(plan.columns), sums(chunk_pairs * 2 * row_tiles * kSize);
+    Buffer<float> salient(plan.salient_count ? chunk_pairs * 2 * row_tiles * kSize : 0);
+    Buffer<Change> changes(span * plan.salient_count);
+    Buffer<int8_t> digits(kDigits * plan.columns);
+    Buffer<Fixed<kDigits>> groups(plan.groups);
+    Buffer<uint8_t> levels(4 * byte_tiles(smaller(plan.group_size, plan.columns)) * kByteTile);
+    for (int64_t first = 0; first < work.call.rows; first += slab) {
+      const int64_t rows = smaller(slab, work.call.rows - first);
+#pragma omp for
+      for (int64_t i = 0; i < work.variants * rows; ++i) {
+        const int64_t variant = i / rows, row = i % rows;
+        work.arrange(first + row, variant, arranged.data);
+        set_digits<kDigits>(plan, arranged.data, row % kTile, digits.data, groups.data,
+                            x[variant * row_tiles + row / kTile]);
+      }
+#pragma omp for
+      for (int64_t at = 0; at < pairs; at += chunk_pairs) {
+        chunk.find(work, at, chunk_pairs);
+        const auto inputs = [&](const Block& block) { return &x[work.variant(block) * row_tiles]; };
+        const auto at_block = [&](int64_t p, int b) { return (2 * p + b) * row_tiles * kSize; };
+        chunk.template for_each<kMost>([&]<int kBlocks>(int64_t p, const Block* blocks, int b) {
+          digit_blocks<kBits, kDigits, kBlocks>(plan, blocks, inputs(*blocks), rows, levels.data,
+                                                sums.data + at_block(p, b));
+        });
+        if (plan.salient_count) {
+          std::memset(salient.data, 0, size_t(at_block(chunk.count, 0)) * sizeof(float));
+          // A span's inputs stay in the first cache for all blocks.
+          for (int64_t g = 0; g < plan.groups; g += span)
+            chunk.template for_each<1>([&]<int>(int64_t p, const Block* block, int b) {
+              const int64_t end = smaller(g + span, plan.groups);
+              find_changes<kBits>(plan, *block, table, g, end, changes.data);
+              for (int64_t t = 0; t * kTile < rows; ++t)
+                add_changes(changes.data, (end - g) * plan.salient_count,
+                            inputs(*block)[t].columns, salient.data + at_block(p, b) + t * kSize);
+            });
+        }
+        chunk.template for_each<kMost>([&]<int kBlocks>(int64_t p, const Block* blocks, int b) {
+          float* const to = sums.data + at_block(p, b);
+          if (plan.salient_count)
+            for (int64_t t = 0; t * kTile < rows; ++t)
+              for (int c = 0; c < kBlocks; ++c)
+                add_turned(salient.data + at_block(p, b + c) + t * kSize,
+                           smaller(kTile, rows - t * kTile), to + (t * kBlocks + c) * kSize);
+          store_tiles<kBlocks>(work, blocks, first, rows, to);
+        });
+      }
+    }
   }
 }
 
@@ -131,45 +266,40 @@ void choose_dot(const Work& work) {
 #if defined(__AVX512BF16__)
 
 template <int kBits>
-void run_tiles(const Work& work) {
+void run_merged(const Work& work) {
   const Plan& plan = work.plan;
   const int64_t slab = smaller(kSlabRows, (work.call.rows + kTile - 1) / kTile * kTile);
-  const int64_t pairs = (work.blocks + 1) / 2;
+  const int64_t pairs = count_pairs(plan);
+  const int64_t chunk_pairs = chunk_size(work, kChunkPairs);
   Buffer<uint16_t> x(work.variants * slab * plan.columns);
-  Buffer<float> row_sums(plan.uniform ? work.variants * slab * plan.groups : 0);
 #pragma omp parallel if (!work.alone)
   {
-    const Tiles tiles(work.call.rows);
-    Buffer<float> arranged(plan.columns), totals(2 * slab * kLanes);
-    Buffer<uint16_t> levels(2 * smaller(plan.group_size, plan.columns) * kLanes);
+    const Tiles registers(slab);
+    Buffer<float> arranged(plan.columns), totals(chunk_pairs * 2 * slab * kLanes);
+    Buffer<Share> shares(chunk_pairs);
+    Buffer<uint16_t> weights(4 * span_columns(plan) * kLanes);
+    Chunk chunk(chunk_pairs);
     for (int64_t first = 0; first < work.call.rows; first += slab) {
       const int64_t rows = smaller(slab, work.call.rows - first);
+      const int64_t padded = (rows + kTile - 1) / kTile * kTile;
 #pragma omp for
       for (int64_t i = 0; i < work.variants * rows; ++i) {
         work.arrange(first + i % rows, i / rows, arranged.data);
-        to_tiles(plan, arranged.data, i % rows, x.data + i / rows * slab * plan.columns);
-        if (plan.uniform)
-          sum_groups(plan, arranged.data, row_sums.data + (i / rows * slab + i % rows) * plan.groups);
+        to_spans(plan, arranged.data, i % rows, padded, x.data + i / rows * slab * plan.columns);
       }
 #pragma omp for
-      for (int64_t pair = 0; pair < pairs; ++pair) {
-        Block blocks[2];
-        const int count = int(smaller(2, work.blocks - 2 * pair));
-        for (int b = 0; b < count; ++b) blocks[b] = find_block(plan, work.call.packed, 2 * pair + b);
-        const auto multiply = [&]<int kBlocks>(const Block* those) {
-          const int64_t at = work.variant(those[0]) * slab;
-          tile_blocks<kBits, kBlocks>(plan, those, x.data + at * plan.columns,
-                                      row_sums.data + at * plan.groups, rows, levels.data,
-                                      totals.data);
-          const int64_t padded = (rows + kTile - 1) / kTile * kTile;
-          for (int b = 0; b < kBlocks; ++b)
-            store_sums(work, those[b], first, rows, totals.data + b * padded * kLanes);
-        };
-        if (count == 2 && work.variant(blocks[0]) == work.variant(blocks[1])) {
-          multiply.template operator()<2>(blocks);
-        } else {
-          for (int b = 0; b < count; ++b) multiply.template operator()<1>(blocks + b);
-        }
+      for (int64_t at = 0; at < pairs; at += chunk_pairs) {
+        chunk.find(work, at, chunk_pairs);
+        int64_t count = 0;
+        chunk.for_each<2>([&]<int kBlocks>(int64_t p, const Block* blocks, int) {
+          shares.data[count++] = {blocks, kBlocks,
+                                  x.data + work.variant(*blocks) * slab * plan.columns,
+                                  totals.data + 2 * p * slab * kLanes};
+        });
+        merge_shares<kBits>(plan, shares.data, count, padded, weights.data);
+        chunk.for_each<2>([&]<int kBlocks>(int64_t p, const Block* blocks, int) {
+          store_tiles<kBlocks>(work, blocks, first, rows, totals.data + 2 * p * slab * kLanes);
+        });
       }
     }
   }
@@ -179,15 +309,17 @@ void run_tiles(const Work& work) {
 
 template <int kBits>
 void choose(const Work& work) {
-  [[maybe_unused]] const bool rounded = work.call.type == kBfloat16;
 #if defined(__AVX512VNNI__) && defined(__AVX512VBMI__)
-  if (work.call.rows <= kDotRows)
-    return work.call.type == kFloat32 ? choose_dot<kBits, 3>(work) : choose_dot<kBits, 2>(work);
-#endif
+  const bool single = work.call.type == kFloat32;
+  if (work.call.rows <= kFewRows)
+    return single ? choose_dot<kBits, 3>(work) : choose_dot<kBits, 2>(work);
 #if defined(__AVX512BF16__)
-  if (rounded) return run_tiles<kBits>(work);
+  if (work.call.type == kBfloat16 && work.call.rows > kDigitRows) return run_merged<kBits>(work);
 #endif
+  return single ? run_digits<kBits, 3>(work) : run_digits<kBits, 2>(work);
+#else
   return run_plain<kBits>(work);
+#endif
 }
 
 }  // namespace

@@ -24,7 +24,7 @@ _ADDED = {
     "avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
     "avx512_vnni": ("-mavx512vbmi", "-mavx512vnni"),
     "avx512_bf16": ("-mavx512bf16",),
-    "amx": ("-mamx-tile", "-mamx-bf16"),
+    "amx": ("-mamx-tile", "-mamx-bf16", "-mamx-int8"),
 }
 _LINK: tuple[str, ...] = ()
 LEVELS = tuple(_ADDED)  # each has all instructions of those before it

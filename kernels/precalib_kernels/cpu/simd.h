@@ -6,6 +6,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <utility>
 
@@ -33,6 +34,30 @@ template <class T>
 inline void store(void* to, T value) {
   std::memcpy(to, &value, sizeof value);
 }
+
+// A vector's lanes in memory. Out of the compiler's sight, or it takes them from the register one by
+// one, which takes longer.
+template <class Lane, class Vector>
+struct Lanes {
+  alignas(64) Lane of[sizeof(Vector) / sizeof(Lane)];
+  explicit Lanes(Vector v) {
+    store(of, v);
+    asm("" : "+m"(*this));
+  }
+  Lane operator[](int lane) const { return of[lane]; }
+};
+
+// Memory of one call or thread.
+template <class T>
+struct Buffer {
+  T* data;
+  explicit Buffer(int64_t count)
+      : data((T*)std::aligned_alloc(64, (size_t(count) * sizeof(T) + 127) / 64 * 64)) {
+    if (data == nullptr) std::abort();
+  }
+  ~Buffer() { std::free(data); }
+  Buffer(const Buffer&) = delete;
+};
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -167,6 +192,7 @@ struct Table {
   static constexpr int kParts = kBits > 6 ? 2 : 1;
   __m512i part[kParts];
 
+  Table() = default;
   explicit Table(const int8_t* values) {
     for (int i = 0; i < kParts; ++i) part[i] = _mm512_loadu_si512(values + 64 * i);
   }
@@ -178,6 +204,7 @@ struct Table {
   static constexpr int kParts = kBits > 4 ? 1 << (kBits - 4) : 1;
   __m256i part[kParts];
 
+  Table() = default;
   explicit Table(const int8_t* values) {
     for (int i = 0; i < kParts; ++i)
       part[i] = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)(values + 16 * i)));
