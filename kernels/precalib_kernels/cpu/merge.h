@@ -63,7 +63,8 @@ template <int kBits>
 class Merge {
  public:
   explicit Merge(const Plan& plan)
-      : plan_(plan), table_(plan.levels), shifted_(shifted_levels<kBits>(plan, 128)), salient_(plan.salient_count), stride_(span_columns(plan) * kLanes) {}
+      : plan_(plan), table_(plan.levels), shifted_(shifted_levels<kBits>(plan, 128)),
+        salient_(plan.salient_count), stride_(span_columns(plan) * kLanes) {}
   int64_t stride() const { return stride_; }  // from a block's weights to the next one's
 
   // to: [share.count][2 * step + segment / 2 of all groups][16 rows][segment % 2].
@@ -77,32 +78,17 @@ class Merge {
   }
   int64_t left() const { return left_; }
   void advance() {
-    const Block& block = share_->blocks[block_];
-    uint16_t* const to = to_ + block_ * stride_ + (column_ - first_) * kLanes;
-    if (chunk_ == 0 && quarter_ == 0) {
-      group_ = find_group(plan_, block, column_ / plan_.group_size);
-      // (256 (128 + (level + 128) / 256) - 32896) * scale, where 32896 * scale is exact
-      const Floats scale = (Floats)((Words)group_scales(plan_, block, group_) + 0x100 & ~0x1ffu);
-      scale_ = 256 * scale;
-      offset_ = -32896 * scale;
-      if (plan_.uniform) offset_ -= floats_of_bytes(group_.zeros) * scale;
-      find(block);
-    }
     --left_;
     switch (quarter_++) {
-      case 0: return write<0>(to);
-      case 1: return write<2>(to);
-      case 2: return write<4>(to);
+      case 0:
+        if (chunk_ == 0) open();
+        return write<0>();
+      case 1: return write<2>();
+      case 2: return write<4>();
     }
-    write<6>(to);
+    write<6>();
     quarter_ = 0;
-    if (++chunk_ < group_.chunks) return;
-    replace(to);
-    chunk_ = 0;
-    column_ += group_.columns;
-    if (column_ < end_) return;
-    column_ = first_;
-    ++block_;
+    if (++chunk_ == group_.chunks) close();
   }
 
  private:
@@ -112,18 +98,43 @@ class Merge {
     unsigned used;
   };
 
+  // Begins a group.
+  void open() {
+    const Block& block = share_->blocks[block_];
+    group_ = find_group(plan_, block, column_ / plan_.group_size);
+    out_ = to_ + block_ * stride_ + (column_ - first_) * kLanes;
+    // (256 (128 + (level + 128) / 256) - 32896) * scale, where 32896 * scale is exact
+    const Words rounded = ((Words)group_scales(plan_, block, group_) + 0x100) & ~0x1ffu;
+    const Floats scale = (Floats)rounded;
+    scale_ = 256 * scale;
+    offset_ = -32896 * scale;
+    if (plan_.uniform) offset_ -= floats_of_bytes(group_.zeros) * scale;
+    find(block);
+  }
+
+  void close() {
+    replace(out_);
+    chunk_ = 0;
+    column_ += group_.columns;
+    if (column_ < end_) return;
+    column_ = first_;
+    ++block_;
+  }
+
+  // Two of a chunk's steps.
   template <int kFrom>
-  void write(uint16_t* to) const {
+  void write() const {
     const Floats scale = scale_, offset = offset_;
+    uint16_t* const out = out_;
     const auto use = [&](int64_t step, Shorts index, auto) {
       const Words levels = (Words)shifted_.find(index);
       const auto weights = [&]<int s>(std::integral_constant<int, s>) {
         return floats_of_byte<s>(levels) * scale + offset;
       };
-      store(to + 4 * step * kLanes, bfloat_pairs(weights(std::integral_constant<int, 0>{}),
-                                                 weights(std::integral_constant<int, 1>{})));
-      store(to + (4 * step + 2) * kLanes, bfloat_pairs(weights(std::integral_constant<int, 2>{}),
-                                                       weights(std::integral_constant<int, 3>{})));
+      store(out + 4 * step * kLanes, bfloat_pairs(weights(std::integral_constant<int, 0>{}),
+                                                  weights(std::integral_constant<int, 1>{})));
+      store(out + (4 * step + 2) * kLanes, bfloat_pairs(weights(std::integral_constant<int, 2>{}),
+                                                        weights(std::integral_constant<int, 3>{})));
     };
     decode_chunk<kBits, kFrom, kFrom + 2>(group_.planes, group_.chunks, chunk_, use);
   }
@@ -159,7 +170,7 @@ class Merge {
   Buffer<Change> salient_;
   const int64_t stride_;
   const Share* share_ = nullptr;
-  uint16_t* to_ = nullptr;
+  uint16_t *to_ = nullptr, *out_ = nullptr;
   int64_t first_ = 0, end_ = 0, column_ = 0, block_ = 0, chunk_ = 0, left_ = 0;
   int quarter_ = 0;
   Group group_;
