@@ -1,11 +1,12 @@
 """Tokens per second of a model served by vLLM on the CPU: bfloat16, packed, W4A16.
 
-    python benchmarks/cpu_serving.py MODEL [--rounds 3] [--threads 1] [--tokens 48] [--work DIR]
+    python benchmarks/cpu_serving.py MODEL [--rounds 9] [--threads 1] [--tokens 48] [--work DIR]
     python benchmarks/cpu_serving.py --llama-layers 16   # random weights, sizes of Llama-3.2-1B
 
-Every way gets a process of its own, one after another, round by round; reported are medians of
-ratios to the bfloat16 run of the same round. W4A16 is round-to-nearest in groups of 64 in
-compressed-tensors' format, which vLLM computes with 8-bit activations on processors with AMX.
+Every way is a process of its own; all stay, and one after another measures while the others wait.
+Reported are medians of the ratios to bfloat16 in the same round. W4A16 is round-to-nearest in
+groups of 64 in compressed-tensors' format, which vLLM computes with 8-bit activations on processors
+with AMX.
 The last table is where the time of a decode step goes.
 """
 
@@ -23,6 +24,8 @@ from typing import Any
 import torch
 
 STREAMS = (1, 16)
+STEP_ROUNDS = 3
+MARK = "precalib: "  # before what a server answers; vLLM prints, too
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_KVCACHE_SPACE": "2",
@@ -88,8 +91,11 @@ def write_w4a16(source: Path, directory: Path, group: int = 64) -> None:
     (directory / "config.json").write_text(json.dumps(config))
 
 
-def serve(model: str, tokens: int) -> dict[str, Any]:
-    """In a process of its own: tokens per second by streams, and seconds of a step by what."""
+def serve(model: str, tokens: int) -> None:
+    """In a process of its own: answers each line of numbers of streams by a line of JSON.
+
+    The answer is tokens per second; to a negative number, milliseconds of a step by what.
+    """
     from vllm import LLM, SamplingParams, TokensPrompt
 
     llm = LLM(
@@ -109,15 +115,17 @@ def serve(model: str, tokens: int) -> dict[str, Any]:
         return time.perf_counter() - start
 
     seconds(1)
-    rates = {n: n * tokens / statistics.median(seconds(n) for _ in range(3)) for n in STREAMS}
-    spent, undo = watch()
-    steps = {}
-    for n in STREAMS:
-        spent.clear()
-        spent["step"] = seconds(n)
-        steps[n] = {what: 1e3 * value / tokens for what, value in spent.items()}
-    undo()
-    return {"rates": rates, "steps": steps}
+    print(f"{MARK}null", flush=True)
+    for line in sys.stdin:
+        streams = int(line)
+        if streams > 0:
+            answer: Any = streams * tokens / seconds(streams)
+        else:
+            spent, undo = watch()
+            spent["step"] = seconds(-streams)
+            undo()
+            answer = {what: 1e3 * value / tokens for what, value in spent.items()}
+        print(f"{MARK}{json.dumps(answer)}", flush=True)
 
 
 def watch() -> tuple[dict[str, float], Any]:
@@ -159,14 +167,40 @@ def _subclasses(kind: type) -> list[type]:
     return [kind, *{each for child in children for each in _subclasses(child)}]
 
 
-def run(model: Path, tokens: int, threads: int) -> dict[str, Any]:
-    command = [sys.executable, __file__, str(model), "--tokens", str(tokens), "--serve"]
-    environment = os.environ | ENVIRONMENT | {"OMP_NUM_THREADS": str(threads)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    if not lines:
-        raise SystemExit(f"{model}: {done.stderr[-3000:]}")
-    return json.loads(lines[0].removeprefix("RESULT "))
+class Server:
+    """A process that serves one model and waits to be asked."""
+
+    def __init__(self, model: Path, tokens: int, threads: int, log: Path) -> None:
+        self.model, self.log = model, log
+        command = [sys.executable, __file__, str(model), "--tokens", str(tokens), "--serve"]
+        with log.open("w") as errors:
+            self.process = subprocess.Popen(
+                command,
+                env=os.environ | ENVIRONMENT | {"OMP_NUM_THREADS": str(threads)},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+            )
+        self._answer()
+
+    def ask(self, streams: int) -> Any:
+        assert self.process.stdin
+        self.process.stdin.write(f"{streams}\n")
+        self.process.stdin.flush()
+        return self._answer()
+
+    def stop(self) -> None:
+        assert self.process.stdin
+        self.process.stdin.close()
+        self.process.wait()
+
+    def _answer(self) -> Any:
+        assert self.process.stdout
+        for line in self.process.stdout:
+            if line.startswith(MARK):
+                return json.loads(line.removeprefix(MARK))
+        raise SystemExit(f"{self.model} cannot be served: {self.log.read_text()[-3000:]}")
 
 
 def compare(source: Path, work: Path, options: argparse.Namespace) -> None:
@@ -180,29 +214,50 @@ def compare(source: Path, work: Path, options: argparse.Namespace) -> None:
     ways["W4A16"] = work / "w4a16"
     if not ways["W4A16"].exists():
         write_w4a16(source, ways["W4A16"])
-    rounds = []
-    for number in range(options.rounds):
-        rounds.append(
-            {way: run(path, options.tokens, options.threads) for way, path in ways.items()}
-        )
-        print(f"# round {number + 1} of {options.rounds} done", flush=True)
-    print(f"| {options.threads} thread(s), tokens/s over bfloat16 | 1 stream | 16 streams |")
+    servers = {
+        way: Server(path, options.tokens, options.threads, work / f"{way}.log")
+        for way, path in ways.items()
+    }
+    rates: dict[tuple[str, int], list[float]] = {(way, n): [] for way in ways for n in STREAMS}
+    steps: dict[tuple[str, int], list[dict[str, float]]] = {key: [] for key in rates}
+    for _ in range(options.rounds):
+        for n in STREAMS:
+            for way, server in servers.items():
+                rates[way, n].append(server.ask(n))
+    for _ in range(STEP_ROUNDS):
+        for n in STREAMS:
+            for way, server in servers.items():
+                steps[way, n].append(server.ask(-n))
+    for server in servers.values():
+        server.stop()
+    report(list(ways), options.threads, rates, steps)
+
+
+def report(
+    ways: list[str],
+    threads: int,
+    rates: dict[tuple[str, int], list[float]],
+    steps: dict[tuple[str, int], list[dict[str, float]]],
+) -> None:
+    print(f"| {threads} thread(s), tokens/s over bfloat16 | 1 stream | 16 streams |")
     print("|---|--:|--:|")
     for way in ways:
         cells = []
-        for n in map(str, STREAMS):
-            rates = [done[way]["rates"][n] for done in rounds]
-            dense = [done["bfloat16"]["rates"][n] for done in rounds]
-            ratio = statistics.median(a / b for a, b in zip(rates, dense, strict=True))
-            cells.append(f"{ratio:.2f} ({statistics.median(rates):.1f} tokens/s)")
+        for n in STREAMS:
+            pairs = zip(rates[way, n], rates["bfloat16", n], strict=True)
+            ratio = statistics.median(ours / dense for ours, dense in pairs)
+            cells.append(f"{ratio:.2f} ({statistics.median(rates[way, n]):.1f} tokens/s)")
         print(f"| {way} | " + " | ".join(cells) + " |")
-    for n in map(str, STREAMS):
-        print(f"\n| ms of a step, {n} stream(s) | linear layers | attention | output head | rest |")
+    parts = ("linear layers", "attention", "output head")
+    for n in STREAMS:
+        print(f"\n| ms of a step, {n} stream(s) | " + " | ".join(parts) + " | rest |")
         print("|---|--:|--:|--:|--:|")
         for way in ways:
-            step = rounds[-1][way]["steps"][n]
-            parts = [step.get(part, 0.0) for part in ("linear layers", "attention", "output head")]
-            shown = " | ".join(f"{part:.2f}" for part in (*parts, step["step"] - sum(parts)))
+            spent = [
+                statistics.median(step.get(part, 0.0) for step in steps[way, n]) for part in parts
+            ]
+            whole = statistics.median(step["step"] for step in steps[way, n])
+            shown = " | ".join(f"{part:.2f}" for part in (*spent, whole - sum(spent)))
             print(f"| {way} | {shown} |")
 
 
@@ -210,14 +265,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path, nargs="?")
     parser.add_argument("--llama-layers", type=int)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--work", type=Path)
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
-        print("RESULT " + json.dumps(serve(str(options.model), options.tokens)))
+        serve(str(options.model), options.tokens)
         return
     with tempfile.TemporaryDirectory() as scratch:
         work = options.work or Path(scratch)
