@@ -1,7 +1,6 @@
 """`precalib doctor`: what is installed, what is registered, and what can run here."""
 
 import platform
-import shutil
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, entry_points, version
 
@@ -20,8 +19,7 @@ def diagnose() -> Iterator[tuple[str, bool | None, str]]:
         yield "accelerator", None, torch.cuda.get_device_name()
     else:
         yield "accelerator", None, "none that torch sees; computing on the CPU"
-    compiler = shutil.which("g++") or shutil.which("c++")
-    yield "C++ compiler", None, compiler or "none"
+    yield _compiler()
     yield _trellis()
     yield _cpu_kernels()
     registered = [
@@ -44,14 +42,21 @@ def installed(package: str) -> str | None:
         return None
 
 
+def _compiler() -> tuple[str, bool | None, str]:
+    from precalib_kernels.native import build
+
+    missing = f"none; $CXX names none and the PATH has no {', '.join(build.COMPILERS)}"
+    return "C++ compiler", None, build.find_compiler() or missing
+
+
 def _trellis() -> tuple[str, bool | None, str]:
     from precalib_kernels.native import build
 
     try:
-        build.load("trellis")
+        library = build.load("trellis")
     except build.BuildError as error:
         return "trellis search", None, f"in torch, quantizing takes about 7 times as long: {error}"
-    return "trellis search", True, f"compiled, in {build.cache_directory()}"
+    return "trellis search", True, f"compiled, {library._name}"
 
 
 def _cpu_kernels() -> tuple[str, bool | None, str]:
@@ -64,7 +69,7 @@ def _cpu_kernels() -> tuple[str, bool | None, str]:
         return "CPU kernels", None, f"none, CPUs serve dense weights: {error}"
     if not levels:
         return "CPU kernels", None, "none, CPUs serve dense weights: they need AVX2"
-    return "CPU kernels", True, f"compiled for {levels[-1]}, in {build.cache_directory()}"
+    return "CPU kernels", True, f"compiled for {levels[-1]}, {library.load()._name}"
 
 
 def _plugin() -> tuple[str, bool | None, str]:

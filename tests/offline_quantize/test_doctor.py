@@ -19,6 +19,17 @@ def test_versions_and_facts(findings):
     assert found["accelerator"][0] is None
 
 
+def test_the_compiler_that_is_there_and_none(tmp_path, monkeypatch):
+    compiler = tmp_path / "mine"
+    compiler.write_text("")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    assert doctor._compiler() == ("C++ compiler", None, str(compiler))
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert doctor._compiler()[2] == "none; $CXX names none and the PATH has no g++, clang++, c++"
+
+
 def test_without_vllm(monkeypatch):
     monkeypatch.setattr(doctor, "installed", lambda _: None)
     assert doctor._plugin()[1:] == (

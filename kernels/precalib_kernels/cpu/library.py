@@ -1,13 +1,14 @@
-"""The compiled kernels: built once per machine, with one copy per level of instructions."""
+"""The compiled kernels: one library for x86-64, with one copy per level of instructions.
+
+The build imports this module to compile them, where there is no torch.
+"""
 
 import ctypes
 import functools
 import platform
 from pathlib import Path
 
-import torch  # noqa: F401 - its OpenMP runtime is the one the library finds its symbols in
-
-from precalib_kernels.native.build import BuildError, Unit, load_units
+from precalib_kernels.native.build import BuildError, Library, Unit, load_library
 
 _HERE = Path(__file__).parent
 _COMMON = (
@@ -30,16 +31,29 @@ _LINK: tuple[str, ...] = ()
 LEVELS = tuple(_ADDED)  # each has all instructions of those before it
 
 
+def definition() -> Library:
+    """What the library is made of. Raises BuildError on other processors than x86-64."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        raise BuildError(f"the kernels are for x86-64, this is {platform.machine()}")
+    units = [Unit(_HERE / "entry.cpp", _COMMON)]
+    flags: tuple[str, ...] = ()
+    for level, added in _ADDED.items():
+        flags += added
+        name = f"-DPRECALIB_LEVEL={level}"
+        units.append(Unit(_HERE / "level.cpp", (*_COMMON, *flags, name)))
+    return Library("cpu", tuple(units), _LINK)
+
+
 @functools.cache
 def load() -> ctypes.CDLL:
-    """The library of kernels, compiled if it is not cached.
+    """The library of kernels, compiled if it is not there yet.
 
     Raises BuildError with the reason why there is none for this machine.
     """
-    if platform.machine() not in ("x86_64", "AMD64"):
-        raise BuildError(f"the kernels are for x86-64, this is {platform.machine()}")
-    # OpenMP stays undefined in the library: the runtime of torch, already loaded, provides it.
-    library = load_units("cpu", _units(), _LINK)
+    # OpenMP stays undefined in the library: the runtime that torch loads provides it.
+    import torch  # noqa: F401
+
+    library = load_library(definition())
     library.precalib_linear.argtypes = (
         *(ctypes.c_void_p, ctypes.c_int64),
         *(ctypes.c_void_p,) * 4,
@@ -54,13 +68,3 @@ def load() -> ctypes.CDLL:
 def machine_levels() -> tuple[str, ...]:
     """Levels this processor has, lowest first; empty without AVX2. Raises BuildError."""
     return LEVELS[: load().precalib_level() + 1]
-
-
-def _units() -> list[Unit]:
-    units = [Unit(_HERE / "entry.cpp", _COMMON)]
-    flags: tuple[str, ...] = ()
-    for level, added in _ADDED.items():
-        flags += added
-        name = f"-DPRECALIB_LEVEL={level}"
-        units.append(Unit(_HERE / "level.cpp", (*_COMMON, *flags, name)))
-    return units

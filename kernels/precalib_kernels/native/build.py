@@ -1,7 +1,8 @@
-"""Compile the C++ sources of this package into shared libraries, once per machine.
+"""The package's C++ sources as shared libraries: compiled at installation, else at first use.
 
-A library's name holds a digest of sources, flags, compiler and processor, so a changed source or
-another machine sharing the cache never meets a wrong build.
+A library's name holds a digest of sources, flags and machine, so neither a changed source nor
+another machine sharing the cache meets a wrong build. The compiler is no part of it: what is built
+is found again without one. The build imports this module, so it needs the standard library only.
 """
 
 import ctypes
@@ -13,10 +14,11 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+COMPILED = Path(__file__).with_name("compiled")  # of a wheel; no such folder in the sources
+COMPILERS = ("g++", "clang++", "c++")
 # No contraction: a fused multiply-add would round differently from the torch reference.
 FLAGS: tuple[str, ...] = (
     "-O3",
@@ -41,32 +43,58 @@ class Unit:
     flags: tuple[str, ...]
 
 
+@dataclasses.dataclass(frozen=True)
+class Library:
+    """What a library is made of; `link` are the flags of the last step."""
+
+    name: str
+    units: tuple[Unit, ...]
+    link: tuple[str, ...] = ()
+
+    def file_name(self) -> str:
+        """Name with a digest; headers beside a source count as its text."""
+        marks = [" ".join(self.link).encode()]
+        for unit in self.units:
+            texts = (unit.source, *sorted(unit.source.parent.glob("*.h")))
+            marks += [_machine(unit.flags), " ".join(unit.flags).encode()]
+            marks += [text.read_bytes() for text in texts]
+        digest = hashlib.sha256(b"\0".join(marks)).hexdigest()[:16]
+        return f"{self.name}-{digest}.so"
+
+
+def definition(name: str) -> Library:
+    """The library of native/<name>.cpp."""
+    return Library(name, (Unit(Path(__file__).with_name(f"{name}.cpp"), FLAGS),))
+
+
 @functools.cache
 def load(name: str) -> ctypes.CDLL:
-    """The library of native/<name>.cpp, compiled if it is not cached.
-
-    Raises BuildError when there is no compiler or it fails.
-    """
-    return load_units(name, [Unit(Path(__file__).with_name(f"{name}.cpp"), FLAGS)])
+    """The library of native/<name>.cpp. Raises BuildError as `load_library` does."""
+    return load_library(definition(name))
 
 
-def load_units(name: str, units: Sequence[Unit], link: Sequence[str] = ()) -> ctypes.CDLL:
-    """The library made of `units`, compiled if it is not cached.
+def load_library(library: Library) -> ctypes.CDLL:
+    """The library as installation or an earlier use left it, else compiled now.
 
-    link: flags of the last step.
+    One that cannot be loaded, such as a newer system's in a shared home, is compiled again.
 
     Raises BuildError when there is no compiler, it fails, or the result cannot be loaded.
     """
-    compiler = shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        raise BuildError("no C++ compiler (g++ or clang++) on the PATH")
-    library = cache_directory() / f"{name}-{_digest(compiler, units, link)}.so"
-    if not library.exists():
-        _compile(compiler, units, link, library)
+    kept = cache_directory() / library.file_name()
+    failures: list[str] = []
+    for path in (COMPILED / kept.name, kept):
+        try:
+            return ctypes.CDLL(str(path))
+        except OSError as error:
+            if path.exists():
+                failures.append(f"cannot load {error}")
     try:
-        return ctypes.CDLL(str(library))
+        compile_library(library, kept)
+        return ctypes.CDLL(str(kept))
+    except BuildError as error:
+        raise BuildError("; ".join([*failures, str(error)])) from error
     except OSError as error:
-        raise BuildError(f"{library} cannot be loaded ({error})") from error
+        raise BuildError(f"cannot load {error}") from error
 
 
 def cache_directory() -> Path:
@@ -75,48 +103,52 @@ def cache_directory() -> Path:
     return (Path(root) if root else Path.home() / ".cache") / "precalib"
 
 
-def _compile(compiler: str, units: Sequence[Unit], link: Sequence[str], library: Path) -> None:
+def find_compiler() -> str | None:
+    """The C++ compiler: $CXX where it names an executable, else the first of COMPILERS there is."""
+    found = map(shutil.which, (os.environ.get("CXX", ""), *COMPILERS))
+    return next(filter(None, found), None)
+
+
+def compile_library(library: Library, path: Path) -> None:
+    """Write the library to `path`, whole or not at all.
+
+    Raises BuildError when there is no compiler, it fails, or the directory cannot be written.
+    """
+    compiler = find_compiler()
+    if compiler is None:
+        raise BuildError(f"no C++ compiler ($CXX, {', '.join(COMPILERS)}) on the PATH")
     try:
-        library.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         with (
-            tempfile.TemporaryDirectory(dir=library.parent) as work,
+            tempfile.TemporaryDirectory(dir=path.parent) as work,
             ThreadPoolExecutor(os.cpu_count()) as pool,
         ):
-            objects = [Path(work) / f"{i}.o" for i in range(len(units))]
+            objects = [Path(work) / f"{i}.o" for i in range(len(library.units))]
             commands = [
                 [compiler, *unit.flags, "-c", str(unit.source), "-o", str(made)]
-                for unit, made in zip(units, objects, strict=True)
+                for unit, made in zip(library.units, objects, strict=True)
             ]
             list(pool.map(_run, commands))
-            built = Path(work) / library.name
-            _run([compiler, "-shared", *map(str, objects), *link, "-o", str(built)])
-            built.replace(library)  # another process may have been faster, with the same bytes
+            built = Path(work) / path.name
+            _run([compiler, "-shared", *map(str, objects), *library.link, "-o", str(built)])
+            built.replace(path)  # another process may have been faster, with the same library
     except OSError as error:
-        raise BuildError(f"{library.parent} cannot be written ({error.strerror})") from error
+        raise BuildError(f"{path.parent} cannot be written ({error.strerror})") from error
 
 
 def _run(command: list[str]) -> None:
     try:
-        subprocess.run(command, check=True, capture_output=True, text=True)
+        subprocess.run(command, check=True, capture_output=True, text=True, errors="replace")
+    except OSError as error:
+        raise BuildError(f"{command[0]} cannot be run ({error.strerror})") from error
     except subprocess.CalledProcessError as error:
         lines = error.stderr.strip().splitlines() or ["no message"]
         what = next((Path(part).name for part in command if part.endswith(".cpp")), "linking")
         raise BuildError(f"{command[0]} failed on {what}: {lines[0]}") from error
 
 
-def _digest(compiler: str, units: Sequence[Unit], link: Sequence[str]) -> str:
-    """Of everything a library depends on; headers beside a source count as its text."""
-    marks = [_processor(), _version(compiler), " ".join(link).encode()]
-    for unit in units:
-        texts = (unit.source, *sorted(unit.source.parent.glob("*.h")))
-        marks += [" ".join(unit.flags).encode(), *(text.read_bytes() for text in texts)]
-    return hashlib.sha256(b"\0".join(marks)).hexdigest()[:16]
-
-
-@functools.cache
-def _version(compiler: str) -> bytes:
-    done = subprocess.run([compiler, "--version"], capture_output=True, check=False)
-    return done.stdout
+def _machine(flags: tuple[str, ...]) -> bytes:
+    return _processor() if "-march=native" in flags else platform.machine().encode()
 
 
 @functools.cache
