@@ -8,7 +8,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 # Python files that are scripts, not part of the distribution.
-SCRIPTS := $(wildcard deploy/*.py) benchmarks/quality.py benchmarks/outside_peers.py benchmarks/texts.py \
+SCRIPTS := setup.py $(wildcard deploy/*.py) benchmarks/quality.py benchmarks/outside_peers.py benchmarks/texts.py \
   benchmarks/cpu_linear.py benchmarks/cpu_serving.py
 PIP = $(BIN)/python -m pip install --progress-bar off
 PIP_PROGRESS := awk '/^(Collecting|Processing) / && ++n % 20 == 0 {print "install:   " n " found"} \
@@ -24,7 +24,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 install: $(STAMP) ## make .venv with everything that demo and test need (3.6 GB)
 
 # A set-up that was cut short leaves half-written packages which pip takes for whole ones.
-$(STAMP): pyproject.toml deploy/constraints.txt deploy/vllm-metapackage/pyproject.toml
+$(STAMP): pyproject.toml setup.py deploy/constraints.txt deploy/vllm-metapackage/pyproject.toml
 	@if [ -e .venv/.incomplete ]; then \
 	  echo "install: the last set-up was cut short, starting afresh"; rm -rf .venv; fi
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || { \
@@ -39,9 +39,10 @@ $(STAMP): pyproject.toml deploy/constraints.txt deploy/vllm-metapackage/pyprojec
 	  echo "install: if pip does not find torch ...+cpu, see 'CPU' in deploy/README.md"; exit 1; }
 	@echo "install: compiling Python files"
 	@$(BIN)/python -m compileall -qq -j 0 .venv/lib || true # some packages carry templates, not Python
-	@echo "install: vllm-precalib, editable"
+	@echo "install: vllm-precalib, editable, and its C++ libraries (a minute or two)"
 	@$(PIP) -qq --no-deps --no-build-isolation ./deploy/vllm-metapackage
-	@$(PIP) -qq --no-warn-conflicts --no-build-isolation -c deploy/constraints.txt -e '.[test]'
+	@$(PIP) -v --no-warn-conflicts --no-build-isolation -c deploy/constraints.txt -e '.[test]' 2>&1 | \
+	  tee -a .venv/install.log | sed -n 's/^ *vllm-precalib: /install: /p; /^ *error/Ip'
 	@rm .venv/.incomplete; touch $@
 	@echo "install: done"
 

@@ -1,1 +1,1 @@
-"""C++ parts of precalib: compiled with the machine's own compiler at first use, then cached."""
+"""C++ parts of precalib: compiled at installation where there is a compiler, else at first use."""
