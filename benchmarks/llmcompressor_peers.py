@@ -50,8 +50,10 @@ SCHEMES = (
     Scheme("GPTQ", 5, 64, windows=32),
     Scheme("AWQ", 4, 64),
     Scheme("AWQ", 3, 64),
+    Scheme("AWQ", 5, 64),
     Scheme("AWQ", 4, 64, windows=32),
     Scheme("AWQ", 3, 64, windows=32),
+    Scheme("AWQ", 5, 64, windows=32),
 )
 
 

@@ -15,7 +15,7 @@ constexpr int kByteTile = kTile * kByteColumns;
 #if defined(__AMX_INT8__)
 constexpr int kLevelShift = 0;
 #else
-constexpr int kLevelShift = 128;  // VPDPBUSD wants unsigned levels; the sums start at what that adds
+constexpr int kLevelShift = 128;  // VPDPBUSD takes unsigned levels; sums start at what that adds
 #endif
 
 inline int64_t byte_tiles(int64_t columns) { return (columns + kByteColumns - 1) / kByteColumns; }
@@ -57,8 +57,8 @@ void set_digits(const Plan& plan, const float* x, int64_t row, int8_t* digits,
 
 #if defined(__AMX_INT8__)
 
-// Sums stay in tiles; two blocks share the tiles of two digits. meanwhile() is called for each product
-// of tiles: what it does overlaps with them.
+// Sums stay in tiles; two blocks share the tiles of two digits. meanwhile() is called for each
+// product of tiles: what it does overlaps with them.
 template <int kDigits, int kBlocks, class Work>
 inline void multiply_digits(const int8_t* x, const uint8_t* levels, int64_t stride, int64_t count,
                             int64_t, const int32_t*, int32_t*, Work&& meanwhile) {
@@ -117,7 +117,8 @@ inline void multiply_digits(const int8_t* x, const uint8_t* levels, int64_t stri
                 x + (t * kDigits + d) * kByteTile + first * kByteColumns + 4 * step;
             for (int r = 0; r < kAtOnce; ++r)
               sum[r] = (Ints)_mm512_dpbusd_epi32(
-                  (__m512i)sum[r], weights, _mm512_set1_epi32(load<int32_t>(from + r * kByteColumns)));
+                  (__m512i)sum[r], weights,
+                  _mm512_set1_epi32(load<int32_t>(from + r * kByteColumns)));
           }
         for (int r = 0; r < kAtOnce; ++r)
           store(sums + ((b * kDigits + d) * kTile + first + r) * kLanes, sum[r]);
@@ -191,7 +192,8 @@ class Levels {
     for (int b = 0; b < kBlocks; ++b) {
       groups_[b] = find_group(plan_, blocks_[b], group);
       // salient weights, for the pass to come
-      for (int64_t at = 0; at < plan_.side_bytes; at += 64) _mm_prefetch(groups_[b].scales + at, _MM_HINT_T1);
+      for (int64_t at = 0; at < plan_.side_bytes; at += 64)
+        _mm_prefetch(groups_[b].scales + at, _MM_HINT_T1);
     }
     to_ = to;
     block_ = chunk_ = 0;

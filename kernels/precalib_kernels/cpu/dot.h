@@ -66,7 +66,8 @@ void dot_block(const Plan& plan, const Block& block, const float* x, const int8_
       const Floats base = (salient.level - zero) * scale;
       const Floats change = (Floats)((Ints)(salient.value - base) & salient.used);
       for (int r = 0; r < kRows; ++r)
-        total[r] += change * of_group(x + r * plan.columns + group.first, group.columns, salient.position);
+        total[r] += change * of_group(x + r * plan.columns + group.first, group.columns,
+                                      salient.position);
     }
   }
   for (int r = 0; r < kRows; ++r) store(sums + r * kLanes, total[r]);

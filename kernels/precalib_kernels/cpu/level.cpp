@@ -165,10 +165,6 @@ void choose_dot(const Work& work) {
   }
 }
 
-#endif
-
-#if defined(__AVX512VNNI__) && defined(__AVX512VBMI__)
-
 // Tiles of sixteen rows of x in fixed point.
 template <int kDigits>
 class DigitMemory {
@@ -177,8 +173,8 @@ class DigitMemory {
       : tiles_(count * byte_tiles(plan) * kDigits * kByteTile), units_(count * plan.groups * kTile),
         totals_(count * plan.groups * kTile), starts_(count * plan.groups * kTile * kDigits),
         columns_(plan.salient_count ? count * plan.columns * kTile : 0), all_(count) {
-    // of rows that are not there, too
-    std::memset(columns_.data, 0, plan.salient_count ? size_t(count * plan.columns * kTile) * 4 : 0);
+    if (plan.salient_count)  // of rows that are not there, too
+      std::memset(columns_.data, 0, size_t(count * plan.columns * kTile) * sizeof(float));
     for (int64_t i = 0; i < count; ++i) {
       const int64_t groups = i * plan.groups * kTile;
       all_.data[i] = {tiles_.data + i * byte_tiles(plan) * kDigits * kByteTile,
