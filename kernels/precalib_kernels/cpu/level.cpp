@@ -9,11 +9,7 @@ namespace precalib {
 namespace {
 
 constexpr int64_t kSlabRows = 512;        // rows of x that are held arranged at a time
-#if defined(__AMX_INT8__)
-constexpr int64_t kFewRows = 3;           // up to so many without tiles
-#else
-constexpr int64_t kFewRows = 4;
-#endif
+constexpr int64_t kFewRows = 5;           // up to so many without tiles
 constexpr int64_t kDigitSlab = 64;        // the same in fixed point, which takes more memory
 constexpr int64_t kDigitRows = 32;        // bfloat16: up to so many rows in fixed point
 constexpr int64_t kChunkPairs = 8;        // pairs of blocks whose sums are held at a time
@@ -161,6 +157,7 @@ void choose_dot(const Work& work) {
     case 1: return run_dot<kBits, kDigits, 1>(work);
     case 2: return run_dot<kBits, kDigits, 2>(work);
     case 3: return run_dot<kBits, kDigits, 3>(work);
+    case 4: return run_dot<kBits, kDigits, 4>(work);
     default: return run_dot<kBits, kDigits, kFewRows>(work);
   }
 }
