@@ -15,6 +15,7 @@ from precalib_kernels.layout import Layout
 from vllm_precalib.backend import Backend, Task
 from vllm_precalib.compat import vllm_names
 from vllm_precalib.native import NativeBackend
+from vllm_precalib.stock import StockBackend
 from vllm_precalib.triton_backend import TritonBackend
 
 with vllm_names():
@@ -88,6 +89,7 @@ class DenseBackend(Backend):
 BACKENDS: tuple[type[Backend], ...] = (
     NativeBackend,
     TritonBackend,
+    StockBackend,
     DenseBackend,
     ReferenceBackend,
 )

@@ -111,8 +111,9 @@ class PrecalibLinearMethod(LinearMethodBase):
         """
         tensors = {name: getattr(layer, name).data for name in self.names}
         if self.dummy and not self.guard.filled:
-            if "salient" in tensors:
-                tensors["salient"].zero_()  # no salient weights; random bytes may be none at all
+            # random bytes may be no salient weights at all, and no 4-bit zero points
+            for name in tensors.keys() & {"salient", "zeros"}:
+                tensors[name].zero_()
         else:
             self.guard.finish(self.names)
             self.guard.check_finite(tensors)

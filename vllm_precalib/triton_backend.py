@@ -67,7 +67,7 @@ class TritonBackend(Backend):
 
 def warm_up(task: Task, arrays: tuple[Tensor, ...]) -> None:
     """Run the operator once for every kernel, for the first layer of its kind in this process."""
-    if next(_first_visit(task, arrays[0].device)):
+    if next(first_visit(task, arrays[0].device)):
         bias = torch.zeros(sum(task.part_sizes), dtype=task.dtype, device=arrays[0].device)
         for rows in linear.warm_up_rows():
             x = torch.zeros((rows, task.input_size), dtype=task.dtype, device=arrays[0].device)
@@ -78,6 +78,6 @@ def warm_up(task: Task, arrays: tuple[Tensor, ...]) -> None:
 
 
 @functools.lru_cache(maxsize=1024)
-def _first_visit(*kind: object) -> Iterator[bool]:  # noqa: ARG001, it is the key of the cache
+def first_visit(*kind: object) -> Iterator[bool]:  # noqa: ARG001, it is the key of the cache
     """True once for each kind of layer, then False."""
     return itertools.chain([True], itertools.repeat(False))

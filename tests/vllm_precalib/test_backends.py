@@ -59,15 +59,15 @@ def test_describe_names_every_backend():
     assert dict(describe()) == {
         "native": None,
         "triton": "computes on GPUs, not on cpu",
+        "stock": "computes on GPUs, not on cpu",
         "dense": None,
         "reference": None,
     }
 
 
 def test_an_unknown_backend_is_refused_with_the_known_ones(task):
-    with pytest.raises(
-        ServingError, match=r"no such backend; choose one of native, triton, dense, reference$"
-    ):
+    known = "native, triton, stock, dense, reference"
+    with pytest.raises(ServingError, match=rf"no such backend; choose one of {known}$"):
         choose(task, "turbo", "a.fc", "row")
 
 

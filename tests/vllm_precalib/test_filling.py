@@ -163,9 +163,12 @@ def test_dummy_weights_compute(row_layer, layout_name, additional):
     for name in tensors:
         param = getattr(layer, name).data
         param.fill_(
-            {"salient": 255, "scales": 100}.get(name, 1 if param.dtype.is_floating_point else 7)
+            {"salient": 255, "scales": 100, "zeros": 255}.get(
+                name, 1 if param.dtype.is_floating_point else 7
+            )
         )
     process(layer)
+    assert not getattr(layer, "zeros", torch.zeros(1)).any()  # 255 is no zero point of few bits
     y, _ = layer(torch.ones(2, 160))
     assert y.isfinite().all()
     assert (y != 0).any()

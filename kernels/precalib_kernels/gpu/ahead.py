@@ -20,15 +20,17 @@ from precalib_kernels.gpu.dequantize import dequantize_kernel
 from precalib_kernels.gpu.form import Form, form_of
 from precalib_kernels.gpu.linear import prepare_warps, specialization
 from precalib_kernels.gpu.product import product_kernel
-from precalib_kernels.gpu.table import Blocks
+from precalib_kernels.gpu.sparse import specialization as sparse_specialization
+from precalib_kernels.gpu.sparse_kernel import sparse_kernel
+from precalib_kernels.gpu.table import Blocks, SparseBlocks
 from precalib_kernels.layout import Layout
 
 POINTERS = {
-    "x": "bf16", "y": "bf16", "bias": "bf16", "weight": "bf16", "column_scale": "fp16",
-    "words": "i16", "zeros": "u8", "carries": "i16", "positions": "u8", "values": "fp16",
-    "row_unit": "fp32", "salient_unit": "fp32", "table": "u8", "constants": "i16", "tiles": "i32",
-    "dots": "fp16", "by_column": "fp16", "start": "fp32", "sums": "fp32", "inverse": "fp32",
-    "shares": "fp32", "counters": "i32",
+    "x": "bf16", "y": "bf16", "out": "bf16", "bias": "bf16", "weight": "bf16",
+    "column_scale": "fp16", "words": "i16", "zeros": "u8", "carries": "i16", "positions": "u8",
+    "values": "fp16", "row_unit": "fp32", "salient_unit": "fp32", "table": "u8",
+    "constants": "i16", "tiles": "i32", "dots": "fp16", "by_column": "fp16", "start": "fp32",
+    "sums": "fp32", "inverse": "fp32", "shares": "fp32", "counters": "i32",
 }  # fmt: skip
 VLLM_KERNEL = "model_executor/kernels/linear/mixed_precision/triton_w4a16.py"
 
@@ -96,6 +98,15 @@ def compile_prepare(layout: Layout, block_m: int, block_k: int, target: str) -> 
     return _compile(prepare_kernel, form, constants, target, prepare_warps(block_k), 3)
 
 
+def compile_sparse(layout: Layout, blocks: SparseBlocks, target: str) -> Compiled:
+    """`sparse_kernel` as the operator would launch it, in bfloat16 with bias."""
+    constants = sparse_specialization(blocks, True) | {
+        "GROUP": layout.group_size,
+        "COUNT": layout.salient_count,
+    }
+    return _compile(sparse_kernel, form_of(layout), constants, target, blocks.warps, 3)
+
+
 def compile_vllm(block_m: int, block_n: int, block_k: int, target: str) -> Compiled:
     """vLLM's `triton_w4a16_gemm_kernel`, 4 bits with zero points, bfloat16.
 
@@ -105,7 +116,7 @@ def compile_vllm(block_m: int, block_n: int, block_k: int, target: str) -> Compi
     if spec is None or not spec.submodule_search_locations:
         raise ModuleNotFoundError("vLLM is not installed")
     path = Path(spec.submodule_search_locations[0]) / VLLM_KERNEL
-    kernel = _kernel_from(path, "triton_w4a16_gemm_kernel")
+    kernel = kernel_from(path, "triton_w4a16_gemm_kernel")
     constants = {
         "HAS_ZP": True, "ZP_BIAS": 8, "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k,
     }  # fmt: skip
@@ -172,7 +183,7 @@ def _cuobjdump() -> str:
     return found
 
 
-def _kernel_from(path: Path, name: str) -> Any:
+def kernel_from(path: Path, name: str) -> Any:
     """A kernel of another package's file, without importing that package."""
     text = path.read_text()
     function = next(

@@ -110,7 +110,8 @@ def _fill(
     if carry is not None:
         result["carry"][:, rows] = carry.T
     if layout.salient_count:
-        positions, values, salient_unit = salient_slots(tensors, layout, input_size, where)
+        base = reference.base_values(tensors, layout, input_size)
+        positions, values, salient_unit = salient_slots(tensors, base, layout, input_size, where)
         result["salient_positions"][:groups, :, rows] = positions.permute(1, 2, 0)
         result["salient_values"][:groups, :, rows] = values.permute(1, 2, 0)
         result["salient_unit"][rows] = salient_unit * PICKED_SCALE
@@ -173,15 +174,15 @@ def pack_words(fields: Tensor, form: Form) -> Tensor:
 
 
 def salient_slots(
-    tensors: Mapping[str, Tensor], layout: Layout, input_size: int, where: str
+    tensors: Mapping[str, Tensor], base: Tensor, layout: Layout, input_size: int, where: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What salient weights add to the base: positions [N, G, m], values and their unit [N].
 
-    A value is the salient weight minus what the base plane has there; unused slots hold 0.
+    A value is the salient weight minus what the base weight [N, K] has there; unused slots hold 0.
     """
     column, codes = reference.salient_codes(tensors, layout, input_size, where)
-    base = pad(reference.base_values(tensors, layout, input_size), (0, 1)).gather(1, column)
-    delta = reference.salient_grid_values(codes, tensors, layout) - base
+    replaced = pad(base, (0, 1)).gather(1, column)
+    delta = reference.salient_grid_values(codes, tensors, layout) - replaced
     used = column < input_size
     delta = torch.where(used, delta, 0)
     unit = (delta.abs().amax(1) / VALUE_LIMIT).clamp(min=torch.finfo(torch.float32).tiny)

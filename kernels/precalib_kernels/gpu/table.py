@@ -58,3 +58,34 @@ def splits(blocks: Blocks, tiles: int, row_blocks: int, steps: int, processors: 
     wanted = blocks.waves * processors // max(1, tiles * row_blocks)
     share = -(-steps // max(1, min(wanted, steps)))
     return -(-steps // share)  # no program without a step
+
+
+@dataclasses.dataclass(frozen=True)
+class SparseBlocks:
+    """How the sum over salient weights is cut up (`sparse`).
+
+    block_n: rows of the weight per program.
+    block_m: rows of x per program, and the largest M the entry serves; the last serves any.
+    slots:   slots of a row taken at a time.
+    warps:   of a program.
+    """
+
+    block_n: int
+    block_m: int
+    slots: int
+    warps: int
+
+
+# Few rows of x: many small programs, as each only waits for memory. Sums of a program stay within
+# 32 registers of a thread.
+SPARSE_TABLE = (
+    SparseBlocks(4, 1, 128, 4),
+    SparseBlocks(4, 8, 32, 4),
+    SparseBlocks(4, 16, 32, 4),
+    SparseBlocks(8, 32, 16, 4),
+)
+
+
+def sparse_blocks(rows: int) -> SparseBlocks:
+    """The entry for M rows."""
+    return next((blocks for blocks in SPARSE_TABLE if rows <= blocks.block_m), SPARSE_TABLE[-1])

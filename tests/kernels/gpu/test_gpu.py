@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 
+from offline_quantize.recipes import RECIPES
 from precalib_kernels import reference
 from precalib_kernels.gpu import linear
 from precalib_kernels.gpu.pack import in_memory
@@ -48,6 +49,44 @@ def test_a_graph_replays_new_inputs(case):
         x.normal_()
         graph.replay()
         assert torch.equal(y, linear.gpu_linear(x, packed, None, [192], layout.to_text()))
+
+
+@needs_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("recipe", ["rtn-4", "paper-4"])
+def test_vllms_kernel_with_salient_weights_is_the_reference(
+    make_packed, monkeypatch, recipe, dtype
+):
+    stock = pytest.importorskip("vllm_precalib.stock")
+    from vllm.model_executor import parameter
+
+    from vllm_precalib.backend import Task
+
+    monkeypatch.setattr(parameter, "get_tensor_model_parallel_rank", lambda: 0)
+    monkeypatch.setattr(parameter, "get_tensor_model_parallel_world_size", lambda: 1)
+    packed = make_packed(RECIPES[recipe].layout, 256, 576)
+    tensors = {name: tensor.cuda() for name, tensor in packed.tensors.items()}
+    task = Task(packed.layout, 576, (256,), dtype, "cuda")
+    if reason := stock.StockBackend.can_run(task):
+        pytest.skip(reason)
+    backend, layer = stock.StockBackend(task), torch.nn.Module()
+    for name, tensor in backend.prepare(tensors, "fc").items():
+        layer.register_parameter(name, torch.nn.Parameter(tensor, requires_grad=False))
+    backend.finish(layer)
+    weight = reference.dequantize(tensors, packed.layout, 576).double()
+    bias = torch.randn(256, device="cuda").to(dtype)
+    for rows in (1, 3, 16, 33, 130):
+        x = torch.randn(rows, 576, device="cuda").to(dtype)
+        y = backend.apply(layer, x, bias)
+        exact = x.double() @ weight.T + bias.double()
+        size = x.double().abs() @ weight.T.abs() + bias.double().abs()
+        assert ((y.double() - exact).abs() <= 2**-6 * size).all()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            again = backend.apply(layer, x, bias)
+        graph.replay()
+        assert torch.equal(again, y)
 
 
 @pytest.mark.parametrize("script", ["bench", "tune"])

@@ -1,13 +1,16 @@
-"""Runs `interpreted.py` where Triton's interpreter takes the place of a GPU."""
+"""Runs `interpreted*.py` where Triton's interpreter takes the place of a GPU."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
-def test_kernels_are_the_reference_under_the_interpreter():
-    cases = Path(__file__).with_name("interpreted.py")
+
+@pytest.mark.parametrize("name", ["interpreted.py", "interpreted_sparse.py"])
+def test_kernels_are_the_reference_under_the_interpreter(name):
+    cases = Path(__file__).with_name(name)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(cases)]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)

@@ -3,7 +3,7 @@
 import pytest
 
 from precalib_kernels.gpu import ahead, count
-from precalib_kernels.gpu.table import blocks_for
+from precalib_kernels.gpu.table import SPARSE_TABLE, blocks_for
 from precalib_kernels.static import CHIPS, LAYOUTS, Chip, Cost, layer_seconds, product_cost
 
 HAND = """
@@ -72,6 +72,17 @@ def test_amd_and_the_other_kernels_compile():
     assert cost.compiled.shared <= 65536
     assert ahead.compile_dequantize(LAYOUTS["balanced-3"], "sm_80").spilled == 0
     assert ahead.compile_prepare(LAYOUTS["balanced-4"], 16, 4096, "sm_90").spilled == 0
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize(("entry", "most"), list(enumerate([23, 48, 88, 152])))
+def test_salient_weights_beside_another_kernel(target, entry, most):
+    """Thread-instructions per salient weight, for all rows of x in a block."""
+    blocks = SPARSE_TABLE[entry]
+    made = ahead.compile_sparse(LAYOUTS["paper-4"], blocks, target)
+    (main,) = count.loops(made)
+    assert made.spilled == 0
+    assert len(main.operations) * made.lanes * made.warps / (blocks.block_n * blocks.slots) <= most
 
 
 def test_vllms_kernel_is_counted_the_same_way():
