@@ -7,7 +7,6 @@ from torch import Tensor
 
 from precalib_kernels.cpu import library, op
 from precalib_kernels.cpu.pack import pack
-from precalib_kernels.cpu.plan import Plan
 from precalib_kernels.native.build import BuildError
 from vllm_precalib.backend import Backend, Task
 
@@ -19,14 +18,14 @@ class NativeBackend(Backend):
 
     def __init__(self, task: Task) -> None:
         super().__init__(task)
-        self.plan = Plan(task.layout, task.input_size, task.part_sizes)
-        self.layout_text = task.layout.to_text()
         self.part_sizes = list(task.part_sizes)
+        self.layout_text = task.layout.to_text()
         self.level = library.machine_levels()[-1]
+        self.product = op.product(self.layout_text, task.input_size, task.part_sizes, self.level)
 
     @staticmethod
     def can_run(task: Task) -> str | None:
-        """It needs an x86 processor with AVX2, and a C++ compiler once."""
+        """It needs an x86 processor with AVX2, and the compiled kernels or a compiler."""
         if task.device != "cpu":
             return f"computes on CPUs, not on {task.device}"
         try:
@@ -37,11 +36,14 @@ class NativeBackend(Backend):
 
     def prepare(self, tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
         """One tensor of bytes, under a name by which vLLM's LoRA layers know a weight."""
-        return {"qweight": pack(tensors, self.plan, where)}
+        return {"qweight": pack(tensors, self.product.plan, where)}
 
     def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
         """One call of `precalib::cpu_linear`."""
-        # The dispatcher takes about as long as the product of a small layer.
-        call = torch.ops.precalib.cpu_linear if torch.compiler.is_compiling() else op.linear
         packed = layer.get_parameter("qweight")
-        return call(x, packed, bias, self.part_sizes, self.layout_text, self.level)
+        if not torch.compiler.is_compiling():
+            # The dispatcher takes about as long as the product of a small layer.
+            return self.product(x, packed, bias)
+        return torch.ops.precalib.cpu_linear(
+            x, packed, bias, self.part_sizes, self.layout_text, self.level
+        )

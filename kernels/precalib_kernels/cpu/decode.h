@@ -34,8 +34,12 @@ inline Shorts high_bits(const Shorts* plane) {
 }
 
 // use(step, index, which of eight steps) for steps [kFrom, kTo) of chunk c of a group's `chunks`.
+// What lies `ahead` bytes further is fetched meanwhile: processors do so within a page only.
 template <int kBits, int kFrom = 0, int kTo = 8, class Use>
-inline void decode_chunk(const uint8_t* planes, int64_t chunks, int64_t c, Use&& use) {
+inline void decode_chunk(const uint8_t* planes, int64_t chunks, int64_t c, int64_t ahead,
+                         Use&& use) {
+  if constexpr (kFrom == 0)
+    for (int p = 0; p < kBits; ++p) fetch(planes + (c * kBits + p) * kVector + ahead);
   const Shorts high_mask = Shorts{} + both(((1 << (kBits - 1)) - 1) << 3);
   const Shorts low = load<Shorts>(planes + c * kVector);
   // What precedes a segment is the end of the one before it; zeros precede the first.
@@ -56,8 +60,8 @@ inline void decode_chunk(const uint8_t* planes, int64_t chunks, int64_t c, Use&&
 
 // The same for all steps of a group.
 template <int kBits, class Use>
-inline void decode(const uint8_t* planes, int64_t chunks, Use&& use) {
-  for (int64_t c = 0; c < chunks; ++c) decode_chunk<kBits>(planes, chunks, c, use);
+inline void decode(const uint8_t* planes, int64_t chunks, int64_t ahead, Use&& use) {
+  for (int64_t c = 0; c < chunks; ++c) decode_chunk<kBits>(planes, chunks, c, ahead, use);
 }
 
 // Levels plus `by`, 0 or 128, as unsigned bytes.

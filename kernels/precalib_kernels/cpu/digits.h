@@ -35,24 +35,29 @@ struct Digits {
   float* columns;   // [column][row]
 };
 
-// One row of x into its place. digits: [kDigits][columns], groups: [groups], for use in here.
+// One group of sixteen rows of x into its place.
+// x: [16][group_size] arranged, with zeros where there are no `rows`.
 template <int kDigits>
-void set_digits(const Plan& plan, const float* x, int64_t row, int8_t* digits,
-                Fixed<kDigits>* groups, const Digits& out) {
-  to_fixed<kDigits>(plan, x, digits, groups);
-  int8_t* tile = out.tiles + row * kByteColumns;
-  for (int64_t g = 0; g < plan.groups; ++g) {
-    out.units[g * kTile + row] = groups[g].unit;
-    out.totals[g * kTile + row] = groups[g].total;
+void set_digits(const Plan& plan, const float* x, int64_t group, int64_t rows, const Digits& out) {
+  const int64_t first = group * plan.group_size;
+  const int64_t count = smaller(plan.group_size, plan.columns - first);
+  int8_t* const tiles = out.tiles + group * byte_tiles(plan.group_size) * kDigits * kByteTile;
+  for (int64_t r = 0; r < rows; ++r) {
+    const auto at = [&](int d, int64_t k) {
+      return tiles + (k / kByteColumns * kDigits + d) * kByteTile + r * kByteColumns +
+             k % kByteColumns;
+    };
+    const Fixed<kDigits> fixed = to_fixed<kDigits>(x + r * plan.group_size, count, at);
+    out.units[group * kTile + r] = fixed.unit;
+    out.totals[group * kTile + r] = fixed.total;
     for (int d = 0; d < kDigits; ++d)
-      out.starts[(g * kDigits + d) * kTile + row] = kLevelShift / 128 * groups[g].start[d];
-    const int64_t end = smaller((g + 1) * plan.group_size, plan.columns);
-    for (int64_t k = g * plan.group_size; k < end; k += kByteColumns)
-      for (int d = 0; d < kDigits; ++d, tile += kByteTile)
-        std::memcpy(tile, digits + d * plan.columns + k, size_t(smaller(kByteColumns, end - k)));
+      out.starts[(group * kDigits + d) * kTile + r] = kLevelShift / 128 * fixed.start[d];
   }
+  const Ints down = Ints{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} *
+                    int32_t(plan.group_size);
   if (plan.salient_count)
-    for (int64_t k = 0; k < plan.columns; ++k) out.columns[k * kTile + row] = x[k];
+    for (int64_t k = 0; k < count; ++k)
+      store(out.columns + (first + k) * kTile, look_up(x + k, down));
 }
 
 #if defined(__AMX_INT8__)
@@ -191,9 +196,9 @@ class Levels {
   void begin(int64_t group, uint8_t* to) {
     for (int b = 0; b < kBlocks; ++b) {
       groups_[b] = find_group(plan_, blocks_[b], group);
-      // salient weights, for the pass to come
+      // salient weights, for the pass to come, and the next pair's scales
       for (int64_t at = 0; at < plan_.side_bytes; at += 64)
-        _mm_prefetch(groups_[b].scales + at, _MM_HINT_T1);
+        fetch(groups_[b].scales + 2 * plan_.groups * plan_.side_bytes + at);
     }
     to_ = to;
     block_ = chunk_ = 0;
@@ -205,9 +210,10 @@ class Levels {
   void advance() {
     const Group& group = groups_[block_];
     uint8_t* const to = to_ + block_ * stride_;
-    decode_chunk<kBits>(group.planes, group.chunks, chunk_, [&](int64_t step, Shorts index, auto) {
-      store(to + step * kVector, table_.find(index));
-    });
+    decode_chunk<kBits>(group.planes, group.chunks, chunk_, 2 * plan_.block_bytes,
+                        [&](int64_t step, Shorts index, auto) {
+                          store(to + step * kVector, table_.find(index));
+                        });
     if (++chunk_ == group.chunks) {
       chunk_ = 0;
       ++block_;

@@ -34,12 +34,14 @@ void dot_block(const Plan& plan, const Block& block, const float* x, const int8_
   Floats total[kRows] = {};
   for (int64_t g = 0; g < plan.groups; ++g) {
     const Group group = find_group(plan, block, g);
+    for (int64_t at = 0; at < plan.side_bytes; at += 64)  // of the next block
+      fetch(group.scales + plan.groups * plan.side_bytes + at);
     Ints sum[kChains][kRows][kDigits] = {};
     for (int r = 0; r < kRows; ++r)
       for (int d = 0; d < kDigits; ++d)
         sum[0][r][d] = Ints{} + groups[r * plan.groups + g].start[d];
     const int8_t* const inputs = digits + group.first;
-    decode<kBits>(group.planes, group.chunks, [&](int64_t step, Shorts index, auto i) {
+    const auto add = [&](int64_t step, Shorts index, auto i) {
       const __m512i weights = (__m512i)unsigned_levels.find(index);
       for (int r = 0; r < kRows; ++r)
         for (int d = 0; d < kDigits; ++d) {
@@ -48,7 +50,8 @@ void dot_block(const Plan& plan, const Block& block, const float* x, const int8_
           to = (Ints)_mm512_dpbusd_epi32((__m512i)to, weights,
                                          _mm512_set1_epi32(load<int32_t>(from)));
         }
-    });
+    };
+    decode<kBits>(group.planes, group.chunks, plan.block_bytes, add);
     const Floats scale = group_scales(plan, block, group);
     const Floats zero = plan.uniform ? floats_of_bytes(group.zeros) : Floats{};
     for (int r = 0; r < kRows; ++r) {

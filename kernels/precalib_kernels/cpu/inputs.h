@@ -21,30 +21,35 @@ inline Floats8 load8(const void* from, int64_t at, int64_t type) {
   return out;
 }
 
-// One row of x: [columns] to [columns], column s * L/4 + t of a group going to 4 * t + s.
+// A group of one row of x, from column `first` on: column s * L/4 + t of it goes to 4 * t + s.
+inline void arrange_group(const Plan& plan, const void* x, int64_t row, int64_t type,
+                          const uint16_t* column_scale, int64_t first, float* out) {
+  const int64_t quarter = smaller(plan.group_size, plan.columns - first) / 4;
+  for (int64_t t = 0; t < quarter; t += 8) {
+    Floats8 v[4];
+    for (int s = 0; s < 4; ++s) {
+      const int64_t column = first + s * quarter + t;
+      v[s] = load8(x, row * plan.columns + column, type);
+      if (column_scale) v[s] *= load8(column_scale, column, kFloat16);
+    }
+    typedef int32_t Order __attribute__((vector_size(32)));
+    const Order low = {0, 8, 1, 9, 2, 10, 3, 11}, high = {4, 12, 5, 13, 6, 14, 7, 15};
+    const Order front = {0, 1, 8, 9, 2, 3, 10, 11}, back = {4, 5, 12, 13, 6, 7, 14, 15};
+    const Floats8 a = __builtin_shuffle(v[0], v[1], low), b = __builtin_shuffle(v[2], v[3], low);
+    const Floats8 c = __builtin_shuffle(v[0], v[1], high), d = __builtin_shuffle(v[2], v[3], high);
+    float* const to = out + 4 * t;
+    store(to, __builtin_shuffle(a, b, front));
+    store(to + 8, __builtin_shuffle(a, b, back));
+    store(to + 16, __builtin_shuffle(c, d, front));
+    store(to + 24, __builtin_shuffle(c, d, back));
+  }
+}
+
+// The same for a whole row, [columns] to [columns].
 inline void arrange_row(const Plan& plan, const void* x, int64_t row, int64_t type,
                         const uint16_t* column_scale, float* out) {
-  for (int64_t first = 0; first < plan.columns; first += plan.group_size) {
-    const int64_t quarter = smaller(plan.group_size, plan.columns - first) / 4;
-    for (int64_t t = 0; t < quarter; t += 8) {
-      Floats8 v[4];
-      for (int s = 0; s < 4; ++s) {
-        const int64_t column = first + s * quarter + t;
-        v[s] = load8(x, row * plan.columns + column, type);
-        if (column_scale) v[s] *= load8(column_scale, column, kFloat16);
-      }
-      typedef int32_t Order __attribute__((vector_size(32)));
-      const Order low = {0, 8, 1, 9, 2, 10, 3, 11}, high = {4, 12, 5, 13, 6, 14, 7, 15};
-      const Order front = {0, 1, 8, 9, 2, 3, 10, 11}, back = {4, 5, 12, 13, 6, 7, 14, 15};
-      const Floats8 a = __builtin_shuffle(v[0], v[1], low), b = __builtin_shuffle(v[2], v[3], low);
-      const Floats8 c = __builtin_shuffle(v[0], v[1], high), d = __builtin_shuffle(v[2], v[3], high);
-      float* const to = out + first + 4 * t;
-      store(to, __builtin_shuffle(a, b, front));
-      store(to + 8, __builtin_shuffle(a, b, back));
-      store(to + 16, __builtin_shuffle(c, d, front));
-      store(to + 24, __builtin_shuffle(c, d, back));
-    }
-  }
+  for (int64_t first = 0; first < plan.columns; first += plan.group_size)
+    arrange_group(plan, x, row, type, column_scale, first, out + first);
 }
 
 }  // namespace

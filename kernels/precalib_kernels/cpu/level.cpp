@@ -170,8 +170,6 @@ class DigitMemory {
       : tiles_(count * byte_tiles(plan) * kDigits * kByteTile), units_(count * plan.groups * kTile),
         totals_(count * plan.groups * kTile), starts_(count * plan.groups * kTile * kDigits),
         columns_(plan.salient_count ? count * plan.columns * kTile : 0), all_(count) {
-    if (plan.salient_count)  // of rows that are not there, too
-      std::memset(columns_.data, 0, size_t(count * plan.columns * kTile) * sizeof(float));
     for (int64_t i = 0; i < count; ++i) {
       const int64_t groups = i * plan.groups * kTile;
       all_.data[i] = {tiles_.data + i * byte_tiles(plan) * kDigits * kByteTile,
@@ -193,31 +191,36 @@ template <int kBits, int kDigits>
 void run_digits(const Work& work) {
   constexpr int kMost = kDigits == 2 ? 2 : 1;  // blocks whose sums fit into tiles
   constexpr int64_t kSize = kTile * kLanes;    // sums of a block and a tile of rows
+  const Call& call = work.call;
   const Plan& plan = work.plan;
   const Table<kBits + 2> table(plan.levels);
-  const int64_t slab = smaller(kDigitSlab, work.call.rows);
+  const int64_t slab = smaller(kDigitSlab, call.rows);
   const int64_t row_tiles = (slab + kTile - 1) / kTile;
   const int64_t pairs = count_pairs(plan), chunk_pairs = chunk_size(work, kChunkPairs);
   const int64_t span = kSalientColumns / plan.group_size + 1;
   DigitMemory<kDigits> x(plan, work.variants * row_tiles);
 #pragma omp parallel if (!work.alone)
   {
-    const Tiles registers(work.call.rows);
+    const Tiles registers(call.rows);
     Chunk chunk(chunk_pairs);
-    Buffer<float> arranged(plan.columns), sums(chunk_pairs * 2 * row_tiles * kSize);
+    Buffer<float> arranged(kTile * plan.group_size), sums(chunk_pairs * 2 * row_tiles * kSize);
     Buffer<float> salient(plan.salient_count ? chunk_pairs * 2 * row_tiles * kSize : 0);
     Buffer<Change> changes(span * plan.salient_count);
-    Buffer<int8_t> digits(kDigits * plan.columns);
-    Buffer<Fixed<kDigits>> groups(plan.groups);
     Buffer<uint8_t> levels(4 * byte_tiles(smaller(plan.group_size, plan.columns)) * kByteTile);
-    for (int64_t first = 0; first < work.call.rows; first += slab) {
-      const int64_t rows = smaller(slab, work.call.rows - first);
+    for (int64_t first = 0; first < call.rows; first += slab) {
+      const int64_t rows = smaller(slab, call.rows - first);
 #pragma omp for
-      for (int64_t i = 0; i < work.variants * rows; ++i) {
-        const int64_t variant = i / rows, row = i % rows;
-        work.arrange(first + row, variant, arranged.data);
-        set_digits<kDigits>(plan, arranged.data, row % kTile, digits.data, groups.data,
-                            x[variant * row_tiles + row / kTile]);
+      for (int64_t i = 0; i < work.variants * row_tiles * plan.groups; ++i) {
+        const int64_t tile = i / plan.groups, group = i % plan.groups;  // of all variants
+        const int64_t top = tile % row_tiles * kTile, there = smaller(kTile, rows - top);
+        if (there <= 0) continue;
+        for (int64_t r = 0; r < there; ++r)
+          arrange_group(plan, call.x, first + top + r, call.type,
+                        work.column_scale(tile / row_tiles), group * plan.group_size,
+                        arranged.data + r * plan.group_size);
+        std::memset(arranged.data + there * plan.group_size, 0,
+                    size_t((kTile - there) * plan.group_size) * sizeof(float));
+        set_digits<kDigits>(plan, arranged.data, group, there, x[tile]);
       }
 #pragma omp for
       for (int64_t at = 0; at < pairs; at += chunk_pairs) {

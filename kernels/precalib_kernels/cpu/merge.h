@@ -136,7 +136,8 @@ class Merge {
       store(out + (4 * step + 2) * kLanes, bfloat_pairs(weights(std::integral_constant<int, 2>{}),
                                                         weights(std::integral_constant<int, 3>{})));
     };
-    decode_chunk<kBits, kFrom, kFrom + 2>(group_.planes, group_.chunks, chunk_, use);
+    decode_chunk<kBits, kFrom, kFrom + 2>(group_.planes, group_.chunks, chunk_,
+                                          2 * plan_.block_bytes, use);
   }
 
   // Long before they are read back, which takes longer at once.

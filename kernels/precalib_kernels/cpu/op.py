@@ -19,6 +19,60 @@ _LIBRARY.define(
 )
 
 
+class Product:
+    """x·Ŵᵀ + bias for packed forms of one kind; all that does not depend on x is done once.
+
+    Raises FormatError for a level that this machine does not have.
+    """
+
+    def __init__(self, layout: str, columns: int, part_sizes: tuple[int, ...], level: str) -> None:
+        if level not in library.machine_levels():
+            raise FormatError(f"this machine has no {level}")
+        self.plan = Plan(Layout.from_text(layout), columns, part_sizes)
+        self.outputs = sum(part_sizes)
+        self._nbytes = self.plan.nbytes
+        self._address = self.plan.address
+        self._level = library.LEVELS.index(level)
+        self._run = library.load().precalib_linear
+
+    def check(self, x: Tensor, packed: Tensor, bias: Tensor | None) -> None:
+        """Raise FormatError for sizes and types that do not belong together."""
+        if x.dtype not in TYPES:
+            raise FormatError(f"x is {x.dtype}, expected one of {', '.join(map(str, TYPES))}")
+        if x.shape[-1] != self.plan.columns:
+            raise FormatError(f"x has {x.shape[-1]} columns, expected {self.plan.columns}")
+        if packed.dtype != torch.uint8 or packed.numel() != self._nbytes:
+            raise FormatError(
+                f"the packed weight is {packed.numel()} of {packed.dtype}, "
+                f"expected {self._nbytes} of torch.uint8"
+            )
+        if bias is not None and (bias.shape != (self.outputs,) or bias.dtype != x.dtype):
+            raise FormatError(
+                f"bias is {list(bias.shape)} {bias.dtype}, expected [{self.outputs}] {x.dtype}"
+            )
+
+    def __call__(self, x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+        """As `linear`."""
+        self.check(x, packed, bias)
+        x, packed = x.contiguous(), packed.contiguous()
+        bias = None if bias is None else bias.contiguous()
+        y = x.new_empty((*x.shape[:-1], self.outputs))
+        self._run(
+            self._address,
+            self._level,
+            packed.data_ptr(),
+            x.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            y.data_ptr(),
+            x.numel() // self.plan.columns,
+            TYPES[x.dtype],
+        )
+        return y
+
+
+product = functools.lru_cache(maxsize=1024)(Product)
+
+
 def linear(
     x: Tensor, packed: Tensor, bias: Tensor | None, part_sizes: list[int], layout: str, level: str
 ) -> Tensor:
@@ -30,53 +84,14 @@ def linear(
 
     Raises FormatError for sizes that do not belong together.
     """
-    plan = _checked_plan(x, packed, bias, part_sizes, layout)
-    if level not in library.machine_levels():
-        raise FormatError(f"this machine has no {level}")
-    x, packed = x.contiguous(), packed.contiguous()
-    bias = None if bias is None else bias.contiguous()
-    y = x.new_empty((*x.shape[:-1], sum(part_sizes)))
-    library.load().precalib_linear(
-        plan.address,
-        library.LEVELS.index(level),
-        packed.data_ptr(),
-        x.data_ptr(),
-        None if bias is None else bias.data_ptr(),
-        y.data_ptr(),
-        x.numel() // plan.columns,
-        TYPES[x.dtype],
-    )
-    return y
+    return product(layout, int(x.shape[-1]), tuple(part_sizes), level)(x, packed, bias)
 
 
 def _fake(
-    x: Tensor, packed: Tensor, bias: Tensor | None, part_sizes: list[int], layout: str, _level: str
+    x: Tensor, packed: Tensor, bias: Tensor | None, part_sizes: list[int], layout: str, level: str
 ) -> Tensor:
-    _checked_plan(x, packed, bias, part_sizes, layout)
+    product(layout, int(x.shape[-1]), tuple(part_sizes), level).check(x, packed, bias)
     return x.new_empty((*x.shape[:-1], sum(part_sizes)))
-
-
-def _checked_plan(
-    x: Tensor, packed: Tensor, bias: Tensor | None, part_sizes: list[int], layout: str
-) -> Plan:
-    plan = _plan(layout, int(x.shape[-1]), tuple(part_sizes))
-    if x.dtype not in TYPES:
-        raise FormatError(f"x is {x.dtype}, expected one of {', '.join(map(str, TYPES))}")
-    if packed.dtype != torch.uint8 or packed.numel() != plan.nbytes:
-        raise FormatError(
-            f"the packed weight is {packed.numel()} of {packed.dtype}, "
-            f"expected {plan.nbytes} of torch.uint8"
-        )
-    if bias is not None and (bias.shape != (sum(part_sizes),) or bias.dtype != x.dtype):
-        raise FormatError(
-            f"bias is {list(bias.shape)} {bias.dtype}, expected [{sum(part_sizes)}] {x.dtype}"
-        )
-    return plan
-
-
-@functools.lru_cache(maxsize=1024)
-def _plan(layout: str, columns: int, part_sizes: tuple[int, ...]) -> Plan:
-    return Plan(Layout.from_text(layout), columns, part_sizes)
 
 
 _LIBRARY.impl("cpu_linear", linear, "CPU")

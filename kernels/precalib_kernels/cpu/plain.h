@@ -18,7 +18,7 @@ inline void unpack_floats(const Plan& plan, const Block& block, const Group& gro
                           const Table<kBits + 2>& table, float* weights) {
   const Floats scale = group_scales(plan, block, group);
   const Floats zero = plan.uniform ? floats_of_bytes(group.zeros) : Floats{};
-  decode<kBits>(group.planes, group.chunks, [&](int64_t step, Shorts index, auto) {
+  decode<kBits>(group.planes, group.chunks, plan.block_bytes, [&](int64_t step, Shorts index, auto) {
     const Ints levels = (Ints)table.find(index);
     for (int s = 0; s < 4; ++s) {
       const Floats level = to_floats(levels << (24 - 8 * s) >> 24);

@@ -59,6 +59,9 @@ struct Buffer {
   Buffer(const Buffer&) = delete;
 };
 
+// Into the second cache, for soon.
+inline void fetch(const uint8_t* from) { _mm_prefetch((const char*)from, _MM_HINT_T1); }
+
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Bits of a where mask is set, of b elsewhere.
