@@ -18,7 +18,7 @@ from precalib_kernels.gpu import sparse
 from precalib_kernels.layout import pack_bits
 from vllm_precalib.backend import Backend, Task
 from vllm_precalib.compat import vllm_names
-from vllm_precalib.triton_backend import first_visit
+from vllm_precalib.triton_backend import first_inputs
 
 with vllm_names():
     from vllm.model_executor.kernels.linear import (
@@ -213,13 +213,8 @@ def reason_against(task: Task, rows: int) -> str | None:
 
 def warm_up(backend: StockBackend, layer: torch.nn.Module, device: torch.device) -> None:
     """Run every kernel of `gpu.sparse` once, for the first layer of its kind in this process."""
-    task = backend.task
-    if next(first_visit(backend.name, task, device)):
-        bias = torch.zeros(sum(task.part_sizes), dtype=task.dtype, device=device)
-        for rows in sparse.warm_up_rows():
-            x = torch.zeros((rows, task.input_size), dtype=task.dtype, device=device)
-            for given in (None, bias):
-                backend.apply(layer, x, given)
+    for x, bias in first_inputs(backend.name, backend.task, device, sparse.warm_up_rows()):
+        backend.apply(layer, x, bias)
 
 
 def shortened(refusals: str) -> str:

@@ -1,8 +1,6 @@
 """Backend `triton`: fused kernels for NVIDIA and AMD GPUs, straight from packed weights."""
 
-import functools
-import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -16,6 +14,8 @@ from vllm_precalib.compat import vllm_names
 with vllm_names():
     from vllm.platforms import current_platform
     from vllm.triton_utils import HAS_TRITON
+
+_warm: set[tuple[str, Task, torch.device]] = set()  # kinds of layers whose kernels are compiled
 
 MIN_CAPABILITY = 80  # NVIDIA: tensor-core products of 16 columns and asynchronous copies
 
@@ -67,17 +67,21 @@ class TritonBackend(Backend):
 
 def warm_up(task: Task, arrays: tuple[Tensor, ...]) -> None:
     """Run the operator once for every kernel, for the first layer of its kind in this process."""
-    if next(first_visit(task, arrays[0].device)):
-        bias = torch.zeros(sum(task.part_sizes), dtype=task.dtype, device=arrays[0].device)
-        for rows in linear.warm_up_rows():
-            x = torch.zeros((rows, task.input_size), dtype=task.dtype, device=arrays[0].device)
-            for given in (None, bias):
-                linear.gpu_linear(
-                    x, list(arrays), given, list(task.part_sizes), task.layout.to_text()
-                )
+    device, parts, layout = arrays[0].device, list(task.part_sizes), task.layout.to_text()
+    for x, bias in first_inputs(TritonBackend.name, task, device, linear.warm_up_rows()):
+        linear.gpu_linear(x, list(arrays), bias, parts, layout)
 
 
-@functools.lru_cache(maxsize=1024)
-def first_visit(*kind: object) -> Iterator[bool]:  # noqa: ARG001, it is the key of the cache
-    """True once for each kind of layer, then False."""
-    return itertools.chain([True], itertools.repeat(False))
+def first_inputs(
+    backend: str, task: Task, device: torch.device, row_counts: Iterable[int]
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Inputs of so many rows, without and with bias, for the first layer of its kind; else none."""
+    kind = backend, task, device
+    if kind in _warm:
+        return
+    _warm.add(kind)
+    bias = torch.zeros(sum(task.part_sizes), dtype=task.dtype, device=device)
+    for rows in row_counts:
+        x = torch.zeros((rows, task.input_size), dtype=task.dtype, device=device)
+        yield x, None
+        yield x, bias

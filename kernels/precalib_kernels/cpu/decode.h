@@ -165,6 +165,11 @@ inline Floats group_scales(const Plan& plan, const Block& block, const Group& gr
   return factor * floats_of_halves(group.scales);
 }
 
+// Zero points of the group, float32; zeros where levels have none.
+inline Floats group_zeros(const Plan& plan, const Group& group) {
+  return plan.uniform ? floats_of_bytes(group.zeros) : Floats{};
+}
+
 // One salient weight of each row.
 struct Salient {
   Ints position;  // 4 * step + segment

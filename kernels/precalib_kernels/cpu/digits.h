@@ -53,8 +53,7 @@ void set_digits(const Plan& plan, const float* x, int64_t group, int64_t rows, c
     for (int d = 0; d < kDigits; ++d)
       out.starts[(group * kDigits + d) * kTile + r] = kLevelShift / 128 * fixed.start[d];
   }
-  const Ints down = Ints{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} *
-                    int32_t(plan.group_size);
+  const Ints down = kLaneNumbers * int32_t(plan.group_size);
   if (plan.salient_count)
     for (int64_t k = 0; k < count; ++k)
       store(out.columns + (first + k) * kTile, look_up(x + k, down));
@@ -148,7 +147,7 @@ inline void find_changes(const Plan& plan, const Block& block, const Table<kBits
   for (int64_t g = first_group; g < last_group; ++g) {
     const Group group = find_group(plan, block, g);
     const Floats scale = group_scales(plan, block, group);
-    const Floats zero = plan.uniform ? floats_of_bytes(group.zeros) : Floats{};
+    const Floats zero = group_zeros(plan, group);
     for (int64_t j = 0; j < plan.salient_count; ++j, ++changes) {
       const Salient salient = find_salient<kBits>(plan, block, group, table, j);
       const Floats base = (salient.level - zero) * scale;
@@ -170,7 +169,7 @@ inline void add_changes(const Change* changes, int64_t count, const float* colum
 
 // totals: [row of x][row of the block] += the above, turned.
 inline void add_turned(const float* sums, int64_t rows, float* totals) {
-  const Ints down = Ints{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} * kTile;
+  const Ints down = kLaneNumbers * kTile;
   for (int64_t r = 0; r < rows; ++r)
     store(totals + r * kLanes, load<Floats>(totals + r * kLanes) + look_up(sums + r, down));
 }
@@ -186,10 +185,8 @@ template <int kBits, int kBlocks>
 class Levels {
  public:
   Levels(const Plan& plan, const Block* blocks)
-      : plan_(plan), blocks_(blocks),
-        stride_(byte_tiles(smaller(plan.group_size, plan.columns)) * kByteTile) {
-    table_ = shifted_levels<kBits>(plan, kLevelShift);
-  }
+      : plan_(plan), blocks_(blocks), table_(shifted_levels<kBits>(plan, kLevelShift)),
+        stride_(byte_tiles(smaller(plan.group_size, plan.columns)) * kByteTile) {}
   int64_t stride() const { return stride_; }
 
   // to: [kBlocks][tiles][16][64].
@@ -223,7 +220,7 @@ class Levels {
     Scales<kBlocks> out;
     for (int b = 0; b < kBlocks; ++b) {
       out.scale[b] = group_scales(plan_, blocks_[b], groups_[b]);
-      out.zero[b] = plan_.uniform ? floats_of_bytes(groups_[b].zeros) : Floats{};
+      out.zero[b] = group_zeros(plan_, groups_[b]);
     }
     return out;
   }

@@ -53,7 +53,7 @@ void dot_block(const Plan& plan, const Block& block, const float* x, const int8_
     };
     decode<kBits>(group.planes, group.chunks, plan.block_bytes, add);
     const Floats scale = group_scales(plan, block, group);
-    const Floats zero = plan.uniform ? floats_of_bytes(group.zeros) : Floats{};
+    const Floats zero = group_zeros(plan, group);
     for (int r = 0; r < kRows; ++r) {
       const Fixed<kDigits>& fixed = groups[r * plan.groups + g];
       Floats dot = {};

@@ -68,12 +68,12 @@ void store_tiles(const Work& work, const Block* blocks, int64_t first, int64_t r
 
 // Pairs of blocks that a thread computes side by side.
 struct Chunk {
-  int64_t first, count;
+  const int64_t size;
+  int64_t count = 0;
   Buffer<Pair> pairs;
 
-  explicit Chunk(int64_t size) : first(0), count(0), pairs(size) {}
-  void find(const Work& work, int64_t at, int64_t size) {
-    first = at;
+  explicit Chunk(int64_t size) : size(size), pairs(size) {}
+  void find(const Work& work, int64_t at) {
     count = smaller(size, count_pairs(work.plan) - at);
     for (int64_t p = 0; p < count; ++p)
       pairs.data[p] = find_pair(work.plan, work.call.packed, at + p);
@@ -93,10 +93,10 @@ struct Chunk {
   }
 };
 
-// At most `most`, and enough chunks for all threads.
-int64_t chunk_size(const Work& work, int64_t most) {
+// Pairs of a chunk: at most kChunkPairs, and so few that there is enough for all threads.
+int64_t chunk_size(const Work& work) {
   const int64_t share = count_pairs(work.plan) / (work.alone ? 1 : 4 * omp_get_max_threads());
-  return share < 1 ? 1 : smaller(share, most);
+  return share < 1 ? 1 : smaller(share, kChunkPairs);
 }
 
 template <int kBits>
@@ -196,7 +196,7 @@ void run_digits(const Work& work) {
   const Table<kBits + 2> table(plan.levels);
   const int64_t slab = smaller(kDigitSlab, call.rows);
   const int64_t row_tiles = (slab + kTile - 1) / kTile;
-  const int64_t pairs = count_pairs(plan), chunk_pairs = chunk_size(work, kChunkPairs);
+  const int64_t pairs = count_pairs(plan), chunk_pairs = chunk_size(work);
   const int64_t span = kSalientColumns / plan.group_size + 1;
   DigitMemory<kDigits> x(plan, work.variants * row_tiles);
 #pragma omp parallel if (!work.alone)
@@ -224,7 +224,7 @@ void run_digits(const Work& work) {
       }
 #pragma omp for
       for (int64_t at = 0; at < pairs; at += chunk_pairs) {
-        chunk.find(work, at, chunk_pairs);
+        chunk.find(work, at);
         const auto inputs = [&](const Block& block) { return &x[work.variant(block) * row_tiles]; };
         const auto at_block = [&](int64_t p, int b) { return (2 * p + b) * row_tiles * kSize; };
         chunk.template for_each<kMost>([&]<int kBlocks>(int64_t p, const Block* blocks, int b) {
@@ -266,7 +266,7 @@ void run_merged(const Work& work) {
   const Plan& plan = work.plan;
   const int64_t slab = smaller(kSlabRows, (work.call.rows + kTile - 1) / kTile * kTile);
   const int64_t pairs = count_pairs(plan);
-  const int64_t chunk_pairs = chunk_size(work, kChunkPairs);
+  const int64_t chunk_pairs = chunk_size(work);
   Buffer<uint16_t> x(work.variants * slab * plan.columns);
 #pragma omp parallel if (!work.alone)
   {
@@ -285,7 +285,7 @@ void run_merged(const Work& work) {
       }
 #pragma omp for
       for (int64_t at = 0; at < pairs; at += chunk_pairs) {
-        chunk.find(work, at, chunk_pairs);
+        chunk.find(work, at);
         int64_t count = 0;
         chunk.for_each<2>([&]<int kBlocks>(int64_t p, const Block* blocks, int) {
           shares.data[count++] = {blocks, kBlocks,

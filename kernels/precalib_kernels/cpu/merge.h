@@ -15,13 +15,9 @@ constexpr int kPairColumns = 32;  // columns in a tile of bfloat16
 constexpr int kPairTile = kTile * kPairColumns;
 constexpr int kSpanColumns = 512;  // about: whole groups
 
-inline int64_t span_groups(const Plan& plan) {
-  const int64_t groups = kSpanColumns / plan.group_size;
-  return groups ? groups : 1;
-}
-
 inline int64_t span_columns(const Plan& plan) {
-  return smaller(span_groups(plan) * plan.group_size, plan.columns);
+  const int64_t groups = kSpanColumns / plan.group_size;
+  return smaller((groups ? groups : 1) * plan.group_size, plan.columns);
 }
 
 // One row of x into tiles [span][tile of rows][32 columns' tile][16][32]; `padded` rows in all.
@@ -108,7 +104,7 @@ class Merge {
     const Floats scale = (Floats)rounded;
     scale_ = 256 * scale;
     offset_ = -32896 * scale;
-    if (plan_.uniform) offset_ -= floats_of_bytes(group_.zeros) * scale;
+    offset_ -= group_zeros(plan_, group_) * scale;
     find(block);
   }
 
@@ -142,13 +138,12 @@ class Merge {
 
   // Long before they are read back, which takes longer at once.
   void find(const Block& block) {
-    const Ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     for (int64_t j = 0; j < plan_.salient_count; ++j) {
       const Salient salient = find_salient<kBits>(plan_, block, group_, table_, j);
       const Ints segment = salient.position & 3, step = salient.position >> 2;
       Change& change = salient_.data[j];
       store(change.value, to_bfloats(salient.value));
-      store(change.place, ((2 * step + (segment >> 1)) * kLanes + lane) * 2 + (segment & 1));
+      store(change.place, ((2 * step + (segment >> 1)) * kLanes + kLaneNumbers) * 2 + (segment & 1));
       change.used = unsigned(_mm512_movepi32_mask((__m512i)salient.used));
     }
   }

@@ -17,7 +17,7 @@ template <int kBits>
 inline void unpack_floats(const Plan& plan, const Block& block, const Group& group,
                           const Table<kBits + 2>& table, float* weights) {
   const Floats scale = group_scales(plan, block, group);
-  const Floats zero = plan.uniform ? floats_of_bytes(group.zeros) : Floats{};
+  const Floats zero = group_zeros(plan, group);
   decode<kBits>(group.planes, group.chunks, plan.block_bytes, [&](int64_t step, Shorts index, auto) {
     const Ints levels = (Ints)table.find(index);
     for (int s = 0; s < 4; ++s) {

@@ -35,18 +35,6 @@ inline void store(void* to, T value) {
   std::memcpy(to, &value, sizeof value);
 }
 
-// A vector's lanes in memory. Out of the compiler's sight, or it takes them from the register one by
-// one, which takes longer.
-template <class Lane, class Vector>
-struct Lanes {
-  alignas(64) Lane of[sizeof(Vector) / sizeof(Lane)];
-  explicit Lanes(Vector v) {
-    store(of, v);
-    asm("" : "+m"(*this));
-  }
-  Lane operator[](int lane) const { return of[lane]; }
-};
-
 // Memory of one call or thread.
 template <class T>
 struct Buffer {
@@ -69,6 +57,8 @@ template <class T>
 inline T select(T mask, T a, T b) {
   return (a & mask) | (b & ~mask);
 }
+
+constexpr Ints kLaneNumbers = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
 inline Floats to_floats(Ints v) { return __builtin_convertvector(v, Floats); }
 
@@ -195,7 +185,6 @@ struct Table {
   static constexpr int kParts = kBits > 6 ? 2 : 1;
   __m512i part[kParts];
 
-  Table() = default;
   explicit Table(const int8_t* values) {
     for (int i = 0; i < kParts; ++i) part[i] = _mm512_loadu_si512(values + 64 * i);
   }
@@ -207,7 +196,6 @@ struct Table {
   static constexpr int kParts = kBits > 4 ? 1 << (kBits - 4) : 1;
   __m256i part[kParts];
 
-  Table() = default;
   explicit Table(const int8_t* values) {
     for (int i = 0; i < kParts; ++i)
       part[i] = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)(values + 16 * i)));

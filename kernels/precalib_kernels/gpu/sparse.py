@@ -65,10 +65,20 @@ def gpu_sparse(
     y: [..., N];  x: [..., K];  positions, values, unit: see `salient_arrays`;  bias: [N] or None.
     """
     _check(y, x, positions, values, unit, group_size)
+    from precalib_kernels.gpu.sparse_kernel import sparse_kernel
+
     out = empty_result(x, bias, y.shape[-1])
-    flat = x.reshape(-1, x.shape[-1])
-    if flat.shape[0]:
-        _launch(out, y.contiguous(), flat, positions, values, unit, bias, group_size)
+    flat, y = x.reshape(-1, x.shape[-1]), y.contiguous()
+    rows, columns = flat.shape
+    outputs, slots = positions.shape
+    blocks = sparse_blocks(rows)
+    if rows:
+        sparse_kernel[(-(-outputs // blocks.block_n), -(-rows // blocks.block_m))](
+            out, y, by_column(flat, blocks), y if bias is None else bias, positions, values, unit,
+            rows, outputs, columns, slots, GROUP=group_size,
+            COUNT=slots // -(-columns // group_size), **specialization(blocks, bias is not None),
+            num_warps=blocks.warps,
+        )  # fmt: skip
     return out
 
 
@@ -84,30 +94,6 @@ def _(
 ) -> Tensor:
     _check(y, x, positions, values, unit, group_size)
     return empty_result(x, bias, int(y.shape[-1]))
-
-
-def _launch(
-    out: Tensor,
-    y: Tensor,
-    x: Tensor,
-    positions: Tensor,
-    values: Tensor,
-    unit: Tensor,
-    bias: Tensor | None,
-    group_size: int,
-) -> None:
-    from precalib_kernels.gpu.sparse_kernel import sparse_kernel
-
-    rows, columns = x.shape
-    outputs, slots = positions.shape
-    blocks = sparse_blocks(rows)
-    row_blocks = -(-rows // blocks.block_m)
-    sparse_kernel[(-(-outputs // blocks.block_n), row_blocks)](
-        out, y, by_column(x, blocks), y if bias is None else bias, positions, values, unit,
-        rows, outputs, columns, slots, GROUP=group_size,
-        COUNT=slots // -(-columns // group_size), **specialization(blocks, bias is not None),
-        num_warps=blocks.warps,
-    )  # fmt: skip
 
 
 def by_column(x: Tensor, blocks: SparseBlocks) -> Tensor:
