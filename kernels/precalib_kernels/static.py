@@ -177,7 +177,7 @@ def report(chips: list[Chip], names: list[str], rows: list[int]) -> Iterator[str
         plain = {m: max(chip.seconds(2 * weights, 0, 2 * weights * m).values()) for m in rows}
         for name in names:
             for m in rows:
-                blocks = blocks_for(family, m, LAYOUTS[name].bits)
+                blocks = blocks_for(family, m, form_of(LAYOUTS[name]).step)
                 if blocks is None:
                     seconds, bound = panel_seconds(chip, LAYOUTS[name], m)
                     row = f"| {name} | {m} | – | | | | | "
@@ -214,7 +214,7 @@ def check_all() -> Iterator[str]:
         family = "hip" if target.startswith("gfx") else "cuda"
         for most in TABLE[family]:
             for name, layout in LAYOUTS.items():
-                blocks = blocks_for(family, most, layout.bits)
+                blocks = blocks_for(family, most, form_of(layout).step)
                 assert blocks is not None
                 try:
                     made = ahead.compile_product(layout, blocks, target)

@@ -20,7 +20,7 @@ def prepare_kernel(
     dots,  # out: float16 [parts, blocks, padded / 16, BLOCK_M, 16]
     by_column,  # out: float16 [parts, blocks, padded, BLOCK_M]
     start,  # out: float32 [parts, blocks, groups, BLOCK_M]: minus offset times sum of dots
-    sums,  # out: float32 [parts, blocks, groups, BLOCK_M]: sums of x
+    sums,  # out: float32 [parts, blocks, groups, BLOCK_M]: sums of x over level step
     inverse,  # out: float32 [parts, blocks * BLOCK_M]: what undoes the power of two
     counters,  # out: int32, zeroed: arrivals of split programs
     counter_count,
@@ -29,6 +29,7 @@ def prepare_kernel(
     padded,  # columns of whole steps
     row_stride,
     OFFSET: tl.constexpr,
+    LEVEL_STEP: tl.constexpr,
     GROUP: tl.constexpr,
     MODE: tl.constexpr,
     J: tl.constexpr,
@@ -79,9 +80,9 @@ def prepare_kernel(
         kept = group < padded // GROUP
         grouped = tl.reshape(stored.to(tl.float32), (BLOCK_K // GROUP, GROUP))
         tl.store(start + at, -OFFSET * tl.sum(grouped, 1), mask=kept)
-        if MODE == "uniform":
+        if MODE == "uniform" or MODE == "in place":
             grouped = tl.reshape(half.to(tl.float32), (BLOCK_K // GROUP, GROUP))
-            tl.store(sums + at, tl.sum(grouped, 1), mask=kept)
+            tl.store(sums + at, tl.sum(grouped, 1) / LEVEL_STEP, mask=kept)
     if (m == 0) & (part == 0):
         for first in tl.range(0, counter_count, BLOCK_K):
             tl.store(counters + first + k, k * 0, mask=first + k < counter_count)

@@ -28,7 +28,7 @@ from precalib_kernels.layout import Layout
 POINTERS = {
     "x": "bf16", "y": "bf16", "out": "bf16", "bias": "bf16", "weight": "bf16",
     "column_scale": "fp16", "words": "i16", "zeros": "u8", "carries": "i16", "positions": "u8",
-    "values": "fp16", "row_unit": "fp32", "salient_unit": "fp32", "table": "u8",
+    "values": "fp16", "lines": "fp16", "row_unit": "fp32", "salient_unit": "fp32", "table": "u8",
     "constants": "i16", "tiles": "i32", "dots": "fp16", "by_column": "fp16", "start": "fp32",
     "sums": "fp32", "inverse": "fp32", "shares": "fp32", "counters": "i32",
 }  # fmt: skip
@@ -78,6 +78,7 @@ def compile_dequantize(layout: Layout, target: str) -> Compiled:
     constants = specialization(form, target.startswith("sm_")) | {
         "SCALED": layout.column_scale,
         "OFFSET": form.offset,
+        "LEVEL_STEP": form.level_step,
     }
     return _compile(dequantize_kernel, form, constants, target, 2, 3)
 
@@ -87,6 +88,7 @@ def compile_prepare(layout: Layout, block_m: int, block_k: int, target: str) -> 
     form = form_of(layout)
     constants = {
         "OFFSET": form.offset,
+        "LEVEL_STEP": form.level_step,
         "GROUP": form.group,
         "MODE": form.mode,
         "J": form.chain_tiles,

@@ -18,12 +18,17 @@ def assembler(form: Form) -> str:
     """PTX that turns the nibble tiles of a chain into the halves of their dots.
 
     Operands: 4·J outputs; with a table the rows of `constants`; with a trellis the pair's carry,
-    twice; J tiles. Every register holds two neighbouring int16 or fp16 elements.
+    twice; in place the classes, then slope and offset for either half of a tile; J tiles. Every
+    register holds two neighbouring int16 or fp16 elements.
     """
     tiles = form.chain_tiles
     lines = [".reg .b32 p, q, f, x, s, m, a, lo, hi, low, high, ones;"]
     first = 4 * tiles
-    if form.mode != "uniform":
+    if form.mode == "in place":
+        lines.append(f"mov.b32 p, ${first};")
+        halves = [(f"${first + i}", f"${first + i + 1}") for i in (1, 3)]
+        first += 5
+    elif form.mode != "uniform":
         lines.append(
             f"mov.b32 low, ${first}; mov.b32 high, ${first + 1}; mov.b32 ones, ${first + 2};"
         )
@@ -36,6 +41,8 @@ def assembler(form: Form) -> str:
         word, out = f"${first + tile}", [f"${4 * tile + i}" for i in range(4)]
         if form.mode == "uniform":
             lines += _uniform(form.bits, word, out)
+        elif form.mode == "in place":
+            lines += _in_place(form.bits, word, halves, out)
         else:
             lines += _lookup(form, word, out)
     return "{\n" + "\n".join(lines) + "\n}"
@@ -43,7 +50,7 @@ def assembler(form: Form) -> str:
 
 def constraints(form: Form) -> str:
     """Register classes of `assembler`'s operands."""
-    inputs = form.chain_tiles + {"uniform": 0, "table": 3, "trellis": 5}[form.mode]
+    inputs = form.chain_tiles + {"uniform": 0, "table": 3, "trellis": 5, "in place": 5}[form.mode]
     return ",".join(["=r"] * (4 * form.chain_tiles) + ["r"] * inputs)
 
 
@@ -91,6 +98,21 @@ def _uniform(bits: int, word: str, out: list[str]) -> list[str]:
         f"lop3.b32 {out[2]}, s, {even}, {magic}, {_AND_OR};",
         f"lop3.b32 {out[3]}, s, {odd}, {magic}, {_AND_OR};",
     ]
+
+
+def _in_place(bits: int, word: str, lines: list[tuple[str, str]], out: list[str]) -> list[str]:
+    """1 + code / 16, or slope times that plus offset where p has a sign bit."""
+    mask, text = f"{((1 << bits) - 1) * 0x400040:#x}", []
+    for i, shift in enumerate(("shl", "shl", "shr", "shr")):  # the code to bits 6 to 9
+        slope, offset = lines[i // 2]
+        text += [
+            f"{shift}.b32 s, {word}, {abs(6 - 4 * i)};",
+            f"lop3.b32 x, s, {mask}, 0x3c003c00, {_AND_OR};",
+            f"fma.rn.f16x2 a, x, {slope}, {offset};",
+            f"prmt.b32 m, p, p, {('0xbb99', '0xaa88')[i % 2]};",
+            f"lop3.b32 {out[i]}, a, x, m, {_BLEND};",
+        ]
+    return [*text[:10], "shl.b32 p, p, 1;", *text[10:]]
 
 
 def _lookup(form: Form, word: str, out: list[str]) -> list[str]:

@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
-from precalib_kernels.gpu.halves import chain_halves, step_tiles
-from precalib_kernels.gpu.product import group_scale
+from precalib_kernels.gpu.halves import chain_classes, chain_halves, nibble_tile, split_tiles
+from precalib_kernels.gpu.product import group_lines, group_scale
 
 
 @triton.jit(do_not_specialize=["first_tile", "columns"])
@@ -16,6 +16,7 @@ def dequantize_kernel(
     carries,
     positions,
     values,
+    lines,
     row_unit,
     salient_unit,
     table,
@@ -32,14 +33,16 @@ def dequantize_kernel(
     LOG8: tl.constexpr,
     SCALED: tl.constexpr,
     OFFSET: tl.constexpr,
+    LEVEL_STEP: tl.constexpr,
     ASM: tl.constexpr,
     REGISTERS: tl.constexpr,
     SPARE: tl.constexpr,
 ):
     """Program (tile of 64 rows, step). Arguments as in `product_kernel`."""
-    STEP: tl.constexpr = 256 if BITS == 3 else 128
-    TILES: tl.constexpr = 1 if BITS == 2 else (3 if BITS == 3 else 2)
-    J: tl.constexpr = 2 if GROUP == 128 else 1
+    STEP: tl.constexpr = 256 if BITS == 3 or MODE == "in place" else 128
+    STORED: tl.constexpr = STEP * BITS // 256  # tiles of codes
+    TILES: tl.constexpr = STORED + (MODE == "in place")
+    J: tl.constexpr = 2 if MODE == "trellis" and GROUP == 128 else 1
     GROUPS: tl.constexpr = STEP // GROUP
     tile, step = first_tile + tl.program_id(0), tl.program_id(1)
     inner = tl.arange(0, 64)
@@ -54,24 +57,31 @@ def dequantize_kernel(
     shift = tl.load(constants + 48 + r)
 
     here = words + step * TILES * padded_rows * 16 + n[:, None] * 16 + r[None, :]
-    nibbles = step_tiles(here, padded_rows * 16, BITS, SPARE)
+    held = split_tiles(here, padded_rows * 16, BITS, SPARE)
     unit = tl.load(row_unit + n)
     for chain in tl.static_range(STEP // 64 // J):
-        first_group = step * GROUPS + chain * GROUPS // (STEP // 64 // J)
+        first_group = step * GROUPS + chain * J * 64 // GROUP
         carry = n
+        line = ()
         if MODE == "trellis":
             carry = tl.load(carries + first_group * padded_rows + n)
+        if MODE == "in place":
+            carry = chain_classes(here, padded_rows * 16, chain, STORED, ASM)
+            line = group_lines(lines + first_group * 2 * padded_rows + n, padded_rows, GROUP)
+        first = nibble_tile(here, padded_rows * 16, held, chain * J, BITS)
+        second = nibble_tile(here, padded_rows * 16, held, chain * J + J - 1, BITS)
         halves = chain_halves(
-            nibbles[chain * J], nibbles[chain * J + J - 1], carry,
+            first, second, carry, line,
             low, high, ones, shift, table, BITS, MODE, J, ASM, REGISTERS,
         )  # fmt: skip
         for dot in tl.static_range(4 * J):
             group = first_group + dot * 16 // GROUP
             level = halves[dot].to(tl.float32) - OFFSET
-            if MODE == "uniform":
-                if dot % 2 == 1:
-                    level = (halves[dot].to(tl.float32) - 1024) * 0.0625
-                level -= tl.load(zeros + group * padded_rows + n).to(tl.float32)[:, None]
+            if MODE == "uniform" and dot % 2 == 1:
+                level *= 0.0625
+            if MODE == "uniform" or MODE == "in place":
+                zero = tl.load(zeros + group * padded_rows + n).to(tl.float32) / LEVEL_STEP
+                level -= zero[:, None]
             scale = group_scale(tl.load(scales + group * padded_rows + n), LOG8)
             value = level * (scale * unit)[:, None]
             column = dot_column(step * (STEP // 16) + chain * 4 * J + dot, r, GROUP, MODE, J)

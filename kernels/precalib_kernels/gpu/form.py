@@ -9,6 +9,12 @@ rows last or next to last, padded to `ROWS` per fused part, so a program reads w
     4 bits        two tiles a step
     3 bits        three tiles a step; their spare fourth bits are a fourth tile
     2 bits        one tile a step; its nibbles hold two codes
+    in place      a tile more in steps of 256 columns: bit 15 - 2t - i of word r is the class of
+                  code r of dot 2i of nibble tile t, and bit 7 - 2t - i that of dot 2i + 1
+
+Salient weights are few or many. A few have places of their own: position and difference to the
+base weight. Many stay in place: their codes lie among the others, and the class says by which
+grid a code is read, the group's or the row's.
 
 Uniform and plain table codes keep the order of the columns. A trellis runs down one pair of
 words after the other: pair w of a group of 64·J columns holds columns w·8·J … w·8·J + 8·J - 1,
@@ -24,7 +30,7 @@ from precalib_kernels.layout import Layout
 
 ROWS = 64  # rows of a tile; parts are padded to it
 DOT = 16  # columns of one dot
-Mode = Literal["uniform", "table", "trellis"]
+Mode = Literal["uniform", "table", "trellis", "in place"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +38,7 @@ class Form:
     """Constants of a layout's in-memory form; what a kernel is compiled for.
 
     bits, group: as in the layout.
-    mode:        how codes become levels.
+    mode:        how codes become levels; "in place" are uniform ones of two grids.
     table:       entries of the lookup, one byte each, in the order of stored codes.
     slots:       places for salient weights in a group.
     log8:        whether scales are bytes.
@@ -48,43 +54,50 @@ class Form:
     @property
     def step(self) -> int:
         """Columns of one step of the main loop."""
-        return 256 if self.bits == 3 else 128
+        return 256 if self.bits == 3 or self.mode == "in place" else 128
 
     @property
     def stored_tiles(self) -> int:
-        """Tiles of int16 words stored for one step."""
-        return {2: 1, 3: 3, 4: 2}[self.bits]
+        """Tiles of int16 words stored for one step, the classes included."""
+        return self.step * self.bits // 256 + (self.mode == "in place")
 
     @property
     def chain_tiles(self) -> int:
         """J: nibble tiles decoded together; a trellis runs through them."""
-        return 2 if self.group == 128 else 1
+        return 2 if self.mode == "trellis" and self.group == 128 else 1
 
     @property
     def offset(self) -> float:
         """What a decoded half is above the level (or half the level of a trellis).
 
         fp16 0x6400 + byte is 1024 + byte; table bytes are 128 + level. A trellis has 7-bit bytes
-        63.5 + level / 2, of which bit 7 is set as well.
+        63.5 + level / 2, of which bit 7 is set as well. In place it is 1 + level / 16: what is
+        off by 2**-11 of a salient weight in such a half should be little.
         """
-        return {"uniform": 1024.0, "table": 1152.0, "trellis": 1215.5}[self.mode]
+        return {"uniform": 1024.0, "table": 1152.0, "trellis": 1215.5, "in place": 1.0}[self.mode]
 
     @property
     def level_step(self) -> int:
         """Levels per unit of a decoded half: an odd table counts in twos."""
-        return 2 if self.mode == "trellis" else 1
+        return {"trellis": 2, "in place": 16}.get(self.mode, 1)
+
+    @property
+    def zero_points(self) -> bool:
+        """Whether groups have a zero point."""
+        return self.mode in ("uniform", "in place")
 
     def steps(self, input_size: int) -> int:
         """Steps of a row."""
         return -(-input_size // self.step)
 
     def bits_per_weight(self, input_size: int) -> float:
-        """Bits read per weight of a long row: words, scales, zero points, carries and slots."""
+        """Bits read per weight of a long row: words and what a group has besides."""
         side = 8 if self.log8 else 16
-        side += 8 if self.mode == "uniform" else 0
-        side += 16 if self.mode == "trellis" else 0
+        side += 8 if self.zero_points else 0
+        side += {"trellis": 16, "in place": 32}.get(self.mode, 0)
         columns = self.steps(input_size) * self.step
-        return (self.bits + (side + 24 * self.slots) / self.group) * columns / input_size
+        words = 256 * self.stored_tiles / self.step
+        return (words + (side + 24 * self.slots) / self.group) * columns / input_size
 
 
 def padded(rows: int) -> int:
@@ -110,10 +123,28 @@ def reason_against(layout: Layout) -> str | None:
     return None
 
 
+def in_place(layout: Layout) -> bool:
+    """Whether salient weights stay in place: where it can be done and takes less memory.
+
+    It takes a bit per weight and two halves per group, where a place takes 24 bits: from 7 places
+    in 128 it is less. The cost model sees fewer instructions from about 9, 6 and 3 (M ≤ 8, 16, 64).
+    """
+    return (
+        layout.uniform
+        and layout.bits in (3, 4)
+        and layout.scale == "float16"
+        and layout.salient_grid == "min-max"
+        and layout.salient_bits == layout.bits
+        and 24 * layout.salient_count > layout.group_size + 32
+    )
+
+
 @functools.lru_cache(maxsize=64)
 def form_of(layout: Layout) -> Form:
     """The form of a layout for which there is no `reason_against`."""
     mode: Mode = "uniform" if layout.uniform else "trellis" if layout.trellis else "table"
+    if in_place(layout):
+        return Form(layout.bits, layout.group_size, "in place", (), 0, False)
     levels = layout.level_values
     if mode == "trellis":
         top = layout.bits - 1  # the bit of a stored code that carries u

@@ -8,17 +8,38 @@ import triton.language as tl
 
 
 @triton.jit
-def step_tiles(words, stride, BITS: tl.constexpr, SPARE: tl.constexpr):
-    """Nibble tiles int16 [rows, 16] of a step, from pointers to the first; `stride` to the next."""
-    tiles = (tl.load(words),)
-    if BITS == 2:
+def split_tiles(words, stride, BITS: tl.constexpr, SPARE: tl.constexpr):
+    """Nibble tiles int16 [rows, 16] of a step of 2 or 3 bits, from pointers to the first.
+
+    `stride` leads to the next. Tiles of 4 bits are loaded where they are needed, which takes fewer
+    registers, so there are none here.
+    """
+    tiles = ()
+    if BITS < 4:
+        for i in tl.static_range(2 * BITS - 3):
+            tiles = tiles + (tl.load(words + i * stride),)
         tiles = tiles + (spare_tile(tiles, BITS, SPARE),)
-    else:
-        tiles = tiles + (tl.load(words + stride),)
-        if BITS == 3:
-            tiles = tiles + (tl.load(words + 2 * stride),)
-            tiles = tiles + (spare_tile(tiles, BITS, SPARE),)
     return tiles
+
+
+@triton.jit
+def nibble_tile(words, stride, tiles, INDEX: tl.constexpr, BITS: tl.constexpr):
+    """A nibble tile of the step, `tiles` being its `split_tiles`."""
+    return tl.load(words + INDEX * stride) if BITS == 4 else tiles[INDEX]
+
+
+@triton.jit
+def chain_classes(words, stride, CHAIN: tl.constexpr, STORED: tl.constexpr, ASM: tl.constexpr):
+    """Classes int16 [rows, 16] of a step with STORED tiles, a chain's (one tile's) at the top."""
+    classes = tl.load(words + STORED * stride)
+    for _ in tl.static_range(CHAIN):
+        if ASM == "":
+            classes = classes << 2
+        else:
+            classes = tl.inline_asm_elementwise(
+                "shl.b32 $0, $1, 2;", "=r,r", [classes], tl.int16, True, 2
+            )
+    return classes
 
 
 @triton.jit
@@ -44,6 +65,7 @@ def chain_halves(
     first,
     second,
     carry,
+    lines,
     low,
     high,
     ones,
@@ -58,13 +80,18 @@ def chain_halves(
     """Halves fp16 [rows, 16] of the 4·J dots of a chain.
 
     first, second: nibble tiles int16 [rows, 16]; the second is used if J is 2.
-    carry:         int16 [rows], for a trellis.
+    carry:         int16 [rows], for a trellis; in place `chain_classes`.
+    lines:         in place, slope and offset fp16 [rows] for either half of a tile.
     low … shift:   the rows of `constants`, int16 [16].
     table:         pointer to the lookup's bytes, for the path without assembler.
     """
     if ASM != "":
         if MODE == "uniform":
             inputs = ()
+        elif MODE == "in place":
+            inputs = (carry,)
+            for i in tl.static_range(4):
+                inputs = inputs + (tl.broadcast_to(lines[i][:, None], first.shape),)
         else:
             inputs = (_over(low, first), _over(high, first), _over(ones, first))
         if MODE == "trellis":
@@ -77,6 +104,8 @@ def chain_halves(
             result = tl.inline_asm_elementwise(
                 ASM, REGISTERS, inputs + (first,), (tl.float16,) * 4, True, 2
             )
+    elif MODE == "in place":
+        result = _in_place_halves(first, carry, lines, BITS)
     elif MODE == "uniform":
         result = _uniform_halves(first, BITS)
         if J == 2:
@@ -110,6 +139,24 @@ def _uniform_halves(tile, BITS: tl.constexpr):
         (((tile >> 8) & mask) | 0x6400).to(tl.float16, bitcast=True),
         (((tile >> 8) & (mask << 4)) | 0x6400).to(tl.float16, bitcast=True),
     )
+
+
+@triton.jit
+def _in_place_halves(tile, classes, lines, BITS: tl.constexpr):
+    """1 + code / 16, or where the class is set what the line makes of that."""
+    return (
+        _in_place_half(tile, classes, lines[0], lines[1], BITS),
+        _in_place_half(tile >> 4, classes << 8, lines[0], lines[1], BITS),
+        _in_place_half(tile >> 8, classes << 1, lines[2], lines[3], BITS),
+        _in_place_half(tile >> 12, classes << 9, lines[2], lines[3], BITS),
+    )
+
+
+@triton.jit
+def _in_place_half(tile, classes, slope, offset, BITS: tl.constexpr):
+    half = (((tile & ((1 << BITS) - 1)) << 6) | 0x3C00).to(tl.float16, bitcast=True)
+    salient = half.to(tl.float32) * slope.to(tl.float32)[:, None] + offset.to(tl.float32)[:, None]
+    return tl.where(classes < 0, salient.to(tl.float16), half)
 
 
 @triton.jit

@@ -21,10 +21,12 @@ def names(layout: Layout) -> list[str]:
     """Names of the in-memory form's arrays in the order in which the operators take them."""
     form = form_of(layout)
     chosen = ["qweight", "scales", "row_unit", "tiles", "table", "constants"]
-    if form.mode == "uniform":
+    if form.zero_points:
         chosen.append("zeros")
     if form.mode == "trellis":
         chosen.append("carry")
+    if form.mode == "in place":
+        chosen.append("salient_lines")
     if form.slots:
         chosen += ["salient_positions", "salient_values", "salient_unit"]
     if layout.column_scale:
@@ -45,7 +47,7 @@ def gpu_linear(
     flat = x.reshape(-1, x.shape[-1])
     if flat.shape[0] == 0:
         return x.new_empty((*x.shape[:-1], sum(part_sizes)))
-    blocks = blocks_for(family(), flat.shape[0], parsed.bits)
+    blocks = blocks_for(family(), flat.shape[0], form_of(parsed).step)
     if blocks is None:
         y = _by_panels(flat, arrays, bias, parsed, part_sizes)
     else:
@@ -120,8 +122,8 @@ def product(
     prepare_kernel[(row_blocks * blocks.block_m, parts)](
         x, arrays.get("column_scale", x), dots, by_column, start, sums, inverse, counters,
         counters.numel(), rows, columns, whole, x.stride(0),
-        OFFSET=form.offset, GROUP=form.group, MODE=form.mode, J=form.chain_tiles,
-        SCALED=layout.column_scale, BY_COLUMN=form.slots > 0,
+        OFFSET=form.offset, LEVEL_STEP=form.level_step, GROUP=form.group, MODE=form.mode,
+        J=form.chain_tiles, SCALED=layout.column_scale, BY_COLUMN=form.slots > 0,
         BLOCK_M=blocks.block_m, BLOCK_K=block_k, num_warps=prepare_warps(block_k),
     )  # fmt: skip
     product_kernel[(tiles, share, row_blocks)](
@@ -147,7 +149,8 @@ def panel(
     dequantize_kernel[(last - first, steps)](
         weight, **_arguments(arrays), column_scale=arrays.get("column_scale", weight),
         first_tile=first, columns=weight.shape[1], padded_rows=padded_rows,
-        SCALED=layout.column_scale, OFFSET=form.offset, num_warps=2, **specialization(form),
+        SCALED=layout.column_scale, OFFSET=form.offset, LEVEL_STEP=form.level_step,
+        num_warps=2, **specialization(form),
     )  # fmt: skip
 
 
@@ -219,6 +222,7 @@ def _arguments(arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
         "carries": arrays.get("carry", absent),
         "positions": arrays.get("salient_positions", absent),
         "values": arrays.get("salient_values", absent),
+        "lines": arrays.get("salient_lines", absent),
         "row_unit": arrays["row_unit"],
         "salient_unit": arrays.get("salient_unit", absent),
         "table": arrays["table"],

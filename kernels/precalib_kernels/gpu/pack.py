@@ -16,6 +16,7 @@ from precalib_kernels.layout import Layout, unpack_bits
 CHUNK_WEIGHTS = 1 << 22  # weights changed at a time; the index form takes several bytes each
 VALUE_LIMIT = 4.0  # largest salient value of a row, so that eight times 2**10 fit float16
 PICKED_SCALE = 32.0  # by how much `activations` divides what salient weights pick
+LEAST_SCALE = 2.0**-18  # of a row's salient weights, in place; float16 holds the quotients
 
 
 def in_memory(
@@ -34,12 +35,13 @@ def in_memory(
     salient_positions [G, m, R] uint8; salient_values [G, m, R] float16; row_unit, salient_unit
     [R] float32; column_scale [parts, K] float16; table uint8 and constants [4, 16] int16 for the
     lookup; tiles [R / 64, 4] int32: part, first row of the result, rows left in the part, 0.
+    In place, salient_lines [G, 2, R] float16 stands for the three arrays salient_….
 
     Raises FormatError that begins with `where` for positions out of range.
     """
     form = form_of(layout)
     rows = [padded(size) for size in part_sizes]
-    result = _empty(form, layout, input_size, sum(rows), tensors["qweight"].device)
+    result = _empty(form, input_size, sum(rows), tensors["qweight"].device)
     first = padded_first = 0
     tiles = []
     for part, (size, filled) in enumerate(zip(part_sizes, rows, strict=True)):
@@ -66,9 +68,7 @@ def in_memory(
     return result
 
 
-def _empty(
-    form: Form, layout: Layout, input_size: int, rows: int, device: torch.device
-) -> dict[str, Tensor]:
+def _empty(form: Form, input_size: int, rows: int, device: torch.device) -> dict[str, Tensor]:
     steps = form.steps(input_size)
     groups, slots = steps * form.step // form.group, form.slots
     new = functools.partial(torch.zeros, device=device)
@@ -77,11 +77,13 @@ def _empty(
         "scales": new((groups, rows), dtype=torch.uint8 if form.log8 else torch.float16),
         "row_unit": new(rows, dtype=torch.float32),
     }
-    if form.mode == "uniform":
+    if form.zero_points:
         result["zeros"] = new((groups, rows), dtype=torch.uint8)
     if form.mode == "trellis":
         result["carry"] = new((groups, rows), dtype=torch.int16)
-    if layout.salient_count:
+    if form.mode == "in place":
+        result["salient_lines"] = new((groups, 2, rows), dtype=torch.float16)
+    if form.slots:
         result["salient_positions"] = new((groups, slots, rows), dtype=torch.uint8)
         result["salient_values"] = new((groups, slots, rows), dtype=torch.float16)
         result["salient_unit"] = new(rows, dtype=torch.float32)
@@ -98,18 +100,22 @@ def _fill(
     where: str,
 ) -> None:
     columns = form.steps(input_size) * form.step
-    codes = pad(unpack_bits(tensors["qweight"], form.bits, input_size), (0, columns - input_size))
-    fields, carry = stored_codes(codes, form)
-    result["qweight"][:, :, rows] = pack_words(fields, form)
     groups = layout.groups(input_size)
+    codes, salient = unpack_bits(tensors["qweight"], form.bits, input_size), None
+    if form.mode == "in place":
+        tensors, codes, salient, lines = two_grids(tensors, codes, layout, input_size, where)
+        result["salient_lines"][:groups, :, rows] = lines
+        salient = pad(salient, (0, columns - input_size))
+    fields, carry = stored_codes(pad(codes, (0, columns - input_size)), form)
+    result["qweight"][:, :, rows] = pack_words(fields, form, salient)
     result["scales"][:groups, rows] = tensors["scales"].T
     unit = tensors["row_scale"][:, 0].float() if form.log8 else torch.ones_like(codes[:, 0]).float()
     result["row_unit"][rows] = unit * form.level_step / layout.level_limit
-    if form.mode == "uniform":
+    if form.zero_points:
         result["zeros"][:groups, rows] = tensors["zeros"].T
     if carry is not None:
         result["carry"][:, rows] = carry.T
-    if layout.salient_count:
+    if form.slots:
         base = reference.base_values(tensors, layout, input_size)
         positions, values, salient_unit = salient_slots(tensors, base, layout, input_size, where)
         result["salient_positions"][:groups, :, rows] = positions.permute(1, 2, 0)
@@ -152,11 +158,14 @@ def stored_codes(codes: Tensor, form: Form) -> tuple[Tensor, Tensor | None]:
     return fields.reshape(rows, columns // DOT, DOT).to(torch.uint8), carry
 
 
-def pack_words(fields: Tensor, form: Form) -> Tensor:
-    """Stored codes, uint8 [N, dots, 16], as int16 words [steps, tiles, N, 16]."""
+def pack_words(fields: Tensor, form: Form, salient: Tensor | None = None) -> Tensor:
+    """Stored codes, uint8 [N, dots, 16], as int16 words [steps, tiles, N, 16].
+
+    salient: bool [N, K], the classes of a form that holds them in place.
+    """
     rows, dots, _ = fields.shape
     tiles = fields.view(rows, dots // 4, 4, DOT).int()
-    if form.mode == "uniform":
+    if form.zero_points:
         nibbles = tiles.permute(0, 1, 3, 2)  # nibble i of word r: code r of dot i
     else:  # nibble 2i + h of pair w: code 2w + h of dot i
         pairs = tiles.view(rows, -1, 4, 8, 2).permute(0, 1, 3, 2, 4)
@@ -169,6 +178,12 @@ def pack_words(fields: Tensor, form: Form) -> Tensor:
         spare = words[:, :, 3]
         bits = torch.stack([(spare & 0x1111 << i) << 3 - i for i in range(3)], 2)
         words = words[:, :, :3] | bits
+    if salient is not None:
+        order = torch.arange(DOT, device=fields.device, dtype=torch.int32)
+        classes = (
+            salient.view(rows, -1, DOT, DOT).int() << (15 - order // 2 - order % 2 * 8)[:, None]
+        )
+        words = torch.cat([words, classes.sum(2, dtype=torch.int32)[:, :, None]], 2)
     words = torch.where(words >= 1 << 15, words - (1 << 16), words)
     return words.to(torch.int16).permute(1, 2, 0, 3)
 
@@ -190,3 +205,41 @@ def salient_slots(
     positions = torch.where(used, column % layout.group_size, 0).to(torch.uint8)
     values = (delta / unit[:, None]).half()
     return positions.view(shape), values.view(shape), unit
+
+
+def two_grids(
+    tensors: Mapping[str, Tensor], codes: Tensor, layout: Layout, input_size: int, where: str
+) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
+    """Weights whose salient ones stay in place: what changes, codes, classes and lines.
+
+    codes: uint8 [N, K].
+    lines: float16 [G, 2, N]. A half h stands for 16 · scale / limit · (h - 1 - zero / 16). It is
+           1 + code / 16 for a base weight, slope · (1 + code / 16) + offset for a salient one.
+
+    Scales and zeros are returned in `tensors`. A scale below LEAST_SCALE times the largest salient
+    weight of its row is raised to that, and its base weights are rounded to it.
+    """
+    column, _ = reference.salient_codes(tensors, layout, input_size, where)
+    salient = torch.zeros((len(codes), input_size + 1), dtype=torch.bool, device=codes.device)
+    salient = salient.scatter_(1, column, True)[:, :-1]
+    top = layout.level_limit
+    step, first = tensors["salient_scale"].double(), tensors["salient_offset"].double()
+    largest = torch.maximum(first.abs(), (first + top * step).abs()).maximum(16 * step.abs())
+    least = (largest * (LEAST_SCALE * top)).half().clamp(min=2.0**-24)  # float16's smallest
+    raised = tensors["scales"] < least
+    scales, zeros = torch.where(raised, least, tensors["scales"]), tensors["zeros"]
+    if raised.any():
+        ratio = torch.where(raised, tensors["scales"].float() / scales.float(), 1)
+        held = zeros.clamp(max=top)
+        level = codes - reference.expand_groups(zeros.float(), layout, input_size)
+        level = level * reference.expand_groups(ratio, layout, input_size)
+        level += reference.expand_groups(held.float(), layout, input_size)
+        moved = reference.expand_groups(raised, layout, input_size) & ~salient
+        codes = torch.where(moved, level.round().clamp(0, top).to(torch.uint8), codes)
+        zeros = torch.where(raised, held, zeros)
+    unit = scales.double() / top
+    slope = (step / unit).half()
+    middle = first + step * top / 2  # where rounding the slope does no harm
+    offset = middle / (16 * unit) + zeros / 16 + 1 - slope.double() * (1 + top / 32)
+    lines = torch.stack([slope.T, offset.half().T], 1)
+    return {**tensors, "scales": scales, "zeros": zeros}, codes, salient, lines

@@ -13,7 +13,7 @@ The partial products of a split are added up in a fixed order by the program tha
 import triton
 import triton.language as tl
 
-from precalib_kernels.gpu.halves import chain_halves, step_tiles
+from precalib_kernels.gpu.halves import chain_classes, chain_halves, nibble_tile, split_tiles
 
 
 @triton.jit(
@@ -29,6 +29,7 @@ def product_kernel(
     carries,  # int16 [groups, padded_rows]
     positions,  # uint8 [groups, SLOTS, padded_rows]
     values,  # float16 [groups, SLOTS, padded_rows]
+    lines,  # float16 [groups, 2, padded_rows]
     row_unit,  # float32 [padded_rows]
     salient_unit,  # float32 [padded_rows]
     table,  # uint8
@@ -60,10 +61,12 @@ def product_kernel(
     SPARE: tl.constexpr,
 ):
     """Program (tile, share of the steps, block of x)."""
-    STEP: tl.constexpr = 256 if BITS == 3 else 128
-    TILES: tl.constexpr = 1 if BITS == 2 else (3 if BITS == 3 else 2)
-    J: tl.constexpr = 2 if GROUP == 128 else 1
+    STEP: tl.constexpr = 256 if BITS == 3 or MODE == "in place" else 128
+    STORED: tl.constexpr = STEP * BITS // 256  # tiles of codes
+    TILES: tl.constexpr = STORED + (MODE == "in place")
+    J: tl.constexpr = 2 if MODE == "trellis" and GROUP == 128 else 1
     GROUPS: tl.constexpr = STEP // GROUP
+    ZEROS: tl.constexpr = MODE == "uniform" or MODE == "in place"
     PICKS: tl.constexpr = 8 if BLOCK_M < 64 else 4  # more would not fit the registers
     tile, split, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     blocks = tl.num_programs(2)
@@ -90,31 +93,38 @@ def product_kernel(
         split * share, tl.minimum(split * share + share, steps), num_stages=STAGES
     ):
         here = words + step * TILES * padded_rows * 16
-        nibbles = step_tiles(here, padded_rows * 16, BITS, SPARE)
+        held = split_tiles(here, padded_rows * 16, BITS, SPARE)
         step_dots = dots + step * (STEP * BLOCK_M)
         partial = total
         for chain in tl.static_range(STEP // 64 // J):
-            group = step * GROUPS + chain * GROUPS // (STEP // 64 // J)
+            group = step * GROUPS + chain * J * 64 // GROUP
             carry = n
+            line = ()
             if MODE == "trellis":
                 carry = tl.load(carries + group * padded_rows + n)
+            if MODE == "in place":
+                carry = chain_classes(here, padded_rows * 16, chain, STORED, ASM)
+                line = group_lines(lines + group * 2 * padded_rows + n, padded_rows, GROUP)
+            first = nibble_tile(here, padded_rows * 16, held, chain * J, BITS)
+            second = nibble_tile(here, padded_rows * 16, held, chain * J + J - 1, BITS)
             halves = chain_halves(
-                nibbles[chain * J], nibbles[chain * J + J - 1], carry,
+                first, second, carry, line,
                 low, high, ones, shift, table, BITS, MODE, J, ASM, REGISTERS,
             )  # fmt: skip
             for dot in tl.static_range(4 * J):
-                if dot % (GROUP // 16) == 0:
-                    begin = tl.load(start + (group + dot * 16 // GROUP) * BLOCK_M + m)
+                first_column = (chain * J * 4 + dot) * 16
+                current = step * GROUPS + first_column // GROUP
+                if first_column % GROUP == 0:
+                    begin = tl.load(start + current * BLOCK_M + m)
                     partial = tl.broadcast_to(begin[None, :], (BLOCK_N, BLOCK_M))
-                ready = tl.load(step_dots + (chain * 4 * J + dot) * (BLOCK_M * 16))
-                partial = tl.dot(halves[dot], ready, partial)
-                if (dot + 1) % (GROUP // 16) == 0:
-                    current = group + dot * 16 // GROUP
-                    scale = tl.load(scales + current * padded_rows + n)
-                    if MODE == "uniform":
+                    if ZEROS:
                         zero = tl.load(zeros + current * padded_rows + n).to(tl.float32)
                         sum = tl.load(sums + current * BLOCK_M + m)
                         partial -= zero[:, None] * sum[None, :]
+                ready = tl.load(step_dots + first_column * BLOCK_M)
+                partial = tl.dot(halves[dot], ready, partial)
+                if (first_column + 16) % GROUP == 0:
+                    scale = tl.load(scales + current * padded_rows + n)
                     total += partial * group_scale(scale, LOG8)[:, None]
     total *= tl.load(row_unit + n)[:, None]
     if SLOTS > 0:
@@ -150,6 +160,17 @@ def product_kernel(
             _store(y, bias, inverse, about, total, part, block, blocks, rows, outputs, BIAS)
     else:
         _store(y, bias, inverse, about, total, part, block, blocks, rows, outputs, BIAS)
+
+
+@triton.jit
+def group_lines(lines, stride, GROUP: tl.constexpr):
+    """Slope and offset of the group at `lines`, and of the group of a tile's other half."""
+    slope, offset = tl.load(lines), tl.load(lines + stride)
+    if GROUP == 32:
+        result = slope, offset, tl.load(lines + 2 * stride), tl.load(lines + 3 * stride)
+    else:
+        result = slope, offset, slope, offset
+    return result
 
 
 @triton.jit

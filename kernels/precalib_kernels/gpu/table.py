@@ -41,15 +41,15 @@ TABLE: Mapping[str, Mapping[int, Blocks]] = {
 }
 
 
-def blocks_for(family: str, rows: int, bits: int) -> Blocks | None:
+def blocks_for(family: str, rows: int, step: int) -> Blocks | None:
     """The entry for M rows; None where the weight is to be dequantized.
 
-    A step of 3-bit codes has twice the columns, so one stage fewer is in flight.
+    Of steps of 256 columns instead of 128, one fewer is in flight.
     """
     for most, blocks in TABLE[family].items():
         if rows <= most:
             fewer = max(1, blocks.stages - 1)
-            return dataclasses.replace(blocks, stages=fewer) if bits == 3 else blocks
+            return dataclasses.replace(blocks, stages=fewer) if step > 128 else blocks
     return None
 
 

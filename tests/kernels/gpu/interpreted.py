@@ -15,8 +15,8 @@ from torch import Tensor
 from offline_quantize.recipes import LEVELS, RECIPES
 from precalib_kernels import reference
 from precalib_kernels.gpu import linear
-from precalib_kernels.gpu.form import reason_against
-from precalib_kernels.gpu.pack import in_memory
+from precalib_kernels.gpu.form import form_of, reason_against
+from precalib_kernels.gpu.pack import LEAST_SCALE, in_memory
 from precalib_kernels.gpu.table import Blocks
 from precalib_kernels.layout import Layout
 
@@ -97,6 +97,43 @@ def sizes(case: Case) -> tuple[Tensor, Tensor]:
     return base.double().abs(), (case.weight() - base.double()).abs()
 
 
+def in_place_slack(case: Case) -> Tensor:
+    """By how much a weight may be off [N, K] where salient weights stay in place.
+
+    Salient weights: slope and offset of their line over a base half, and the half that they become,
+    are rounded to float16. Base weights: only where the group's scale was raised.
+    """
+    chosen, tensors = case.layout, {k: t.double() for k, t in case.tensors.items()}
+    top = chosen.level_limit
+    step, first = tensors["salient_scale"], tensors["salient_offset"]
+    last = first + top * step
+    largest = torch.maximum(first.abs(), last.abs()).maximum(16 * step)
+    least = (largest * LEAST_SCALE).maximum(torch.tensor(2.0**-24 / top)) * 1.001
+    own = tensors["scales"] / top
+    raised = reference.expand_groups(own < least, chosen, case.columns)
+    unit = reference.expand_groups(own.maximum(least), chosen, case.columns)
+    zero = unit * (reference.expand_groups(tensors["zeros"], chosen, case.columns) + 16)
+    size = step * top / 2 + (first - 16 * step + zero).abs() + (case.weight() + zero).abs()
+    column, _ = reference.salient_codes(case.tensors, chosen, case.columns, "")
+    salient = torch.zeros(len(unit), case.columns + 1).scatter_(1, column, 1)[:, :-1].bool()
+    base = torch.where(raised, unit / 2, 2**-20 * (zero + 16 * unit))
+    return torch.where(salient, 2**-11 * size + 2**-18 * unit, base)
+
+
+def check_in_place(case: Case, rows: int = 3) -> None:
+    text, slack = case.layout.to_text(), in_place_slack(case)
+    assert form_of(case.layout).mode == "in place"
+    weight = linear.gpu_dequantize(case.packed, case.columns, case.parts, text, torch.float32)
+    assert ((weight.double() - case.weight()).abs() <= slack).all()
+    x = torch.randn(rows, case.columns)
+    y = linear.gpu_linear(x, case.packed, None, case.parts, text).double()
+    size = case.weight().abs() + 2 * slack
+    sums = (case.tensors["zeros"].double() + 16) * case.tensors["scales"].double()
+    sums = reference.expand_groups(sums, case.layout, case.columns)
+    allowed = x.double().abs() @ (slack + 2**-11 * size + 2**-20 * sums).T
+    assert ((y - x.double() @ case.weight().T).abs() <= allowed).all()
+
+
 FORMS = [
     pytest.param(bits, mode, group, id=f"{bits}-{mode}-{group}")
     for bits in (2, 3, 4)
@@ -121,6 +158,38 @@ def test_every_form_is_the_reference(make_case, bits, mode, group):
 @pytest.mark.parametrize("name", ["paper-4", "paper-3", "rtn-4"])
 def test_recipes(make_case, name):
     check_product(make_case(RECIPES[name].layout, [20], 160), 2, torch.bfloat16)
+
+
+def paper(bits: int, group: int, slots: int) -> Layout:
+    return Layout(bits, group, salient_count=slots, salient_bits=bits, salient_grid="min-max")
+
+
+@pytest.mark.parametrize(("group", "slots"), [(32, 32), (64, 7), (128, 16)])
+@pytest.mark.parametrize("bits", [3, 4])
+def test_salient_weights_in_place(make_case, bits, group, slots):
+    """Ragged in N and K, fused parts; groups of 32 with nothing but salient weights."""
+    check_in_place(make_case(paper(bits, group, slots), [17, 1], 352))
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 32), (16, 96), (33, 576), (130, 4160)])
+def test_salient_weights_in_place_for_awkward_shapes(make_case, rows, columns):
+    check_in_place(make_case(paper(4, 128, 16), [3], columns), rows)
+
+
+def test_extremes_in_place(make_case):
+    """Zero and tiny scales beside large salient weights, largest codes, one-sided grids."""
+    case = make_case(paper(4, 64, 20), [12], 256)
+    change = case.tensors
+    change["scales"][0], change["scales"][1], change["scales"][2] = 0, 2.0**-24, 1e-4
+    change["zeros"][3], change["zeros"][4] = 0, 15
+    change["qweight"][3:5] = 255
+    change["salient_scale"][5], change["salient_offset"][5] = 0, 0
+    change["salient_scale"][6], change["salient_offset"][6] = 0, 3
+    change["salient_offset"][7] = -200
+    change["salient_scale"][8], change["salient_offset"][8] = 4000, -30000
+    change["scales"][9] = 60000
+    change["scales"][10], change["salient_scale"][10] = 0, 2.0**-24
+    check_in_place(case)
 
 
 @pytest.mark.parametrize(
