@@ -18,6 +18,7 @@ from collections.abc import Iterator
 
 from precalib_kernels.gpu import ahead, count
 from precalib_kernels.gpu.form import form_of
+from precalib_kernels.gpu.product import PICKS
 from precalib_kernels.gpu.table import TABLE, Blocks, blocks_for
 from precalib_kernels.layout import Layout
 
@@ -114,10 +115,9 @@ def product_cost(layout: Layout, blocks: Blocks, target: str) -> Cost:
         raise ValueError(f"{target}: loops of {[len(x.operations) for x in found]} instructions")
     threads = compiled.lanes * compiled.warps
     each = len(found[main[0]].operations) * threads / (blocks.block_n * form.step)
-    if form.slots:  # a round takes eight slots of every row, four of wide blocks
-        picks = 8 if blocks.block_m < 64 else 4
+    if form.slots:  # a round takes PICKS slots of every row
         salient = len(found[main[0] + 1].operations) * threads
-        each += salient / (blocks.block_n * form.group * picks / form.slots)
+        each += salient / (blocks.block_n * form.group * PICKS.value / form.slots)
     return Cost(each, blocks.block_m, form.bits_per_weight(4096), compiled)
 
 
@@ -225,8 +225,8 @@ def check_all() -> Iterator[str]:
                 fault = "" if made.spilled == 0 and made.shared <= limit else "  <-- over"
                 yield (
                     f"{target} {name} {blocks.block_n}x{blocks.block_m}: "
-                    f"{made.registers} registers, {made.spilled} bytes spilled, "
-                    f"{made.shared} shared{fault}"
+                    f"{made.registers} registers, {made.spilled} bytes spilled "
+                    f"({count.spills(made)} instructions in loops), {made.shared} shared{fault}"
                 )
 
 

@@ -46,6 +46,12 @@ def loops(compiled: Compiled) -> list[Loop]:
     ]
 
 
+def spills(compiled: Compiled) -> int:
+    """Instructions in loops that move what has no register to memory and back."""
+    names = ("STL", "LDL", "scratch_")
+    return sum(op.startswith(names) for loop in loops(compiled) for op in loop.operations)
+
+
 def all_operations(compiled: Compiled) -> int:
     """Instructions of the whole kernel, once each."""
     code = _amd(compiled.code) if compiled.target.startswith("gfx") else _nvidia(compiled.code)

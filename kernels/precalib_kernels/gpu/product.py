@@ -15,6 +15,8 @@ import triton.language as tl
 
 from precalib_kernels.gpu.halves import chain_classes, chain_halves, nibble_tile, split_tiles
 
+PICKS = tl.constexpr(8)  # products of a row's salient weights that are added up in fp16
+
 
 @triton.jit(
     do_not_specialize=["rows", "outputs", "steps"],  # padded_rows is known to be a multiple of 64
@@ -67,7 +69,6 @@ def product_kernel(
     J: tl.constexpr = 2 if MODE == "trellis" and GROUP == 128 else 1
     GROUPS: tl.constexpr = STEP // GROUP
     ZEROS: tl.constexpr = MODE == "uniform" or MODE == "in place"
-    PICKS: tl.constexpr = 8 if BLOCK_M < 64 else 4  # more would not fit the registers
     tile, split, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     blocks = tl.num_programs(2)
     about = tiles + tile * (BLOCK_N // 64) * 4
@@ -128,9 +129,9 @@ def product_kernel(
                     total += partial * group_scale(scale, LOG8)[:, None]
     total *= tl.load(row_unit + n)[:, None]
     if SLOTS > 0:
-        salient = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        unit = tl.load(salient_unit + n)
         last = tl.minimum(split * share + share, steps) * GROUPS * SLOTS
-        for slot in tl.range(split * share * GROUPS * SLOTS, last, PICKS):
+        for slot in tl.range(split * share * GROUPS * SLOTS, last, PICKS, num_stages=1):
             # A few products are added up in fp16, two at a time, then in float32.
             few = tl.zeros((BLOCK_N, BLOCK_M), tl.float16)
             for i in tl.static_range(PICKS):
@@ -142,8 +143,7 @@ def product_kernel(
                 value = tl.load(values + at, mask=real, other=0.0)[:, None]
                 value = tl.broadcast_to(value, (BLOCK_N, BLOCK_M))
                 few = multiply_add(picked, value, few, ASM != "")
-            salient += few.to(tl.float32)
-        total += salient * tl.load(salient_unit + n)[:, None]
+            total += few.to(tl.float32) * unit[:, None]
 
     if SPLIT:
         tile_size: tl.constexpr = BLOCK_N * BLOCK_M

@@ -32,6 +32,8 @@ def test_instructions_of_a_loop_counted_by_hand():
     assert loop.operations == ("LDG.E", "LOP3.LUT", "HMMA.16816.F32", "BRA")
     assert loop.tensor
     assert loop.counts()["LOP3"] == 1
+    spilling = HAND.replace("MOV R1, c[0x0][0x28] ;", "STL [R1], R0 ;").replace("LDG.E", "LDL.64")
+    assert count.spills(ahead.Compiled("sm_80", spilling, 16, 8, 0, 4)) == 1
     (loop,) = count.loops(ahead.Compiled("gfx942", AMD, 16, 0, 0, 4))
     assert loop.operations == ("v_mfma_f32_16x16x16_f16", "ds_read_b64")
     assert count.all_operations(ahead.Compiled("gfx942", AMD, 16, 0, 0, 4)) == 3
@@ -54,16 +56,18 @@ def test_the_largest_of_three_times_counts():
         ("sm_80", "uniform-4", 16, 3.1),
         ("sm_90", "balanced-4", 16, 4.98),
         ("sm_80", "balanced-3", 16, 5.35),
-        ("sm_90", "uniform-4", 64, 5.4),
+        ("sm_90", "uniform-4", 64, 5.15),
         ("sm_80", "paper-4", 16, 4.3),
+        ("sm_90", "paper-4", 64, 5.55),
+        ("sm_80", "balanced-4", 64, 7.3),
+        ("sm_80", "table-4", 16, 4.2),
     ],
 )
 def test_instruction_budget(target, name, rows, most):
     layout = LAYOUTS[name]
     cost = product_cost(layout, blocks_for("cuda", rows, form_of(layout).step), target)
     assert cost.instructions <= most
-    for loop in count.loops(cost.compiled):
-        assert not {"STL", "LDL"} & loop.counts().keys()  # nothing spilled where it matters
+    assert count.spills(cost.compiled) == 0  # where it matters
     chip = next(chip for chip in CHIPS if chip.target == target)
     assert chip.programs(cost.compiled) > 0
 
