@@ -71,8 +71,8 @@ class Form:
         """What a decoded half is above the level (or half the level of a trellis).
 
         fp16 0x6400 + byte is 1024 + byte; table bytes are 128 + level. A trellis has 7-bit bytes
-        63.5 + level / 2, of which bit 7 is set as well. In place it is 1 + level / 16: what is
-        off by 2**-11 of a salient weight in such a half should be little.
+        63.5 + level / 2, of which bit 7 is set as well. In place it is 1 + level / 16, since the
+        half that a salient weight is rounded to should hold little besides.
         """
         return {"uniform": 1024.0, "table": 1152.0, "trellis": 1215.5, "in place": 1.0}[self.mode]
 

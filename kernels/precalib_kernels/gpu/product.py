@@ -131,7 +131,7 @@ def product_kernel(
     if SLOTS > 0:
         unit = tl.load(salient_unit + n)
         last = tl.minimum(split * share + share, steps) * GROUPS * SLOTS
-        for slot in tl.range(split * share * GROUPS * SLOTS, last, PICKS, num_stages=1):
+        for slot in tl.range(split * share * GROUPS * SLOTS, last, PICKS):
             # A few products are added up in fp16, two at a time, then in float32.
             few = tl.zeros((BLOCK_N, BLOCK_M), tl.float16)
             for i in tl.static_range(PICKS):

@@ -176,6 +176,11 @@ def test_salient_weights_in_place_for_awkward_shapes(make_case, rows, columns):
     check_in_place(make_case(paper(4, 128, 16), [3], columns), rows)
 
 
+def test_salient_weights_in_place_under_a_column_scale(make_case):
+    chosen = dataclasses.replace(paper(4, 128, 16), column_scale=True)
+    check_product(make_case(chosen, [17, 1], 288), 3, torch.bfloat16, bias=True)
+
+
 def test_extremes_in_place(make_case):
     """Zero and tiny scales beside large salient weights, largest codes, one-sided grids."""
     case = make_case(paper(4, 64, 20), [12], 256)
