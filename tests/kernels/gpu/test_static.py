@@ -77,6 +77,7 @@ def test_amd_and_the_other_kernels_compile():
     assert cost.compiled.spilled == 0
     assert cost.compiled.shared <= 65536
     assert ahead.compile_dequantize(LAYOUTS["balanced-3"], "sm_80").spilled == 0
+    assert ahead.compile_dequantize(LAYOUTS["paper-4"], "sm_90").spilled == 0
     assert ahead.compile_prepare(LAYOUTS["balanced-4"], 16, 4096, "sm_90").spilled == 0
 
 
