@@ -143,7 +143,7 @@ struct Group {
   const uint8_t* planes;
   const uint8_t* scales;
   const uint8_t* zeros;
-  const uint8_t* salient;  // per slot: positions [16], codes [16], indices of base levels [16]
+  const uint8_t* salient;  // per slot: positions [16], codes [16], base levels [16]
 };
 
 inline Group find_group(const Plan& plan, const Block& block, int64_t index) {
@@ -158,11 +158,19 @@ inline Group find_group(const Plan& plan, const Block& block, int64_t index) {
   return group;
 }
 
+// Scales and salient weights of the same group some blocks further.
+inline void fetch_side(const Plan& plan, const Group& group, int64_t blocks) {
+  const uint8_t* const from = group.scales + blocks * plan.groups * plan.side_bytes;
+  for (int64_t at = 0; at < plan.side_bytes; at += 64) fetch(from + at);
+}
+
 // Scales of the group, float32.
 inline Floats group_scales(const Plan& plan, const Block& block, const Group& group) {
   const Floats factor = load<Floats>(block.row_values);
-  if (plan.log_scales) return factor * look_up(plan.factors, ints_of_bytes(group.scales));
-  return factor * floats_of_halves(group.scales);
+  if (!plan.log_scales) return factor * floats_of_halves(group.scales);
+  const Ints code = ints_of_bytes(group.scales);
+  const Ints power = among(plan.factors, code) - ((code & 0xf0) << 19);  // of 2, down
+  return factor * (Floats)(power & (code < 255));
 }
 
 // Zero points of the group, float32; zeros where levels have none.
@@ -172,29 +180,39 @@ inline Floats group_zeros(const Plan& plan, const Group& group) {
 
 // One salient weight of each row.
 struct Salient {
-  Ints position;  // 4 * step + segment
+  Ints position;  // 4 * step + segment; `Plan.no_position` if not used
   Floats value;   // without column scale
   Floats level;   // of the base weight in its place
   Ints used;      // 0 or -1
 };
 
-template <int kBits>
-inline Salient find_salient(const Plan& plan, const Block& block, const Group& group,
-                            const Table<kBits + 2>& table, int64_t slot) {
-  const uint8_t* at = group.salient + slot * kLanes * (plan.position_bytes + 2);
-  Salient out;
-  out.position = plan.position_bytes == 1 ? ints_of_bytes(at) : ints_of_halves(at);
-  at += kLanes * plan.position_bytes;
-  const Ints code = ints_of_bytes(at), index = ints_of_bytes(at + kLanes);
-  const int32_t size = int32_t(plan.salient_mask);  // bits of a code that are not its sign
-  const Floats step = load<Floats>(block.row_values + kLanes);
-  const Floats offset = load<Floats>(block.row_values + 2 * kLanes);
-  const Ints bits = (Ints)(to_floats(code & size) * step + offset);
-  out.value = (Floats)(bits ^ (code & ~size) << 24);
-  out.used = index < 128;
-  out.level = to_floats((Ints)table.find((Shorts)index) << 24 >> 24);
-  return out;
-}
+// What the salient weights of a block have in common. In memory: registers are for sums.
+struct SalientGrid {
+  const float* row_values;
+  int32_t size;    // bits of a code that are not its sign
+  int32_t places;  // positions from here on are of slots that hold no weight
+  int64_t count, position_bytes;
+
+  SalientGrid(const Plan& plan, const Block& block)
+      : row_values(block.row_values), size(int32_t(plan.salient_mask)),
+        places(int32_t(plan.group_size)), count(plan.salient_count),
+        position_bytes(plan.position_bytes) {}
+
+  Salient find(const Group& group, int64_t slot) const {
+    const uint8_t* at = group.salient + slot * kLanes * (position_bytes + 2);
+    Salient out;
+    out.position = position_bytes == 1 ? ints_of_bytes(at) : ints_of_halves(at);
+    out.used = out.position < places;
+    at += kLanes * position_bytes;
+    const Ints code = ints_of_bytes(at), level = ints_of_signed_bytes(at + kLanes);
+    const Floats step = load<Floats>(row_values + kLanes);
+    const Floats offset = load<Floats>(row_values + 2 * kLanes);
+    const Ints bits = (Ints)(to_floats(code & size) * step + offset);
+    out.value = (Floats)(bits ^ (code & ~size) << 24);
+    out.level = to_floats(level);
+    return out;
+  }
+};
 
 }  // namespace
 }  // namespace precalib

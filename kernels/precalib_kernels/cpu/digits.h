@@ -53,20 +53,23 @@ void set_digits(const Plan& plan, const float* x, int64_t group, int64_t rows, c
     for (int d = 0; d < kDigits; ++d)
       out.starts[(group * kDigits + d) * kTile + r] = kLevelShift / 128 * fixed.start[d];
   }
-  const Ints down = kLaneNumbers * int32_t(plan.group_size);
   if (plan.salient_count)
-    for (int64_t k = 0; k < count; ++k)
-      store(out.columns + (first + k) * kTile, look_up(x + k, down));
+    for (int64_t k = 0; k < count; k += kTile) {
+      Floats square[kTile];
+      for (int r = 0; r < kTile; ++r) square[r] = load<Floats>(x + r * plan.group_size + k);
+      turn(square);
+      for (int r = 0; r < kTile; ++r) store(out.columns + (first + k + r) * kTile, square[r]);
+    }
 }
 
 #if defined(__AMX_INT8__)
 
-// Sums stay in tiles; two blocks share the tiles of two digits. meanwhile() is called for each
-// product of tiles: what it does overlaps with them.
-template <int kDigits, int kBlocks, class Work>
+// Sums stay in tiles; two blocks share the tiles of two digits.
+template <int kDigits, int kBlocks>
 inline void multiply_digits(const int8_t* x, const uint8_t* levels, int64_t stride, int64_t count,
-                            int64_t, const int32_t*, int32_t*, Work&& meanwhile) {
+                            int64_t, const int32_t*, int32_t*) {
   static_assert(kDigits == 2 || (kDigits == 3 && kBlocks == 1));
+  written();
   _tile_zero(0);
   _tile_zero(1);
   if constexpr (kDigits * kBlocks > 2) _tile_zero(2);
@@ -75,20 +78,15 @@ inline void multiply_digits(const int8_t* x, const uint8_t* levels, int64_t stri
     _tile_loadd(6, levels, 64);
     _tile_loadd(4, x, 64);
     _tile_dpbssd(0, 4, 6);
-    meanwhile();
     _tile_loadd(5, x + kByteTile, 64);
     _tile_dpbssd(1, 5, 6);
-    meanwhile();
     if constexpr (kDigits == 3) {
       _tile_loadd(3, x + 2 * kByteTile, 64);
       _tile_dpbssd(2, 3, 6);
-      meanwhile();
     } else if constexpr (kBlocks == 2) {
       _tile_loadd(7, levels + stride, 64);
       _tile_dpbssd(2, 4, 7);
-      meanwhile();
       _tile_dpbssd(3, 5, 7);
-      meanwhile();
     }
   }
 }
@@ -104,10 +102,9 @@ inline void store_digits(int32_t* sums) {
 
 #else
 
-template <int kDigits, int kBlocks, class Work>
+template <int kDigits, int kBlocks>
 inline void multiply_digits(const int8_t* x, const uint8_t* levels, int64_t stride, int64_t count,
-                            int64_t rows, const int32_t* starts, int32_t* sums, Work&& meanwhile) {
-  for (int64_t t = 0; t < count * kDigits * kBlocks; ++t) meanwhile();
+                            int64_t rows, const int32_t* starts, int32_t* sums) {
   constexpr int kAtOnce = 8;
   for (int b = 0; b < kBlocks; ++b)
     for (int d = 0; d < kDigits; ++d)
@@ -141,18 +138,18 @@ struct Change {
 };
 
 // The salient weights of some groups. A pass of its own: what is read back at once takes longer.
-template <int kBits>
-inline void find_changes(const Plan& plan, const Block& block, const Table<kBits + 2>& table,
-                         int64_t first_group, int64_t last_group, Change* changes) {
+inline void find_changes(const Plan& plan, const Block& block, int64_t first_group,
+                         int64_t last_group, Change* changes) {
+  const SalientGrid grid(plan, block);
   for (int64_t g = first_group; g < last_group; ++g) {
     const Group group = find_group(plan, block, g);
     const Floats scale = group_scales(plan, block, group);
     const Floats zero = group_zeros(plan, group);
-    for (int64_t j = 0; j < plan.salient_count; ++j, ++changes) {
-      const Salient salient = find_salient<kBits>(plan, block, group, table, j);
+    for (int64_t j = 0; j < grid.count; ++j, ++changes) {
+      const Salient salient = grid.find(group, j);
       const Floats base = (salient.level - zero) * scale;
       store(changes->by, (Ints)(salient.value - base) & salient.used);
-      store(changes->at, (salient.position + int32_t(group.first)) * kTile);
+      store(changes->at, ((salient.position & salient.used) + int32_t(group.first)) * kTile);
     }
   }
 }
@@ -169,129 +166,72 @@ inline void add_changes(const Change* changes, int64_t count, const float* colum
 
 // totals: [row of x][row of the block] += the above, turned.
 inline void add_turned(const float* sums, int64_t rows, float* totals) {
-  const Ints down = kLaneNumbers * kTile;
+  Floats square[kTile];
+  for (int r = 0; r < kTile; ++r) square[r] = load<Floats>(sums + r * kTile);
+  turn(square);
   for (int64_t r = 0; r < rows; ++r)
-    store(totals + r * kLanes, load<Floats>(totals + r * kLanes) + look_up(sums + r, down));
+    store(totals + r * kLanes, load<Floats>(totals + r * kLanes) + square[r]);
 }
 
-// Scales and zero points of a group of a pair of blocks.
-template <int kBlocks>
-struct Scales {
-  Floats scale[kBlocks], zero[kBlocks];
-};
-
-// The levels of a group of a pair of blocks, a chunk at a time.
+// Levels of one group of a pair of blocks to [kBlocks][tiles][16][64], `stride` bytes a block.
 template <int kBits, int kBlocks>
-class Levels {
- public:
-  Levels(const Plan& plan, const Block* blocks)
-      : plan_(plan), blocks_(blocks), table_(shifted_levels<kBits>(plan, kLevelShift)),
-        stride_(byte_tiles(smaller(plan.group_size, plan.columns)) * kByteTile) {}
-  int64_t stride() const { return stride_; }
-
-  // to: [kBlocks][tiles][16][64].
-  void begin(int64_t group, uint8_t* to) {
-    for (int b = 0; b < kBlocks; ++b) {
-      groups_[b] = find_group(plan_, blocks_[b], group);
-      // salient weights, for the pass to come, and the next pair's scales
-      for (int64_t at = 0; at < plan_.side_bytes; at += 64)
-        fetch(groups_[b].scales + 2 * plan_.groups * plan_.side_bytes + at);
-    }
-    to_ = to;
-    block_ = chunk_ = 0;
-    if (groups_[0].columns % kByteColumns)
-      for (int b = 0; b < kBlocks; ++b)
-        std::memset(to + b * stride_ + groups_[0].columns * kLanes, 0, kByteTile / 2);
+inline void unpack_levels(const Plan& plan, const Block* blocks, int64_t index,
+                          const Table<kBits + 2>& table, int64_t stride, uint8_t* to) {
+  for (int b = 0; b < kBlocks; ++b, to += stride) {
+    const Group group = find_group(plan, blocks[b], index);
+    fetch_side(plan, group, 2);
+    decode<kBits>(group.planes, group.chunks, 2 * plan.block_bytes,
+                  [&](int64_t step, Shorts at, auto) { store(to + step * kVector, table.find(at)); });
+    if (group.columns % kByteColumns) std::memset(to + group.columns * kLanes, 0, kByteTile / 2);
   }
-  int64_t left() const { return (kBlocks - block_) * groups_[0].chunks - chunk_; }
-  void advance() {
-    const Group& group = groups_[block_];
-    uint8_t* const to = to_ + block_ * stride_;
-    decode_chunk<kBits>(group.planes, group.chunks, chunk_, 2 * plan_.block_bytes,
-                        [&](int64_t step, Shorts index, auto) {
-                          store(to + step * kVector, table_.find(index));
-                        });
-    if (++chunk_ == group.chunks) {
-      chunk_ = 0;
-      ++block_;
-    }
-  }
-  Scales<kBlocks> scales() const {
-    Scales<kBlocks> out;
-    for (int b = 0; b < kBlocks; ++b) {
-      out.scale[b] = group_scales(plan_, blocks_[b], groups_[b]);
-      out.zero[b] = group_zeros(plan_, groups_[b]);
-    }
-    return out;
-  }
+}
 
- private:
-  const Plan& plan_;
-  const Block* blocks_;
-  Table<kBits + 2> table_;
-  int64_t stride_, block_ = 0, chunk_ = 0;
-  Group groups_[kBlocks];
-  uint8_t* to_ = nullptr;
-};
-
-// totals[block][row] += the group's sums, scaled.
+// totals[block][row] += a group's sums, scaled.
 template <int kDigits, int kBlocks>
-inline void scale_sums(const Plan& plan, const Scales<kBlocks>& by, const Digits& x, int64_t group,
+inline void scale_sums(const Plan& plan, const Block* blocks, const Digits& x, int64_t index,
                        int64_t rows, const int32_t* sums, float* totals) {
-  const float* const units = x.units + group * kTile;
-  const float* const digit_totals = x.totals + group * kTile;
-  for (int b = 0; b < kBlocks; ++b)
+  const float* const units = x.units + index * kTile;
+  const float* const digit_totals = x.totals + index * kTile;
+  for (int b = 0; b < kBlocks; ++b) {
+    const Group group = find_group(plan, blocks[b], index);
+    const Floats scale = group_scales(plan, blocks[b], group), zero = group_zeros(plan, group);
+    const bool uniform = plan.uniform;
+#pragma GCC unroll 4
     for (int64_t r = 0; r < rows; ++r) {
       const int32_t* const from = sums + (b * kDigits * kTile + r) * kLanes;
       float* const to = totals + (b * kTile + r) * kLanes;
       Floats dot = to_floats(load<Ints>(from));
       for (int d = 1; d < kDigits; ++d)
         dot = dot * 256 + to_floats(load<Ints>(from + d * kTile * kLanes));
-      if (plan.uniform) dot -= by.zero[b] * digit_totals[r];
-      store(to, load<Floats>(to) + dot * (by.scale[b] * units[r]));
+      if (uniform) dot -= zero * digit_totals[r];
+      store(to, load<Floats>(to) + dot * (scale * units[r]));
     }
+  }
 }
 
-// x: of each sixteen rows; levels: [2][kBlocks][tiles of a group][16][64], for use in here;
-// totals: [tile of rows][kBlocks][16][16], cleared here. While a group is multiplied, the next
-// one's levels are unpacked and the sums of the one before are scaled.
+// x: of each sixteen rows; levels: [kBlocks][tiles of a group][16][64], for use in here; totals:
+// [tile of rows][kBlocks][16][16], cleared here. One step after the other: to unpack a group while
+// the one before is multiplied takes twice the memory, and longer.
 template <int kBits, int kDigits, int kBlocks>
 void digit_blocks(const Plan& plan, const Block* blocks, const Digits* x, int64_t rows,
                   uint8_t* levels, float* totals) {
-  constexpr int kSums = kBlocks * kDigits * kTile * kLanes;
   const int64_t row_tiles = (rows + kTile - 1) / kTile;
   std::memset(totals, 0, size_t(row_tiles * kBlocks * kTile * kLanes) * 4);
-  alignas(64) int32_t sums[2][kSums];
-  Levels<kBits, kBlocks> unpack(plan, blocks);
-  const int64_t stride = unpack.stride(), tile_step = stride / kByteTile * kDigits * kByteTile;
-  Scales<kBlocks> scales[2];
-  const auto rows_of = [&](int64_t tile) { return smaller(kTile, rows - tile * kTile); };
-  const auto scale = [&](int64_t i) {  // the i-th product of a group and a tile of rows
-    const int64_t group = i / row_tiles, tile = i % row_tiles;
-    scale_sums<kDigits, kBlocks>(plan, scales[group % 2], x[tile], group, rows_of(tile), sums[i % 2],
-                                 totals + tile * kBlocks * kTile * kLanes);
-  };
-  unpack.begin(0, levels);
-  while (unpack.left()) unpack.advance();
-  int64_t i = 0;
+  alignas(64) int32_t sums[kBlocks * kDigits * kTile * kLanes];
+  const Table<kBits + 2> table = shifted_levels<kBits>(plan, kLevelShift);
+  const int64_t stride = byte_tiles(smaller(plan.group_size, plan.columns)) * kByteTile;
   for (int64_t g = 0; g < plan.groups; ++g) {
-    const uint8_t* const now = levels + g % 2 * kBlocks * stride;
+    unpack_levels<kBits, kBlocks>(plan, blocks, g, table, stride, levels);
     const int64_t count = byte_tiles(smaller(plan.group_size, plan.columns - g * plan.group_size));
-    scales[g % 2] = unpack.scales();
-    if (g + 1 < plan.groups) unpack.begin(g + 1, levels + (g + 1) % 2 * kBlocks * stride);
-    const int64_t pieces = unpack.left(), products = count * row_tiles * kDigits * kBlocks;
-    int64_t due = 0;
-    const auto meanwhile = [&] {  // as evenly as it goes
-      for (due += pieces; due >= products; due -= products) unpack.advance();
-    };
-    for (int64_t t = 0; t < row_tiles; ++t, ++i) {
-      multiply_digits<kDigits, kBlocks>(x[t].tiles + g * tile_step, now, stride, count, rows_of(t),
-                                        x[t].starts + g * kDigits * kTile, sums[i % 2], meanwhile);
-      if (i) scale(i - 1);
-      store_digits<kDigits, kBlocks>(sums[i % 2]);
+    for (int64_t t = 0; t < row_tiles; ++t) {
+      const int64_t there = smaller(kTile, rows - t * kTile);
+      multiply_digits<kDigits, kBlocks>(x[t].tiles + g * stride * kDigits, levels, stride, count,
+                                        there, x[t].starts + g * kDigits * kTile, sums);
+      store_digits<kDigits, kBlocks>(sums);
+      scale_sums<kDigits, kBlocks>(plan, blocks, x[t], g, there, sums,
+                                   totals + t * kBlocks * kTile * kLanes);
     }
   }
-  scale(i - 1);
 }
 
 }  // namespace

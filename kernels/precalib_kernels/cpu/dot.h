@@ -10,8 +10,10 @@
 namespace precalib {
 namespace {
 
-// Values of a group of at most 64 or 128 inputs, or of any group in memory.
-inline Floats of_group(const float* x, int64_t columns, Ints at) {
+// Inputs of a group in the places of salient weights: by permutes of at most 64 or 128 inputs, which
+// take the first where none is used, or from memory.
+inline Floats of_group(const float* x, int64_t columns, const Salient& salient) {
+  const Ints at = salient.position;
   const auto among = [&](int first) {  // of 32
     return (Floats)_mm512_permutex2var_ps(load<__m512>(x + first), (__m512i)at,
                                           load<__m512>(x + first + kLanes));
@@ -20,7 +22,7 @@ inline Floats of_group(const float* x, int64_t columns, Ints at) {
     return (Floats)_mm512_mask_blend_ps(_mm512_test_epi32_mask((__m512i)at, _mm512_set1_epi32(bit)),
                                         (__m512)clear, (__m512)set);
   };
-  if (columns > 128) return look_up(x, at);
+  if (columns > 128) return look_up(x, at & salient.used);
   const Floats low = choose(32, among(32), among(0));
   return columns > 64 ? choose(64, choose(32, among(96), among(64)), low) : low;
 }
@@ -30,12 +32,12 @@ template <int kBits, int kDigits, int kRows>
 void dot_block(const Plan& plan, const Block& block, const float* x, const int8_t* digits,
                const Fixed<kDigits>* groups, float* sums) {
   constexpr int kChains = kRows * kDigits < 4 ? 2 : 1;  // sums at a time, against latency
-  const Table<kBits + 2> unsigned_levels = shifted_levels<kBits>(plan, 128), levels(plan.levels);
+  const Table<kBits + 2> unsigned_levels = shifted_levels<kBits>(plan, 128);
+  const SalientGrid grid(plan, block);
   Floats total[kRows] = {};
   for (int64_t g = 0; g < plan.groups; ++g) {
     const Group group = find_group(plan, block, g);
-    for (int64_t at = 0; at < plan.side_bytes; at += 64)  // of the next block
-      fetch(group.scales + plan.groups * plan.side_bytes + at);
+    fetch_side(plan, group, 1);
     Ints sum[kChains][kRows][kDigits] = {};
     for (int r = 0; r < kRows; ++r)
       for (int d = 0; d < kDigits; ++d)
@@ -64,13 +66,12 @@ void dot_block(const Plan& plan, const Block& block, const float* x, const int8_
       }
       total[r] += (dot - zero * fixed.total) * (scale * fixed.unit);
     }
-    for (int64_t j = 0; j < plan.salient_count; ++j) {
-      const Salient salient = find_salient<kBits>(plan, block, group, levels, j);
+    for (int64_t j = 0; j < grid.count; ++j) {
+      const Salient salient = grid.find(group, j);
       const Floats base = (salient.level - zero) * scale;
       const Floats change = (Floats)((Ints)(salient.value - base) & salient.used);
       for (int r = 0; r < kRows; ++r)
-        total[r] += change * of_group(x + r * plan.columns + group.first, group.columns,
-                                      salient.position);
+        total[r] += change * of_group(x + r * plan.columns + group.first, group.columns, salient);
     }
   }
   for (int r = 0; r < kRows; ++r) store(sums + r * kLanes, total[r]);

@@ -37,6 +37,14 @@ struct Work {
   void arrange(int64_t row, int64_t variant, float* out) const {
     arrange_row(plan, call.x, row, call.type, column_scale(variant), out);
   }
+  // One group of up to sixteen rows to [16][group_size], zeros where there is no row.
+  void arrange_tile(int64_t first, int64_t rows, int64_t variant, int64_t group, float* out) const {
+    for (int64_t r = 0; r < rows; ++r)
+      arrange_group(plan, call.x, first + r, call.type, column_scale(variant),
+                    group * plan.group_size, out + r * plan.group_size);
+    std::memset(out + rows * plan.group_size, 0,
+                size_t((16 - rows) * plan.group_size) * sizeof(float));
+  }
 };
 
 Floats load_bias(const Call& call, const Block& block) {
@@ -193,7 +201,6 @@ void run_digits(const Work& work) {
   constexpr int64_t kSize = kTile * kLanes;    // sums of a block and a tile of rows
   const Call& call = work.call;
   const Plan& plan = work.plan;
-  const Table<kBits + 2> table(plan.levels);
   const int64_t slab = smaller(kDigitSlab, call.rows);
   const int64_t row_tiles = (slab + kTile - 1) / kTile;
   const int64_t pairs = count_pairs(plan), chunk_pairs = chunk_size(work);
@@ -206,7 +213,7 @@ void run_digits(const Work& work) {
     Buffer<float> arranged(kTile * plan.group_size), sums(chunk_pairs * 2 * row_tiles * kSize);
     Buffer<float> salient(plan.salient_count ? chunk_pairs * 2 * row_tiles * kSize : 0);
     Buffer<Change> changes(span * plan.salient_count);
-    Buffer<uint8_t> levels(4 * byte_tiles(smaller(plan.group_size, plan.columns)) * kByteTile);
+    Buffer<uint8_t> levels(2 * byte_tiles(smaller(plan.group_size, plan.columns)) * kByteTile);
     for (int64_t first = 0; first < call.rows; first += slab) {
       const int64_t rows = smaller(slab, call.rows - first);
 #pragma omp for
@@ -214,12 +221,7 @@ void run_digits(const Work& work) {
         const int64_t tile = i / plan.groups, group = i % plan.groups;  // of all variants
         const int64_t top = tile % row_tiles * kTile, there = smaller(kTile, rows - top);
         if (there <= 0) continue;
-        for (int64_t r = 0; r < there; ++r)
-          arrange_group(plan, call.x, first + top + r, call.type,
-                        work.column_scale(tile / row_tiles), group * plan.group_size,
-                        arranged.data + r * plan.group_size);
-        std::memset(arranged.data + there * plan.group_size, 0,
-                    size_t((kTile - there) * plan.group_size) * sizeof(float));
+        work.arrange_tile(first + top, there, tile / row_tiles, group, arranged.data);
         set_digits<kDigits>(plan, arranged.data, group, there, x[tile]);
       }
 #pragma omp for
@@ -237,7 +239,7 @@ void run_digits(const Work& work) {
           for (int64_t g = 0; g < plan.groups; g += span)
             chunk.template for_each<1>([&]<int>(int64_t p, const Block* block, int b) {
               const int64_t end = smaller(g + span, plan.groups);
-              find_changes<kBits>(plan, *block, table, g, end, changes.data);
+              find_changes(plan, *block, g, end, changes.data);
               for (int64_t t = 0; t * kTile < rows; ++t)
                 add_changes(changes.data, (end - g) * plan.salient_count,
                             inputs(*block)[t].columns, salient.data + at_block(p, b) + t * kSize);

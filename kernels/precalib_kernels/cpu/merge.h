@@ -59,7 +59,7 @@ template <int kBits>
 class Merge {
  public:
   explicit Merge(const Plan& plan)
-      : plan_(plan), table_(plan.levels), shifted_(shifted_levels<kBits>(plan, 128)),
+      : plan_(plan), shifted_(shifted_levels<kBits>(plan, 128)),
         salient_(plan.salient_count), stride_(span_columns(plan) * kLanes) {}
   int64_t stride() const { return stride_; }  // from a block's weights to the next one's
 
@@ -98,6 +98,7 @@ class Merge {
   void open() {
     const Block& block = share_->blocks[block_];
     group_ = find_group(plan_, block, column_ / plan_.group_size);
+    fetch_side(plan_, group_, 2);
     out_ = to_ + block_ * stride_ + (column_ - first_) * kLanes;
     // (256 (128 + (level + 128) / 256) - 32896) * scale, where 32896 * scale is exact
     const Words rounded = ((Words)group_scales(plan_, block, group_) + 0x100) & ~0x1ffu;
@@ -138,8 +139,9 @@ class Merge {
 
   // Long before they are read back, which takes longer at once.
   void find(const Block& block) {
-    for (int64_t j = 0; j < plan_.salient_count; ++j) {
-      const Salient salient = find_salient<kBits>(plan_, block, group_, table_, j);
+    const SalientGrid grid(plan_, block);
+    for (int64_t j = 0; j < grid.count; ++j) {
+      const Salient salient = grid.find(group_, j);
       const Ints segment = salient.position & 3, step = salient.position >> 2;
       Change& change = salient_.data[j];
       store(change.value, to_bfloats(salient.value));
@@ -162,7 +164,7 @@ class Merge {
   }
 
   const Plan& plan_;
-  const Table<kBits + 2> table_, shifted_;
+  const Table<kBits + 2> shifted_;
   Buffer<Change> salient_;
   const int64_t stride_;
   const Share* share_ = nullptr;
@@ -182,6 +184,7 @@ inline void multiply_pairs(const uint16_t* x, int64_t tile_stride, const uint16_
                            int64_t stride, int64_t count, bool first, float* sums,
                            Work&& meanwhile) {
   constexpr int kBelow = kBlocks * 256;  // from a tile of rows to the next
+  written();
   if (first) {
     _tile_zero(0);
     if constexpr (kBlocks > 1) _tile_zero(1);

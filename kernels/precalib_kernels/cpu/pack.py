@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from precalib_kernels import reference
-from precalib_kernels.cpu.plan import LANES, ROW_VALUES, UNUSED, VECTOR, Plan
+from precalib_kernels.cpu.plan import LANES, ROW_VALUES, VECTOR, Plan, level_table
 from precalib_kernels.layout import COLUMN_UNIT, Layout, unpack_bits
 
 CHUNK_WEIGHTS = 1 << 22  # weights packed at a time: their float32 and index form is large
@@ -107,7 +107,7 @@ def _by_block(per_group: Tensor) -> Tensor:
 def _salient(
     tensors: Mapping[str, Tensor], codes: Tensor, plan: Plan, where: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Position 4 * step + segment in the group, salient code, index of the base's level.
+    """Position 4 * step + segment in the group, salient code, the base's level.
 
     returns: uint8 (positions of large groups int16) [rows, groups, slots].
     """
@@ -125,13 +125,14 @@ def _salient(
     if layout.salient_grid == "sign-magnitude":  # the sign as bit 7, whatever the width
         top = 2 ** (layout.salient_bits - 1)
         salient = salient % top | (salient // top) << 7
+    level = torch.tensor(level_table(layout), dtype=torch.int8)[index.int()]
     shape = column.shape[0], plan.groups, layout.salient_count
     place = place % segment * SEGMENTS + place // segment
     kind = torch.uint8 if plan.position_bytes == 1 else torch.int16
     return (
-        torch.where(used, place, 0).to(kind).view(shape),
+        torch.where(used, place, plan.no_position).to(kind).view(shape),
         salient.view(shape),
-        torch.where(used, index, UNUSED).view(shape),
+        level.view(shape),
     )
 
 

@@ -22,7 +22,7 @@ struct Plan {
   int64_t side_bytes;   // scales, zeros and salient weights of a group of a block
   int64_t side_offset, row_offset, column_offset;
   int8_t levels[128];   // by index: high bits of the code, then u[k], u[k-1], u[k-2]
-  float factors[256];   // of scale codes
+  float factors[16];    // 2**(-i / 16), of scale codes; code 255 is scale zero
 };
 
 struct Call {

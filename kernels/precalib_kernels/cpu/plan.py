@@ -8,7 +8,7 @@ block there are, one after another,
 | planes  | 64 * bits per 32 columns       | bits of the codes, see `decode.h`                   |
 | side    | per group: 16 or 32            | scales, in the file's form                          |
 |         | 16 with uniform levels         | zeros                                               |
-|         | 48 or 64 per salient slot      | positions, codes, indices of the base's levels      |
+|         | 48 or 64 per salient slot      | positions, codes, levels of the base                |
 | rows    | 192                            | float32: factor of scales, salient step and offset  |
 
 and in the end the column scales in float16. Sections begin on multiples of 64 bytes.
@@ -18,14 +18,12 @@ import ctypes
 import dataclasses
 import functools
 
-import torch
-
-from precalib_kernels.layout import COLUMN_UNIT, LOG_STEPS, LOG_ZERO, Layout
+from precalib_kernels.layout import COLUMN_UNIT, LOG_STEPS, Layout
 
 LANES = 16
 VECTOR = 64
 ROW_VALUES = 3
-UNUSED = 255  # level index of a salient slot that holds no weight
+_FACTORS = tuple(2 ** (-i / LOG_STEPS) for i in range(LOG_STEPS))
 
 
 class PlanStruct(ctypes.Structure):
@@ -43,7 +41,7 @@ class PlanStruct(ctypes.Structure):
             )
         ),
         ("levels", ctypes.c_int8 * 128),
-        ("factors", ctypes.c_float * 256),
+        ("factors", ctypes.c_float * LOG_STEPS),
     )
 
 
@@ -76,7 +74,12 @@ class Plan:
     @property
     def position_bytes(self) -> int:
         """Bytes of a position within its group."""
-        return 1 if self.layout.group_size <= 256 else 2
+        return 1 if self.layout.group_size <= 128 else 2
+
+    @property
+    def no_position(self) -> int:
+        """Stands in salient slots that hold no weight: 0 for who does not look at the top bit."""
+        return 1 << (8 * self.position_bytes - 1)
 
     @property
     def side_bytes(self) -> int:
@@ -123,8 +126,8 @@ class Plan:
             side_offset=side,
             row_offset=rows,
             column_offset=columns,
-            levels=(ctypes.c_int8 * 128)(*_level_table(layout)),
-            factors=(ctypes.c_float * 256)(*_factors().tolist()),
+            levels=(ctypes.c_int8 * 128)(*level_table(layout)),
+            factors=(ctypes.c_float * LOG_STEPS)(*_FACTORS),
         )
 
     @functools.cached_property
@@ -137,7 +140,7 @@ def _aligned(size: int) -> int:
     return -(-size // VECTOR) * VECTOR
 
 
-def _level_table(layout: Layout) -> list[int]:
+def level_table(layout: Layout) -> list[int]:
     """Level by index: high bits of the code, then u[k], u[k-1], u[k-2]; 128 entries."""
     table = []
     for index in range(2 ** (layout.bits + 2)):
@@ -145,10 +148,3 @@ def _level_table(layout: Layout) -> list[int]:
         level = 2 * (code ^ two) + one if layout.trellis else code
         table.append(layout.level_values[level])
     return table * (128 // len(table))
-
-
-def _factors() -> torch.Tensor:
-    """Of scale codes."""
-    factors = torch.exp2(-torch.arange(256, dtype=torch.float32) / LOG_STEPS)
-    factors[LOG_ZERO] = 0
-    return factors

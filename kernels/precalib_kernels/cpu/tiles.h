@@ -10,6 +10,9 @@ constexpr int kTile = 16;  // rows of x in a tile
 
 #if defined(__AMX_TILE__)
 
+// What is written before is there for tiles to load: GCC's intrinsics do not say that they read.
+inline void written() { asm volatile("" ::: "memory"); }
+
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t bytes[16] = {};
