@@ -159,7 +159,8 @@ inline void add_changes(const Change* changes, int64_t count, const float* colum
   [&]<int... lane>(std::integer_sequence<int, lane...>) {
     Floats sum[kLanes] = {load<Floats>(sums + lane * kTile)...};
     for (int64_t i = 0; i < count; ++i)
-      ((sum[lane] += changes[i].by[lane] * load<Floats>(columns + changes[i].at[lane])), ...);
+      (add_product(sum[lane], changes[i].by + lane, load<Floats>(columns + changes[i].at[lane])),
+       ...);
     (store(sums + lane * kTile, sum[lane]), ...);
   }(std::make_integer_sequence<int, kLanes>{});
 }
