@@ -13,6 +13,7 @@ constexpr int64_t kFewRows = 5;           // up to so many without tiles
 constexpr int64_t kDigitSlab = 64;        // the same in fixed point, which takes more memory
 constexpr int64_t kDigitRows = 32;        // bfloat16: up to so many rows in fixed point
 constexpr int64_t kChunkPairs = 8;        // pairs of blocks whose sums are held at a time
+constexpr int64_t kMergePairs = 4;        // the same where weights become bfloat16
 constexpr int64_t kSalientColumns = 192;  // about: columns of float32 inputs in the first cache
 constexpr int64_t kThreadWork = 1 << 19;  // products for which one thread is enough
 
@@ -101,10 +102,10 @@ struct Chunk {
   }
 };
 
-// Pairs of a chunk: at most kChunkPairs, and so few that there is enough for all threads.
-int64_t chunk_size(const Work& work) {
+// Pairs of a chunk: so few that there is enough for all threads.
+int64_t chunk_size(const Work& work, int64_t most) {
   const int64_t share = count_pairs(work.plan) / (work.alone ? 1 : 4 * omp_get_max_threads());
-  return share < 1 ? 1 : smaller(share, kChunkPairs);
+  return share < 1 ? 1 : smaller(share, most);
 }
 
 template <int kBits>
@@ -203,7 +204,7 @@ void run_digits(const Work& work) {
   const Plan& plan = work.plan;
   const int64_t slab = smaller(kDigitSlab, call.rows);
   const int64_t row_tiles = (slab + kTile - 1) / kTile;
-  const int64_t pairs = count_pairs(plan), chunk_pairs = chunk_size(work);
+  const int64_t pairs = count_pairs(plan), chunk_pairs = chunk_size(work, kChunkPairs);
   const int64_t span = kSalientColumns / plan.group_size + 1;
   DigitMemory<kDigits> x(plan, work.variants * row_tiles);
 #pragma omp parallel if (!work.alone)
@@ -268,7 +269,7 @@ void run_merged(const Work& work) {
   const Plan& plan = work.plan;
   const int64_t slab = smaller(kSlabRows, (work.call.rows + kTile - 1) / kTile * kTile);
   const int64_t pairs = count_pairs(plan);
-  const int64_t chunk_pairs = chunk_size(work);
+  const int64_t chunk_pairs = chunk_size(work, kMergePairs);
   Buffer<uint16_t> x(work.variants * slab * plan.columns);
 #pragma omp parallel if (!work.alone)
   {

@@ -13,7 +13,7 @@ namespace {
 
 constexpr int kPairColumns = 32;  // columns in a tile of bfloat16
 constexpr int kPairTile = kTile * kPairColumns;
-constexpr int kSpanColumns = 512;  // about: whole groups
+constexpr int kSpanColumns = 256;  // about: whole groups
 
 inline int64_t span_columns(const Plan& plan) {
   const int64_t groups = kSpanColumns / plan.group_size;
