@@ -17,8 +17,7 @@ import dataclasses
 from collections.abc import Iterator
 
 from precalib_kernels.gpu import ahead, count
-from precalib_kernels.gpu.form import form_of
-from precalib_kernels.gpu.product import PICKS
+from precalib_kernels.gpu.form import PICKS, form_of
 from precalib_kernels.gpu.table import TABLE, Blocks, blocks_for
 from precalib_kernels.layout import Layout
 
@@ -88,6 +87,34 @@ CHIPS = (
 )
 
 
+# Bytes of a thread that entries of M = 64 spill, with room for one register pair.
+KNOWN_SPILLS = {
+    ("sm_80", "balanced-3"): 48,
+    ("sm_80", "uniform-3"): 56,
+    ("sm_80", "paper-4"): 88,
+    ("sm_89", "balanced-3"): 96,
+    ("sm_89", "table-4"): 24,
+    ("sm_89", "uniform-3"): 80,
+    ("sm_89", "paper-4"): 32,
+    ("sm_90", "balanced-4"): 24,
+    ("sm_90", "balanced-3"): 40,
+    ("sm_90", "uniform-4"): 16,
+    ("sm_90", "uniform-3"): 24,
+    ("sm_90", "paper-4"): 72,
+    ("sm_100", "balanced-4"): 16,
+    ("sm_100", "uniform-4"): 16,
+    ("sm_100", "table-4"): 32,
+    ("sm_100", "uniform-3"): 16,
+}
+
+
+def spills_allowed(target: str, name: str, block_m: int) -> int:
+    """Bytes that an entry is known to spill; sm_75, which is not served, may spill any."""
+    if target == "sm_75":
+        return 1 << 30
+    return KNOWN_SPILLS.get((target, name), 0) if block_m == 64 else 0
+
+
 @dataclasses.dataclass(frozen=True)
 class Cost:
     """A kernel's cost per weight.
@@ -117,7 +144,7 @@ def product_cost(layout: Layout, blocks: Blocks, target: str) -> Cost:
     each = len(found[main[0]].operations) * threads / (blocks.block_n * form.step)
     if form.slots:  # a round takes PICKS slots of every row
         salient = len(found[main[0] + 1].operations) * threads
-        each += salient / (blocks.block_n * form.group * PICKS.value / form.slots)
+        each += salient / (blocks.block_n * form.group * PICKS / form.slots)
     return Cost(each, blocks.block_m, form.bits_per_weight(4096), compiled)
 
 
@@ -205,8 +232,13 @@ def _columns(chip: Chip, cost: Cost) -> str:
     )
 
 
+OVER = "  <-- over"
+
+
 def check_all() -> Iterator[str]:
-    """Compile every entry of the table for every target; a line for each, faults marked."""
+    """Compile every entry of the table for every target; a line for each, ending in OVER if a
+    chip's shared memory or `spills_allowed` is exceeded.
+    """
     for target in ("sm_75", "sm_80", "sm_89", "sm_90", "sm_100", "gfx942", "gfx950"):
         limit = (
             65536 if target.startswith("gfx94") else 160 * 1024 if "gfx" in target else 99 * 1024
@@ -222,7 +254,8 @@ def check_all() -> Iterator[str]:
                     text = str(error).splitlines()
                     yield f"{target} {name} {blocks.block_m}: {text[0] if text else error!r}"
                     continue
-                fault = "" if made.spilled == 0 and made.shared <= limit else "  <-- over"
+                most_spilled = spills_allowed(target, name, blocks.block_m)
+                fault = "" if made.spilled <= most_spilled and made.shared <= limit else OVER
                 yield (
                     f"{target} {name} {blocks.block_n}x{blocks.block_m}: "
                     f"{made.registers} registers, {made.spilled} bytes spilled "
@@ -243,8 +276,12 @@ def main() -> None:
     else:
         chips = [chip for chip in CHIPS if options.chip is None or chip.name in options.chip]
         lines = report(chips, options.layout or list(LAYOUTS), options.rows)
+    faults = 0
     for line in lines:
         print(line, flush=True)
+        faults += line.endswith(OVER)
+    if faults:
+        parser.exit(1, f"{faults} entries spill or take more shared memory than they may\n")
 
 
 if __name__ == "__main__":

@@ -11,14 +11,14 @@ import triton.language as tl
 
 
 @triton.jit(
-    do_not_specialize=["counter_count", "rows", "columns", "padded", "row_stride"],
+    do_not_specialize=["counter_count", "rows", "columns", "padded", "picked", "row_stride"],
     do_not_specialize_on_alignment=["x", "column_scale"],
 )
 def prepare_kernel(
     x,  # [rows, columns], any float type
     column_scale,  # [parts, padded] float16, or anything
     dots,  # out: float16 [parts, blocks, padded / 16, BLOCK_M, 16]
-    by_column,  # out: float16 [parts, blocks, padded, BLOCK_M]
+    by_column,  # out: float16 [parts, blocks, picked, BLOCK_M]
     start,  # out: float32 [parts, blocks, groups, BLOCK_M]: minus offset times sum of dots
     sums,  # out: float32 [parts, blocks, groups, BLOCK_M]: sums of x over level step
     inverse,  # out: float32 [parts, blocks * BLOCK_M]: what undoes the power of two
@@ -27,6 +27,7 @@ def prepare_kernel(
     rows,
     columns,
     padded,  # columns of whole steps
+    picked,  # columns that salient weights are picked from, zeros beyond the others
     row_stride,
     OFFSET: tl.constexpr,
     LEVEL_STEP: tl.constexpr,
@@ -58,7 +59,7 @@ def prepare_kernel(
     tl.store(
         inverse + part * blocks * BLOCK_M + m, ((254 - exponent) << 23).to(tl.float32, bitcast=True)
     )
-    for first in tl.range(0, padded, BLOCK_K):
+    for first in tl.range(0, picked, BLOCK_K):
         column = first + k
         inside = column < padded
         values = _scaled(
@@ -66,8 +67,9 @@ def prepare_kernel(
         )
         half = (values * factor).to(tl.float16)
         if BY_COLUMN:
-            at = by_column + (block * padded + column) * BLOCK_M + lane
-            tl.store(at, half * 0.03125, mask=inside)  # below 2**10: eight products are added up
+            at = by_column + (block * picked + column) * BLOCK_M + lane
+            # below 2**10: eight products are added up
+            tl.store(at, half * 0.03125, mask=column < picked)
         dot, r = dot_position(column, GROUP, MODE, J)
         stored = half
         if MODE == "uniform":  # codes of odd dots count sixteenfold

@@ -86,7 +86,8 @@ def dequantize_kernel(
             value = level * (scale * unit)[:, None]
             column = dot_column(step * (STEP // 16) + chain * 4 * J + dot, r, GROUP, MODE, J)
             for slot in tl.static_range(SLOTS):
-                at = (group * SLOTS + slot) * padded_rows + n
+                place = group * SLOTS + slot
+                at = (place // 4 * padded_rows + n) * 4 + place % 4
                 hit = (tl.load(positions + at).to(tl.int32) + group * GROUP)[:, None] == column[
                     None, :
                 ]

@@ -30,6 +30,7 @@ from precalib_kernels.layout import Layout
 
 ROWS = 64  # rows of a tile; parts are padded to it
 DOT = 16  # columns of one dot
+PICKS = 8  # slots of a round: products of a row's salient weights that are added up in fp16
 Mode = Literal["uniform", "table", "trellis", "in place"]
 
 
@@ -89,6 +90,16 @@ class Form:
     def steps(self, input_size: int) -> int:
         """Steps of a row."""
         return -(-input_size // self.step)
+
+    def rounds(self, input_size: int) -> int:
+        """Rounds of PICKS that hold all slots of a row."""
+        return -(-self.steps(input_size) * self.step // self.group * self.slots // PICKS)
+
+    def picked_columns(self, input_size: int) -> int:
+        """Columns that the slots of whole rounds can reach; as many as the steps have, or more."""
+        if not self.slots:
+            return self.steps(input_size) * self.step
+        return -(-self.rounds(input_size) * PICKS // self.slots) * self.group
 
     def bits_per_weight(self, input_size: int) -> float:
         """Bits read per weight of a long row: words and what a group has besides."""

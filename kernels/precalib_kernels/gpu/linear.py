@@ -111,7 +111,8 @@ def product(
     half = functools.partial(torch.empty, dtype=torch.float16, device=device)
     single = functools.partial(torch.empty, dtype=torch.float32, device=device)
     dots = half((*plane, whole, blocks.block_m))
-    by_column = half((*plane, whole, blocks.block_m)) if form.slots else dots
+    picked = form.picked_columns(columns)
+    by_column = half((*plane, picked, blocks.block_m)) if form.slots else dots
     start, sums = single((2, *plane, whole // form.group, blocks.block_m))
     inverse = single((*plane, blocks.block_m))
     shares = single((share, row_blocks, padded_rows, blocks.block_m)) if share > 1 else inverse
@@ -121,7 +122,7 @@ def product(
     block_k = min(16384, 1 << (whole - 1).bit_length())
     prepare_kernel[(row_blocks * blocks.block_m, parts)](
         x, arrays.get("column_scale", x), dots, by_column, start, sums, inverse, counters,
-        counters.numel(), rows, columns, whole, x.stride(0),
+        counters.numel(), rows, columns, whole, picked, x.stride(0),
         OFFSET=form.offset, LEVEL_STEP=form.level_step, GROUP=form.group, MODE=form.mode,
         J=form.chain_tiles, SCALED=layout.column_scale, BY_COLUMN=form.slots > 0,
         BLOCK_M=blocks.block_m, BLOCK_K=block_k, num_warps=prepare_warps(block_k),

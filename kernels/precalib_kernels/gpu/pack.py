@@ -10,7 +10,7 @@ from torch.nn.functional import pad
 
 from precalib_kernels import reference
 from precalib_kernels.gpu.assembly import constants
-from precalib_kernels.gpu.form import DOT, ROWS, Form, form_of, padded
+from precalib_kernels.gpu.form import DOT, PICKS, ROWS, Form, form_of, padded
 from precalib_kernels.layout import Layout, unpack_bits
 
 CHUNK_WEIGHTS = 1 << 22  # weights changed at a time; the index form takes several bytes each
@@ -32,8 +32,9 @@ def in_memory(
 
     R is the number of rows with every part padded to 64, G and K count whole steps:
     qweight [steps, tiles, R, 16] int16; scales [G, R]; zeros [G, R] uint8; carry [G, R] int16;
-    salient_positions [G, m, R] uint8; salient_values [G, m, R] float16; row_unit, salient_unit
-    [R] float32; column_scale [parts, K] float16; table uint8 and constants [4, 16] int16 for the
+    salient_positions [S / 4, R, 4] uint8 and salient_values [S / 4, R, 4] float16, S being the
+    slots of whole rounds; row_unit, salient_unit [R] float32;
+    column_scale [parts, K] float16; table uint8 and constants [4, 16] int16 for the
     lookup; tiles [R / 64, 4] int32: part, first row of the result, rows left in the part, 0.
     In place, salient_lines [G, 2, R] float16 stands for the three arrays salient_….
 
@@ -70,7 +71,7 @@ def in_memory(
 
 def _empty(form: Form, input_size: int, rows: int, device: torch.device) -> dict[str, Tensor]:
     steps = form.steps(input_size)
-    groups, slots = steps * form.step // form.group, form.slots
+    groups = steps * form.step // form.group
     new = functools.partial(torch.zeros, device=device)
     result = {
         "qweight": new((steps, form.stored_tiles, rows, DOT), dtype=torch.int16),
@@ -84,8 +85,9 @@ def _empty(form: Form, input_size: int, rows: int, device: torch.device) -> dict
     if form.mode == "in place":
         result["salient_lines"] = new((groups, 2, rows), dtype=torch.float16)
     if form.slots:
-        result["salient_positions"] = new((groups, slots, rows), dtype=torch.uint8)
-        result["salient_values"] = new((groups, slots, rows), dtype=torch.float16)
+        fours = form.rounds(input_size) * PICKS // 4
+        result["salient_positions"] = new((fours, rows, 4), dtype=torch.uint8)
+        result["salient_values"] = new((fours, rows, 4), dtype=torch.float16)
         result["salient_unit"] = new(rows, dtype=torch.float32)
     return result
 
@@ -118,8 +120,9 @@ def _fill(
     if form.slots:
         base = reference.base_values(tensors, layout, input_size)
         positions, values, salient_unit = salient_slots(tensors, base, layout, input_size, where)
-        result["salient_positions"][:groups, :, rows] = positions.permute(1, 2, 0)
-        result["salient_values"][:groups, :, rows] = values.permute(1, 2, 0)
+        for name, slots in (("salient_positions", positions), ("salient_values", values)):
+            filled = pad(slots.flatten(1), (0, 4 * len(result[name]) - slots[0].numel()))
+            result[name][:, rows] = filled.view(len(filled), -1, 4).transpose(0, 1)
         result["salient_unit"][rows] = salient_unit * PICKED_SCALE
 
 

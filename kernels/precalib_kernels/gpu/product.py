@@ -1,4 +1,4 @@
-"""The product for small and middling M: words to halves in registers, one dot per nibble.
+"""The product for small and middling M: words to halves in registers, times x.
 
 A program computes BLOCK_N rows of the result's transpose for BLOCK_M rows of x, over a share of
 the steps. Weights are the left operand: at M ≤ 8 a tensor-core product of 8 columns is enough, and
@@ -13,9 +13,10 @@ The partial products of a split are added up in a fixed order by the program tha
 import triton
 import triton.language as tl
 
+from precalib_kernels.gpu import form
 from precalib_kernels.gpu.halves import chain_classes, chain_halves, nibble_tile, split_tiles
 
-PICKS = tl.constexpr(8)  # products of a row's salient weights that are added up in fp16
+PICKS = tl.constexpr(form.PICKS)
 
 
 @triton.jit(
@@ -29,8 +30,8 @@ def product_kernel(
     scales,  # uint8 or float16 [groups, padded_rows]
     zeros,  # uint8 [groups, padded_rows]
     carries,  # int16 [groups, padded_rows]
-    positions,  # uint8 [groups, SLOTS, padded_rows]
-    values,  # float16 [groups, SLOTS, padded_rows]
+    positions,  # uint8 [rounds * PICKS / 4, padded_rows, 4]
+    values,  # float16 [rounds * PICKS / 4, padded_rows, 4]
     lines,  # float16 [groups, 2, padded_rows]
     row_unit,  # float32 [padded_rows]
     salient_unit,  # float32 [padded_rows]
@@ -38,7 +39,7 @@ def product_kernel(
     constants,  # int16 [4, 16], see `assembly.constants`
     tiles,  # int32 [padded_rows / 64, 4]
     dots,  # float16 [parts, blocks, steps * STEP / 16, BLOCK_M, 16]
-    by_column,  # float16 [parts, blocks, steps * STEP, BLOCK_M]
+    by_column,  # float16 [parts, blocks, columns of whole rounds, BLOCK_M]
     start,  # float32 [parts, blocks, groups, BLOCK_M]
     sums,  # float32 [parts, blocks, groups, BLOCK_M]
     inverse,  # float32 [parts, blocks * BLOCK_M]
@@ -68,6 +69,9 @@ def product_kernel(
     TILES: tl.constexpr = STORED + (MODE == "in place")
     J: tl.constexpr = 2 if MODE == "trellis" and GROUP == 128 else 1
     GROUPS: tl.constexpr = STEP // GROUP
+    # Columns of a product: two to a step make Triton give every warp rows of its own on sm_80.
+    DEPTH: tl.constexpr = min(GROUP, 64 * J if BLOCK_M < 32 else 64)
+    PIECES: tl.constexpr = 64 * J // DEPTH
     ZEROS: tl.constexpr = MODE == "uniform" or MODE == "in place"
     tile, split, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     blocks = tl.num_programs(2)
@@ -83,8 +87,9 @@ def product_kernel(
     shift = tl.load(constants + 48 + r)
     plane = part * blocks + block
     words += n[:, None] * 16 + r[None, :]
-    dots += plane * (steps * STEP * BLOCK_M) + m[None, :] * 16 + r[:, None]
-    by_column += plane * (steps * STEP * BLOCK_M)
+    dots += plane * (steps * STEP * BLOCK_M) + m[None, :] * 16
+    k = tl.arange(0, DEPTH)[:, None]
+    dots += k // 16 * (16 * BLOCK_M) + k % 16
     start += plane * (steps * GROUPS * BLOCK_M)
     sums += plane * (steps * GROUPS * BLOCK_M)
 
@@ -112,8 +117,8 @@ def product_kernel(
                 first, second, carry, line,
                 low, high, ones, shift, table, BITS, MODE, J, ASM, REGISTERS,
             )  # fmt: skip
-            for dot in tl.static_range(4 * J):
-                first_column = (chain * J * 4 + dot) * 16
+            for piece in tl.static_range(PIECES):
+                first_column = (chain * PIECES + piece) * DEPTH
                 current = step * GROUPS + first_column // GROUP
                 if first_column % GROUP == 0:
                     begin = tl.load(start + current * BLOCK_M + m)
@@ -123,25 +128,32 @@ def product_kernel(
                         sum = tl.load(sums + current * BLOCK_M + m)
                         partial -= zero[:, None] * sum[None, :]
                 ready = tl.load(step_dots + first_column * BLOCK_M)
-                partial = tl.dot(halves[dot], ready, partial)
-                if (first_column + 16) % GROUP == 0:
+                left = side_by_side(halves, piece * DEPTH // 16, DEPTH // 16)
+                partial = tl.dot(left, ready, partial)
+                if (first_column + DEPTH) % GROUP == 0:
                     scale = tl.load(scales + current * padded_rows + n)
                     total += partial * group_scale(scale, LOG8)[:, None]
     total *= tl.load(row_unit + n)[:, None]
     if SLOTS > 0:
         unit = tl.load(salient_unit + n)
-        last = tl.minimum(split * share + share, steps) * GROUPS * SLOTS
-        for slot in tl.range(split * share * GROUPS * SLOTS, last, PICKS):
+        rounds = tl.cdiv(steps * GROUPS * SLOTS, PICKS)
+        by_column += plane * (tl.cdiv(rounds * PICKS, SLOTS) * (GROUP * BLOCK_M))
+        positions = positions.to(tl.pointer_type(tl.int32))
+        values = values.to(tl.pointer_type(tl.int64))
+        # Zeros, which Triton does not know: so it spreads words over a row's threads, not bytes.
+        nothing = (m // BLOCK_M)[None, :]
+        share = tl.cdiv(rounds, tl.num_programs(1))
+        for turn in tl.range(split * share, tl.minimum(split * share + share, rounds)):
             # A few products are added up in fp16, two at a time, then in float32.
             few = tl.zeros((BLOCK_N, BLOCK_M), tl.float16)
             for i in tl.static_range(PICKS):
-                at = (slot + i) * padded_rows + n
-                real = at < last * padded_rows
-                column = tl.load(positions + at, mask=real, other=0).to(tl.int32)
-                column += tl.minimum(slot + i, last - 1) // SLOTS * GROUP
-                picked = tl.load(by_column + (column * BLOCK_M)[:, None] + m[None, :])
-                value = tl.load(values + at, mask=real, other=0.0)[:, None]
-                value = tl.broadcast_to(value, (BLOCK_N, BLOCK_M))
+                if i % 4 == 0:
+                    at = (turn * (PICKS // 4) + i // 4) * padded_rows + n
+                    places = tl.load(positions + at)[:, None] + nothing
+                    four = tl.load(values + at)[:, None] + nothing
+                base = by_column + slot_group(turn, i, SLOTS) * (GROUP * BLOCK_M) + m[None, :]
+                picked = tl.load(pick(base, places, i % 4, BLOCK_M, ASM != ""))
+                value = (four >> 16 * (i % 4)).to(tl.int16).to(tl.float16, bitcast=True)
                 few = multiply_add(picked, value, few, ASM != "")
             total += few.to(tl.float32) * unit[:, None]
 
@@ -160,6 +172,51 @@ def product_kernel(
             _store(y, bias, inverse, about, total, part, block, blocks, rows, outputs, BIAS)
     else:
         _store(y, bias, inverse, about, total, part, block, blocks, rows, outputs, BIAS)
+
+
+@triton.jit
+def slot_group(turn, SLOT: tl.constexpr, SLOTS: tl.constexpr):
+    """Group of slot PICKS · turn + SLOT of a row."""
+    if PICKS % SLOTS == 0:
+        group = turn * (PICKS // SLOTS) + SLOT // SLOTS
+    else:
+        group = (turn * PICKS + SLOT) // SLOTS
+    return group
+
+
+@triton.jit
+def pick(base, places, BYTE: tl.constexpr, STRIDE: tl.constexpr, ASSEMBLER: tl.constexpr):
+    """Pointers base [1, columns] moved by STRIDE times byte BYTE of places [rows, columns].
+
+    The assembler saves two of five instructions that Triton would make of it.
+    """
+    if ASSEMBLER:
+        wide: tl.constexpr = min(8, base.shape[1])
+        moved = tl.inline_asm_elementwise(
+            "{ .reg .b32 c; prmt.b32 c, $1, 0, $2; mad.wide.u32 $0, c, $3, $4; }",
+            "=l,r,r,r,l",
+            (places, 0x4440 + BYTE, 2 * STRIDE, base.to(tl.int64)),
+            tl.int64,
+            True,
+            1,
+        ).to(tl.pointer_type(tl.float16))
+        result = tl.max_contiguous(tl.multiple_of(moved, [1, 2 * wide]), [1, wide])
+    else:
+        result = base + ((places >> 8 * BYTE) & 0xFF) * STRIDE
+    return result
+
+
+@triton.jit
+def side_by_side(halves, FIRST: tl.constexpr, COUNT: tl.constexpr):
+    """COUNT of the tiles [rows, 16] as one [rows, 16 * COUNT], register by register."""
+    if COUNT == 1:
+        result = halves[FIRST]
+    else:
+        left = side_by_side(halves, FIRST, COUNT // 2)
+        right = side_by_side(halves, FIRST + COUNT // 2, COUNT // 2)
+        both = tl.permute(tl.join(left, right), (0, 2, 1))
+        result = tl.reshape(both, (both.shape[0], 16 * COUNT))
+    return result
 
 
 @triton.jit
