@@ -91,7 +91,7 @@ sanitize: $(STAMP) ## tests of the compiled CPU kernels under AddressSanitizer a
 bench-speed: $(STAMP) ## seconds to quantize, recipe by recipe
 	@$(BIN)/python benchmarks/quantize_speed.py
 
-kernels-report: $(STAMP) ## compile every GPU kernel for every chip, fail on new spills, count costs (an hour)
+kernels-report: $(STAMP) ## compile every GPU kernel for every chip, fail on new spills, count costs (half an hour)
 	@TRITON_DEFAULT_FP_FUSION=1 $(BIN)/python -m precalib_kernels.static --check
 	@TRITON_DEFAULT_FP_FUSION=1 $(BIN)/python -m precalib_kernels.static
 

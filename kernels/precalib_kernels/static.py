@@ -87,24 +87,25 @@ CHIPS = (
 )
 
 
-# Bytes of a thread that entries of M = 64 spill, with room for one register pair.
+# Bytes of a thread that entries spill, by rows of x, with room for one register pair.
 KNOWN_SPILLS = {
-    ("sm_80", "balanced-3"): 48,
-    ("sm_80", "uniform-3"): 56,
-    ("sm_80", "paper-4"): 88,
-    ("sm_89", "balanced-3"): 96,
-    ("sm_89", "table-4"): 24,
-    ("sm_89", "uniform-3"): 80,
-    ("sm_89", "paper-4"): 32,
-    ("sm_90", "balanced-4"): 24,
-    ("sm_90", "balanced-3"): 40,
-    ("sm_90", "uniform-4"): 16,
-    ("sm_90", "uniform-3"): 24,
-    ("sm_90", "paper-4"): 72,
-    ("sm_100", "balanced-4"): 16,
-    ("sm_100", "uniform-4"): 16,
-    ("sm_100", "table-4"): 32,
-    ("sm_100", "uniform-3"): 16,
+    ("sm_80", "balanced-3", 64): 48,
+    ("sm_80", "uniform-3", 64): 56,
+    ("sm_80", "paper-4", 64): 88,
+    ("sm_89", "balanced-3", 64): 96,
+    ("sm_89", "table-4", 64): 24,
+    ("sm_89", "uniform-3", 64): 80,
+    ("sm_89", "paper-4", 64): 32,
+    ("sm_90", "balanced-4", 64): 24,
+    ("sm_90", "balanced-3", 64): 40,
+    ("sm_90", "uniform-4", 64): 16,
+    ("sm_90", "uniform-3", 64): 24,
+    ("sm_90", "paper-4", 64): 72,
+    ("sm_100", "balanced-4", 64): 16,
+    ("sm_100", "uniform-4", 64): 16,
+    ("sm_100", "table-4", 64): 32,
+    ("sm_100", "uniform-3", 64): 16,
+    ("sm_100", "paper-4", 16): 16,
 }
 
 
@@ -112,7 +113,7 @@ def spills_allowed(target: str, name: str, block_m: int) -> int:
     """Bytes that an entry is known to spill; sm_75, which is not served, may spill any."""
     if target == "sm_75":
         return 1 << 30
-    return KNOWN_SPILLS.get((target, name), 0) if block_m == 64 else 0
+    return KNOWN_SPILLS.get((target, name, block_m), 0)
 
 
 @dataclasses.dataclass(frozen=True)
