@@ -186,33 +186,22 @@ struct Salient {
   Ints used;      // 0 or -1
 };
 
-// What the salient weights of a block have in common. In memory: registers are for sums.
-struct SalientGrid {
-  const float* row_values;
-  int32_t size;    // bits of a code that are not its sign
-  int32_t places;  // positions from here on are of slots that hold no weight
-  int64_t count, position_bytes;
-
-  SalientGrid(const Plan& plan, const Block& block)
-      : row_values(block.row_values), size(int32_t(plan.salient_mask)),
-        places(int32_t(plan.group_size)), count(plan.salient_count),
-        position_bytes(plan.position_bytes) {}
-
-  Salient find(const Group& group, int64_t slot) const {
-    const uint8_t* at = group.salient + slot * kLanes * (position_bytes + 2);
-    Salient out;
-    out.position = position_bytes == 1 ? ints_of_bytes(at) : ints_of_halves(at);
-    out.used = out.position < places;
-    at += kLanes * position_bytes;
-    const Ints code = ints_of_bytes(at), level = ints_of_signed_bytes(at + kLanes);
-    const Floats step = load<Floats>(row_values + kLanes);
-    const Floats offset = load<Floats>(row_values + 2 * kLanes);
-    const Ints bits = (Ints)(to_floats(code & size) * step + offset);
-    out.value = (Floats)(bits ^ (code & ~size) << 24);
-    out.level = to_floats(level);
-    return out;
-  }
-};
+inline Salient find_salient(const Plan& plan, const Block& block, const Group& group,
+                            int64_t slot) {
+  const uint8_t* at = group.salient + slot * kLanes * (plan.position_bytes + 2);
+  Salient out;
+  out.position = plan.position_bytes == 1 ? ints_of_bytes(at) : ints_of_halves(at);
+  out.used = out.position < int32_t(plan.group_size);
+  at += kLanes * plan.position_bytes;
+  const Ints code = ints_of_bytes(at), level = ints_of_signed_bytes(at + kLanes);
+  const int32_t size = int32_t(plan.salient_mask);  // bits of a code that are not its sign
+  const Floats step = load<Floats>(block.row_values + kLanes);
+  const Floats offset = load<Floats>(block.row_values + 2 * kLanes);
+  const Ints bits = (Ints)(to_floats(code & size) * step + offset);
+  out.value = (Floats)(bits ^ (code & ~size) << 24);
+  out.level = to_floats(level);
+  return out;
+}
 
 }  // namespace
 }  // namespace precalib

@@ -56,8 +56,7 @@ void set_digits(const Plan& plan, const float* x, int64_t group, int64_t rows, c
   if (plan.salient_count)
     for (int64_t k = 0; k < count; k += kTile) {
       Floats square[kTile];
-      for (int r = 0; r < kTile; ++r) square[r] = load<Floats>(x + r * plan.group_size + k);
-      turn(square);
+      turn(x + k, plan.group_size, square);
       for (int r = 0; r < kTile; ++r) store(out.columns + (first + k + r) * kTile, square[r]);
     }
 }
@@ -140,13 +139,12 @@ struct Change {
 // The salient weights of some groups. A pass of its own: what is read back at once takes longer.
 inline void find_changes(const Plan& plan, const Block& block, int64_t first_group,
                          int64_t last_group, Change* changes) {
-  const SalientGrid grid(plan, block);
   for (int64_t g = first_group; g < last_group; ++g) {
     const Group group = find_group(plan, block, g);
     const Floats scale = group_scales(plan, block, group);
     const Floats zero = group_zeros(plan, group);
-    for (int64_t j = 0; j < grid.count; ++j, ++changes) {
-      const Salient salient = grid.find(group, j);
+    for (int64_t j = 0; j < plan.salient_count; ++j, ++changes) {
+      const Salient salient = find_salient(plan, block, group, j);
       const Floats base = (salient.level - zero) * scale;
       store(changes->by, (Ints)(salient.value - base) & salient.used);
       store(changes->at, ((salient.position & salient.used) + int32_t(group.first)) * kTile);
@@ -168,8 +166,7 @@ inline void add_changes(const Change* changes, int64_t count, const float* colum
 // totals: [row of x][row of the block] += the above, turned.
 inline void add_turned(const float* sums, int64_t rows, float* totals) {
   Floats square[kTile];
-  for (int r = 0; r < kTile; ++r) square[r] = load<Floats>(sums + r * kTile);
-  turn(square);
+  turn(sums, kTile, square);
   for (int64_t r = 0; r < rows; ++r)
     store(totals + r * kLanes, load<Floats>(totals + r * kLanes) + square[r]);
 }

@@ -33,7 +33,6 @@ void dot_block(const Plan& plan, const Block& block, const float* x, const int8_
                const Fixed<kDigits>* groups, float* sums) {
   constexpr int kChains = kRows * kDigits < 4 ? 2 : 1;  // sums at a time, against latency
   const Table<kBits + 2> unsigned_levels = shifted_levels<kBits>(plan, 128);
-  const SalientGrid grid(plan, block);
   Floats total[kRows] = {};
   for (int64_t g = 0; g < plan.groups; ++g) {
     const Group group = find_group(plan, block, g);
@@ -66,8 +65,8 @@ void dot_block(const Plan& plan, const Block& block, const float* x, const int8_
       }
       total[r] += (dot - zero * fixed.total) * (scale * fixed.unit);
     }
-    for (int64_t j = 0; j < grid.count; ++j) {
-      const Salient salient = grid.find(group, j);
+    for (int64_t j = 0; j < plan.salient_count; ++j) {
+      const Salient salient = find_salient(plan, block, group, j);
       const Floats base = (salient.level - zero) * scale;
       const Floats change = (Floats)((Ints)(salient.value - base) & salient.used);
       for (int r = 0; r < kRows; ++r)

@@ -44,7 +44,7 @@ struct Work {
       arrange_group(plan, call.x, first + r, call.type, column_scale(variant),
                     group * plan.group_size, out + r * plan.group_size);
     std::memset(out + rows * plan.group_size, 0,
-                size_t((16 - rows) * plan.group_size) * sizeof(float));
+                size_t((kTile - rows) * plan.group_size) * sizeof(float));
   }
 };
 

@@ -139,9 +139,8 @@ class Merge {
 
   // Long before they are read back, which takes longer at once.
   void find(const Block& block) {
-    const SalientGrid grid(plan_, block);
-    for (int64_t j = 0; j < grid.count; ++j) {
-      const Salient salient = grid.find(group_, j);
+    for (int64_t j = 0; j < plan_.salient_count; ++j) {
+      const Salient salient = find_salient(plan_, block, group_, j);
       const Ints segment = salient.position & 3, step = salient.position >> 2;
       Change& change = salient_.data[j];
       store(change.value, to_bfloats(salient.value));

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from precalib_kernels import reference
-from precalib_kernels.cpu.plan import LANES, ROW_VALUES, VECTOR, Plan, level_table
+from precalib_kernels.cpu.plan import LANES, ROW_VALUES, VECTOR, Plan
 from precalib_kernels.layout import COLUMN_UNIT, Layout, unpack_bits
 
 CHUNK_WEIGHTS = 1 << 22  # weights packed at a time: their float32 and index form is large
@@ -118,14 +118,11 @@ def _salient(
     start = column // layout.group_size * layout.group_size
     segment = (columns - start).clamp(max=layout.group_size) // SEGMENTS
     place = column - start
-    index = codes.gather(1, column) << 2
-    for back in (1, 2):
-        low = codes.gather(1, (column - back).clamp(min=0)) & 1
-        index |= torch.where(place >= back, low, 0) << (2 - back)
+    index = reference.level_index(codes, layout).gather(1, column)
+    level = torch.tensor(layout.level_values, dtype=torch.int8)[index.int()]
     if layout.salient_grid == "sign-magnitude":  # the sign as bit 7, whatever the width
         top = 2 ** (layout.salient_bits - 1)
         salient = salient % top | (salient // top) << 7
-    level = torch.tensor(level_table(layout), dtype=torch.int8)[index.int()]
     shape = column.shape[0], plan.groups, layout.salient_count
     place = place % segment * SEGMENTS + place // segment
     kind = torch.uint8 if plan.position_bytes == 1 else torch.int16

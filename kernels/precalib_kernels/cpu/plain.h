@@ -25,9 +25,8 @@ inline void unpack_floats(const Plan& plan, const Block& block, const Group& gro
       store(weights + (4 * step + s) * kLanes, (level - zero) * scale);
     }
   });
-  const SalientGrid grid(plan, block);
-  for (int64_t j = 0; j < grid.count; ++j) {
-    const Salient salient = grid.find(group, j);
+  for (int64_t j = 0; j < plan.salient_count; ++j) {
+    const Salient salient = find_salient(plan, block, group, j);
     for (int lane = 0; lane < kLanes; ++lane)
       if (salient.used[lane]) weights[salient.position[lane] * kLanes + lane] = salient.value[lane];
   }

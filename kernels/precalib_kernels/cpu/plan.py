@@ -126,7 +126,7 @@ class Plan:
             side_offset=side,
             row_offset=rows,
             column_offset=columns,
-            levels=(ctypes.c_int8 * 128)(*level_table(layout)),
+            levels=(ctypes.c_int8 * 128)(*_level_table(layout)),
             factors=(ctypes.c_float * LOG_STEPS)(*_FACTORS),
         )
 
@@ -140,7 +140,7 @@ def _aligned(size: int) -> int:
     return -(-size // VECTOR) * VECTOR
 
 
-def level_table(layout: Layout) -> list[int]:
+def _level_table(layout: Layout) -> list[int]:
     """Level by index: high bits of the code, then u[k], u[k-1], u[k-2]; 128 entries."""
     table = []
     for index in range(2 ** (layout.bits + 2)):

@@ -98,6 +98,39 @@ inline Ints among(const float* values, Ints at) {
   return (Ints)_mm512_permutexvar_epi32((__m512i)at, load<__m512i>(values));
 }
 
+// sum += *by * v. By name, as GCC 12 loads the one into a register of its own.
+inline void add_product(Floats& sum, const float* by, Floats v) {
+  asm("vfmadd231ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(v), "m"(*by));
+}
+
+// The columns of a square of sixteen rows, each `stride` floats after the one before.
+__attribute__((always_inline)) inline void turn(const float* from, int64_t stride,
+                                                Floats* columns) {
+  __m512 pairs[kLanes];
+  for (int i = 0; i < kLanes; i += 2) {
+    const __m512 a = load<__m512>(from + i * stride), b = load<__m512>(from + (i + 1) * stride);
+    pairs[i] = _mm512_unpacklo_ps(a, b);
+    pairs[i + 1] = _mm512_unpackhi_ps(a, b);
+  }
+  __m512 fours[kLanes];  // [four rows][column % 4], each quarter four columns further
+  for (int i = 0; i < kLanes; i += 4)
+    for (int half = 0; half < 2; ++half) {
+      const __m512d a = (__m512d)pairs[i + half], b = (__m512d)pairs[i + half + 2];
+      fours[i + 2 * half] = (__m512)_mm512_unpacklo_pd(a, b);
+      fours[i + 2 * half + 1] = (__m512)_mm512_unpackhi_pd(a, b);
+    }
+  for (int i = 0; i < 4; ++i) {
+    const __m512 even_a = _mm512_shuffle_f32x4(fours[i], fours[i + 4], 0x88);
+    const __m512 odd_a = _mm512_shuffle_f32x4(fours[i], fours[i + 4], 0xdd);
+    const __m512 even_b = _mm512_shuffle_f32x4(fours[i + 8], fours[i + 12], 0x88);
+    const __m512 odd_b = _mm512_shuffle_f32x4(fours[i + 8], fours[i + 12], 0xdd);
+    columns[i] = (Floats)_mm512_shuffle_f32x4(even_a, even_b, 0x88);
+    columns[i + 4] = (Floats)_mm512_shuffle_f32x4(odd_a, odd_b, 0x88);
+    columns[i + 8] = (Floats)_mm512_shuffle_f32x4(even_a, even_b, 0xdd);
+    columns[i + 12] = (Floats)_mm512_shuffle_f32x4(odd_a, odd_b, 0xdd);
+  }
+}
+
 #else
 
 // Both halves of sixteen lanes, each converted by itself.
@@ -155,41 +188,6 @@ inline Floats look_up(const float* table, Ints at) {
 }
 
 inline Ints among(const float* values, Ints at) { return (Ints)look_up(values, at & 15); }
-
-#endif
-
-#if defined(__AVX512F__)
-
-// sum += *by * v. By name, as GCC 12 loads the one into a register of its own.
-inline void add_product(Floats& sum, const float* by, Floats v) {
-  asm("vfmadd231ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(v), "m"(*by));
-}
-
-// Turns a square of sixteen rows, in registers if inlined where the rows come from.
-__attribute__((always_inline)) inline void turn(Floats* rows) {
-  __m512 pairs[kLanes];
-  for (int i = 0; i < kLanes; i += 2) {
-    pairs[i] = _mm512_unpacklo_ps((__m512)rows[i], (__m512)rows[i + 1]);
-    pairs[i + 1] = _mm512_unpackhi_ps((__m512)rows[i], (__m512)rows[i + 1]);
-  }
-  __m512 fours[kLanes];  // [four rows][column % 4], each quarter four columns further
-  for (int i = 0; i < kLanes; i += 4)
-    for (int half = 0; half < 2; ++half) {
-      const __m512d a = (__m512d)pairs[i + half], b = (__m512d)pairs[i + half + 2];
-      fours[i + 2 * half] = (__m512)_mm512_unpacklo_pd(a, b);
-      fours[i + 2 * half + 1] = (__m512)_mm512_unpackhi_pd(a, b);
-    }
-  for (int i = 0; i < 4; ++i) {
-    const __m512 even_a = _mm512_shuffle_f32x4(fours[i], fours[i + 4], 0x88);
-    const __m512 odd_a = _mm512_shuffle_f32x4(fours[i], fours[i + 4], 0xdd);
-    const __m512 even_b = _mm512_shuffle_f32x4(fours[i + 8], fours[i + 12], 0x88);
-    const __m512 odd_b = _mm512_shuffle_f32x4(fours[i + 8], fours[i + 12], 0xdd);
-    rows[i] = (Floats)_mm512_shuffle_f32x4(even_a, even_b, 0x88);
-    rows[i + 4] = (Floats)_mm512_shuffle_f32x4(odd_a, odd_b, 0x88);
-    rows[i + 8] = (Floats)_mm512_shuffle_f32x4(even_a, even_b, 0xdd);
-    rows[i + 12] = (Floats)_mm512_shuffle_f32x4(odd_a, odd_b, 0xdd);
-  }
-}
 
 #endif
 
