@@ -29,6 +29,10 @@ def dequantize_kernel(
     BITS: tl.constexpr,
     MODE: tl.constexpr,
     GROUP: tl.constexpr,
+    STEP: tl.constexpr,
+    TILES: tl.constexpr,
+    J: tl.constexpr,
+    ZEROS: tl.constexpr,
     SLOTS: tl.constexpr,
     LOG8: tl.constexpr,
     SCALED: tl.constexpr,
@@ -39,10 +43,7 @@ def dequantize_kernel(
     SPARE: tl.constexpr,
 ):
     """Program (tile of 64 rows, step). Arguments as in `product_kernel`."""
-    STEP: tl.constexpr = 256 if BITS == 3 or MODE == "in place" else 128
-    STORED: tl.constexpr = STEP * BITS // 256  # tiles of codes
-    TILES: tl.constexpr = STORED + (MODE == "in place")
-    J: tl.constexpr = 2 if MODE == "trellis" and GROUP == 128 else 1
+    CODES: tl.constexpr = TILES - (MODE == "in place")  # tiles of codes
     GROUPS: tl.constexpr = STEP // GROUP
     tile, step = first_tile + tl.program_id(0), tl.program_id(1)
     inner = tl.arange(0, 64)
@@ -66,7 +67,7 @@ def dequantize_kernel(
         if MODE == "trellis":
             carry = tl.load(carries + first_group * padded_rows + n)
         if MODE == "in place":
-            carry = chain_classes(here, padded_rows * 16, chain, STORED, ASM)
+            carry = chain_classes(here, padded_rows * 16, chain, CODES, ASM)
             line = group_lines(lines + first_group * 2 * padded_rows + n, padded_rows, GROUP)
         first = nibble_tile(here, padded_rows * 16, held, chain * J, BITS)
         second = nibble_tile(here, padded_rows * 16, held, chain * J + J - 1, BITS)
@@ -79,7 +80,7 @@ def dequantize_kernel(
             level = halves[dot].to(tl.float32) - OFFSET
             if MODE == "uniform" and dot % 2 == 1:
                 level *= 0.0625
-            if MODE == "uniform" or MODE == "in place":
+            if ZEROS:
                 zero = tl.load(zeros + group * padded_rows + n).to(tl.float32) / LEVEL_STEP
                 level -= zero[:, None]
             scale = group_scale(tl.load(scales + group * padded_rows + n), LOG8)

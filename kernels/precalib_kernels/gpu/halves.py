@@ -29,9 +29,9 @@ def nibble_tile(words, stride, tiles, INDEX: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
-def chain_classes(words, stride, CHAIN: tl.constexpr, STORED: tl.constexpr, ASM: tl.constexpr):
-    """Classes int16 [rows, 16] of a step with STORED tiles, a chain's (one tile's) at the top."""
-    classes = tl.load(words + STORED * stride)
+def chain_classes(words, stride, CHAIN: tl.constexpr, CODES: tl.constexpr, ASM: tl.constexpr):
+    """Classes int16 [rows, 16] after CODES tiles of codes, a chain's (one tile's) at the top."""
+    classes = tl.load(words + CODES * stride)
     for _ in tl.static_range(CHAIN):
         if ASM == "":
             classes = classes << 2
@@ -79,7 +79,7 @@ def chain_halves(
 ):
     """Halves fp16 [rows, 16] of the 4·J dots of a chain.
 
-    first, second: nibble tiles int16 [rows, 16]; the second is used if J is 2.
+    first, second: nibble tiles int16 [rows, 16]; the second is used if J is 2, of a trellis.
     carry:         int16 [rows], for a trellis; in place `chain_classes`.
     lines:         in place, slope and offset fp16 [rows] for either half of a tile.
     low … shift:   the rows of `constants`, int16 [16].
@@ -108,8 +108,6 @@ def chain_halves(
         result = _in_place_halves(first, carry, lines, BITS)
     elif MODE == "uniform":
         result = _uniform_halves(first, BITS)
-        if J == 2:
-            result = result + _uniform_halves(second, BITS)
     else:
         word = _pair_words(first)
         before = word

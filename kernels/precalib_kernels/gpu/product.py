@@ -52,6 +52,10 @@ def product_kernel(
     BITS: tl.constexpr,
     MODE: tl.constexpr,
     GROUP: tl.constexpr,
+    STEP: tl.constexpr,
+    TILES: tl.constexpr,
+    J: tl.constexpr,
+    ZEROS: tl.constexpr,
     SLOTS: tl.constexpr,
     LOG8: tl.constexpr,
     BIAS: tl.constexpr,
@@ -64,15 +68,11 @@ def product_kernel(
     SPARE: tl.constexpr,
 ):
     """Program (tile, share of the steps, block of x)."""
-    STEP: tl.constexpr = 256 if BITS == 3 or MODE == "in place" else 128
-    STORED: tl.constexpr = STEP * BITS // 256  # tiles of codes
-    TILES: tl.constexpr = STORED + (MODE == "in place")
-    J: tl.constexpr = 2 if MODE == "trellis" and GROUP == 128 else 1
+    CODES: tl.constexpr = TILES - (MODE == "in place")  # tiles of codes
     GROUPS: tl.constexpr = STEP // GROUP
     # Columns of a product: two to a step make Triton give every warp rows of its own on sm_80.
     DEPTH: tl.constexpr = min(GROUP, 64 * J if BLOCK_M < 32 else 64)
     PIECES: tl.constexpr = 64 * J // DEPTH
-    ZEROS: tl.constexpr = MODE == "uniform" or MODE == "in place"
     tile, split, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     blocks = tl.num_programs(2)
     about = tiles + tile * (BLOCK_N // 64) * 4
@@ -109,7 +109,7 @@ def product_kernel(
             if MODE == "trellis":
                 carry = tl.load(carries + group * padded_rows + n)
             if MODE == "in place":
-                carry = chain_classes(here, padded_rows * 16, chain, STORED, ASM)
+                carry = chain_classes(here, padded_rows * 16, chain, CODES, ASM)
                 line = group_lines(lines + group * 2 * padded_rows + n, padded_rows, GROUP)
             first = nibble_tile(here, padded_rows * 16, held, chain * J, BITS)
             second = nibble_tile(here, padded_rows * 16, held, chain * J + J - 1, BITS)
