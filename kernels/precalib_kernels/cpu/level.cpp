@@ -3,17 +3,20 @@
 
 #include "digits.h"
 #include "dot.h"
+#include "levels.h"
 #include "merge.h"
 
 namespace precalib {
 namespace {
 
 constexpr int64_t kSlabRows = 512;        // rows of x that are held arranged at a time
-constexpr int64_t kFewRows = 5;           // up to so many without tiles
+constexpr int64_t kFewRows = 4;           // up to so many without tiles
 constexpr int64_t kDigitSlab = 64;        // the same in fixed point, which takes more memory
-constexpr int64_t kDigitRows = 32;        // bfloat16: up to so many rows in fixed point
+constexpr int64_t kDigitRows = 32;        // bfloat16: up to so many rows in fixed point if uniform,
+constexpr int64_t kLevelRows = 64;        // as levels if not; less with small groups
 constexpr int64_t kChunkPairs = 8;        // pairs of blocks whose sums are held at a time
-constexpr int64_t kMergePairs = 4;        // the same where weights become bfloat16
+constexpr int64_t kLevelPairs = 2;        // the same where levels become bfloat16,
+constexpr int64_t kMergePairs = 4;        // or weights
 constexpr int64_t kSalientColumns = 192;  // about: columns of float32 inputs in the first cache
 constexpr int64_t kThreadWork = 1 << 19;  // products for which one thread is enough
 
@@ -166,7 +169,6 @@ void choose_dot(const Work& work) {
     case 1: return run_dot<kBits, kDigits, 1>(work);
     case 2: return run_dot<kBits, kDigits, 2>(work);
     case 3: return run_dot<kBits, kDigits, 3>(work);
-    case 4: return run_dot<kBits, kDigits, 4>(work);
     default: return run_dot<kBits, kDigits, kFewRows>(work);
   }
 }
@@ -264,19 +266,21 @@ void run_digits(const Work& work) {
 
 #if defined(__AVX512BF16__)
 
-template <int kBits>
-void run_merged(const Work& work) {
+// kScaled: scales go into the weights.
+template <int kBits, bool kScaled>
+void run_bfloats(const Work& work) {
   const Plan& plan = work.plan;
   const int64_t slab = smaller(kSlabRows, (work.call.rows + kTile - 1) / kTile * kTile);
   const int64_t pairs = count_pairs(plan);
-  const int64_t chunk_pairs = chunk_size(work, kMergePairs);
+  const int64_t chunk_pairs = chunk_size(work, kScaled ? kMergePairs : kLevelPairs);
+  const int64_t span = kScaled ? span_columns(plan) : smaller(plan.group_size, plan.columns);
   Buffer<uint16_t> x(work.variants * slab * plan.columns);
 #pragma omp parallel if (!work.alone)
   {
-    const Tiles registers(slab);
+    const Tiles registers(work.call.rows);
     Buffer<float> arranged(plan.columns), totals(chunk_pairs * 2 * slab * kLanes);
     Buffer<Share> shares(chunk_pairs);
-    Buffer<uint16_t> weights(4 * span_columns(plan) * kLanes);
+    Buffer<uint16_t> weights((kScaled ? 4 : 2) * span * kLanes);
     Chunk chunk(chunk_pairs);
     for (int64_t first = 0; first < work.call.rows; first += slab) {
       const int64_t rows = smaller(slab, work.call.rows - first);
@@ -284,7 +288,8 @@ void run_merged(const Work& work) {
 #pragma omp for
       for (int64_t i = 0; i < work.variants * rows; ++i) {
         work.arrange(first + i % rows, i / rows, arranged.data);
-        to_spans(plan, arranged.data, i % rows, padded, x.data + i / rows * slab * plan.columns);
+        to_spans(plan, span, arranged.data, i % rows, padded,
+                 x.data + i / rows * slab * plan.columns);
       }
 #pragma omp for
       for (int64_t at = 0; at < pairs; at += chunk_pairs) {
@@ -295,7 +300,9 @@ void run_merged(const Work& work) {
                                   x.data + work.variant(*blocks) * slab * plan.columns,
                                   totals.data + 2 * p * slab * kLanes};
         });
-        merge_shares<kBits>(plan, shares.data, count, padded, weights.data);
+        if constexpr (kScaled)
+          merge_shares<kBits>(plan, shares.data, count, padded, weights.data);
+        else level_shares<kBits>(plan, shares.data, count, rows, padded, weights.data);
         chunk.for_each<2>([&]<int kBlocks>(int64_t p, const Block* blocks, int) {
           store_tiles<kBlocks>(work, blocks, first, rows, totals.data + 2 * p * slab * kLanes);
         });
@@ -313,7 +320,14 @@ void choose(const Work& work) {
   if (work.call.rows <= kFewRows)
     return single ? choose_dot<kBits, 3>(work) : choose_dot<kBits, 2>(work);
 #if defined(__AVX512BF16__)
-  if (work.call.type == kBfloat16 && work.call.rows > kDigitRows) return run_merged<kBits>(work);
+  if (work.call.type == kBfloat16) {
+    // A group's sums are scaled for each row, its weights once.
+    const int64_t group = work.plan.group_size;
+    if (work.call.rows > (work.plan.uniform ? smaller(kDigitRows, group / 4)
+                                            : smaller(kLevelRows, group * 3 / 4)))
+      return run_bfloats<kBits, true>(work);
+    if (!work.plan.uniform) return run_bfloats<kBits, false>(work);
+  }
 #endif
   return single ? run_digits<kBits, 3>(work) : run_digits<kBits, 2>(work);
 #else

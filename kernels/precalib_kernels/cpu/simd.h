@@ -60,7 +60,12 @@ inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 // Bits of a where mask is set, of b elsewhere.
 template <class T>
 inline T select(T mask, T a, T b) {
+#if defined(__AVX512F__)
+  // Into a's register: GCC takes the mask's, and copies that one each time.
+  return (T)_mm512_ternarylogic_epi32((__m512i)a, (__m512i)b, (__m512i)mask, 0xe4);
+#else
   return (a & mask) | (b & ~mask);
+#endif
 }
 
 constexpr Ints kLaneNumbers = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
