@@ -217,13 +217,20 @@ inline Floats load_floats(const void* from, int64_t at, int64_t type) {
   return type == kBfloat16 ? floats_of_bfloats(place) : floats_of_halves(place);
 }
 
-// The first `count` of sixteen values, in the type of the call.
+// The first `count` of sixteen values. Copies of a size known beforehand are stores, not calls.
+template <class T>
+inline void store_some(T* to, const void* from, int64_t count) {
+  if (count == kLanes) std::memcpy(to, from, kLanes * sizeof(T));
+  else std::memcpy(to, from, size_t(count) * sizeof(T));
+}
+
+// The same in the type of the call.
 inline void store_floats(void* to, int64_t at, Floats v, int64_t count, int64_t type) {
   if (type == kFloat32) {
-    std::memcpy((float*)to + at, &v, size_t(count) * 4);
+    store_some((float*)to + at, &v, count);
   } else {
     const Halves halves = type == kBfloat16 ? to_bfloats(v) : to_halves(v);
-    std::memcpy((uint16_t*)to + at, &halves, size_t(count) * 2);
+    store_some((uint16_t*)to + at, &halves, count);
   }
 }
 
