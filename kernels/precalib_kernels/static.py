@@ -89,22 +89,12 @@ CHIPS = (
 
 # Bytes of a thread that entries spill, by rows of x, with room for one register pair.
 KNOWN_SPILLS = {
-    ("sm_80", "balanced-3", 64): 48,
-    ("sm_80", "uniform-3", 64): 56,
-    ("sm_80", "paper-4", 64): 88,
-    ("sm_89", "balanced-3", 64): 96,
-    ("sm_89", "table-4", 64): 24,
-    ("sm_89", "uniform-3", 64): 80,
-    ("sm_89", "paper-4", 64): 32,
-    ("sm_90", "balanced-4", 64): 24,
-    ("sm_90", "balanced-3", 64): 40,
-    ("sm_90", "uniform-4", 64): 16,
-    ("sm_90", "uniform-3", 64): 24,
-    ("sm_90", "paper-4", 64): 72,
+    ("sm_90", "balanced-3", 64): 16,
+    ("sm_90", "uniform-3", 64): 40,
+    ("sm_90", "paper-4", 64): 16,
     ("sm_100", "balanced-4", 64): 16,
-    ("sm_100", "uniform-4", 64): 16,
-    ("sm_100", "table-4", 64): 32,
-    ("sm_100", "uniform-3", 64): 16,
+    ("sm_100", "uniform-4", 64): 32,
+    ("sm_100", "paper-4", 64): 40,
     ("sm_100", "paper-4", 16): 16,
 }
 

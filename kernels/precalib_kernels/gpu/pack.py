@@ -112,7 +112,8 @@ def _fill(
     result["qweight"][:, :, rows] = pack_words(fields, form, salient)
     result["scales"][:groups, rows] = tensors["scales"].T
     unit = tensors["row_scale"][:, 0].float() if form.log8 else torch.ones_like(codes[:, 0]).float()
-    result["row_unit"][rows] = unit * form.level_step / layout.level_limit
+    nothing = (tensors["scales"] == (255 if form.log8 else 0)).all(1)  # see product.group_unit
+    result["row_unit"][rows] = unit * form.level_step / layout.level_limit * ~nothing
     if form.zero_points:
         result["zeros"][:groups, rows] = tensors["zeros"].T
     if carry is not None:

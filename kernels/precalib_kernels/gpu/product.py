@@ -73,6 +73,10 @@ def product_kernel(
     # Columns of a product: two to a step make Triton give every warp rows of its own on sm_80.
     DEPTH: tl.constexpr = min(GROUP, 64 * J if BLOCK_M < 32 else 64)
     PIECES: tl.constexpr = 64 * J // DEPTH
+    # Many sums take fewer instructions and half the registers if they are kept in units of the
+    # group at hand: what is there is converted, and the group's products are added to it.
+    RUNNING: tl.constexpr = BLOCK_M >= 64
+    HALF: tl.constexpr = min(BLOCK_M, 32)
     tile, split, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     blocks = tl.num_programs(2)
     about = tiles + tile * (BLOCK_N // 64) * 4
@@ -95,6 +99,8 @@ def product_kernel(
 
     share = tl.cdiv(steps, tl.num_programs(1))
     total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    if RUNNING:
+        unit = one_unit(n, LOG8)
     for step in tl.range(
         split * share, tl.minimum(split * share + share, steps), num_stages=STAGES
     ):
@@ -122,7 +128,13 @@ def product_kernel(
                 current = step * GROUPS + first_column // GROUP
                 if first_column % GROUP == 0:
                     begin = tl.load(start + current * BLOCK_M + m)
-                    partial = tl.broadcast_to(begin[None, :], (BLOCK_N, BLOCK_M))
+                    if RUNNING:
+                        scale = tl.load(scales + current * padded_rows + n)
+                        before, unit = unit, group_unit(scale, LOG8)
+                        ratio = unit_ratio(before, unit, LOG8, ASM != "")
+                        partial = total * ratio[:, None] + begin[None, :]
+                    else:
+                        partial = tl.broadcast_to(begin[None, :], (BLOCK_N, BLOCK_M))
                     if ZEROS:
                         zero = tl.load(zeros + current * padded_rows + n).to(tl.float32)
                         sum = tl.load(sums + current * BLOCK_M + m)
@@ -131,31 +143,44 @@ def product_kernel(
                 left = side_by_side(halves, piece * DEPTH // 16, DEPTH // 16)
                 partial = tl.dot(left, ready, partial)
                 if (first_column + DEPTH) % GROUP == 0:
-                    scale = tl.load(scales + current * padded_rows + n)
-                    total += partial * group_scale(scale, LOG8)[:, None]
+                    if RUNNING:
+                        total = partial
+                    else:
+                        scale = tl.load(scales + current * padded_rows + n)
+                        total += partial * group_scale(scale, LOG8)[:, None]
+    if RUNNING:
+        total *= unit_ratio(unit, one_unit(n, LOG8), LOG8, ASM != "")[:, None]
     total *= tl.load(row_unit + n)[:, None]
     if SLOTS > 0:
-        unit = tl.load(salient_unit + n)
+        slot_unit = tl.load(salient_unit + n)
         rounds = tl.cdiv(steps * GROUPS * SLOTS, PICKS)
         by_column += plane * (tl.cdiv(rounds * PICKS, SLOTS) * (GROUP * BLOCK_M))
         positions = positions.to(tl.pointer_type(tl.int32))
         values = values.to(tl.pointer_type(tl.int64))
         # Zeros, which Triton does not know: so it spreads words over a row's threads, not bytes.
-        nothing = (m // BLOCK_M)[None, :]
+        half = tl.arange(0, HALF)
+        nothing = (half // HALF)[None, :]
         share = tl.cdiv(rounds, tl.num_programs(1))
         for turn in tl.range(split * share, tl.minimum(split * share + share, rounds)):
             # A few products are added up in fp16, two at a time, then in float32.
-            few = tl.zeros((BLOCK_N, BLOCK_M), tl.float16)
+            few = tl.zeros((BLOCK_N, HALF), tl.float16)
+            more = few  # the other half of the columns
             for i in tl.static_range(PICKS):
                 if i % 4 == 0:
                     at = (turn * (PICKS // 4) + i // 4) * padded_rows + n
                     places = tl.load(positions + at)[:, None] + nothing
                     four = tl.load(values + at)[:, None] + nothing
-                base = by_column + slot_group(turn, i, SLOTS) * (GROUP * BLOCK_M) + m[None, :]
-                picked = tl.load(pick(base, places, i % 4, BLOCK_M, ASM != ""))
+                base = by_column + slot_group(turn, i, SLOTS) * (GROUP * BLOCK_M) + half[None, :]
+                picked = pick(base, places, i % 4, BLOCK_M, ASM != "")
                 value = (four >> 16 * (i % 4)).to(tl.int16).to(tl.float16, bitcast=True)
-                few = multiply_add(picked, value, few, ASM != "")
-            total += few.to(tl.float32) * unit[:, None]
+                few = multiply_add(tl.load(picked), value, few, ASM != "")
+                if HALF < BLOCK_M:
+                    more = multiply_add(tl.load(picked + HALF), value, more, ASM != "")
+            if HALF < BLOCK_M:
+                both = tl.permute(tl.join(few, more), (0, 2, 1))
+                total += tl.reshape(both, (BLOCK_N, BLOCK_M)).to(tl.float32) * slot_unit[:, None]
+            else:
+                total += few.to(tl.float32) * slot_unit[:, None]
 
     if SPLIT:
         tile_size: tl.constexpr = BLOCK_N * BLOCK_M
@@ -239,6 +264,39 @@ def multiply_add(a, b, c, ASSEMBLER: tl.constexpr):
         )
     else:
         result = a * b + c
+    return result
+
+
+@triton.jit
+def group_unit(scale, LOG8: tl.constexpr):
+    """What sums of a group are counted in: a factor, or its logarithm to base 2 if LOG8.
+
+    A scale of zero counts 2**-60, so that a quotient by it is finite; rows of nothing else have
+    a row_unit of zero.
+    """
+    if LOG8:
+        return tl.where(scale == 255, -60.0, scale.to(tl.float32) * -0.0625)
+    factor = scale.to(tl.float32)
+    return tl.where(factor == 0, 2.0**-60, factor)
+
+
+@triton.jit
+def one_unit(n, LOG8: tl.constexpr):
+    """The unit of what is not scaled, float32 in the shape of n."""
+    return tl.zeros_like(n).to(tl.float32) + (0 if LOG8 else 1)
+
+
+@triton.jit
+def unit_ratio(a, b, LOG8: tl.constexpr, ASSEMBLER: tl.constexpr):
+    """Unit a over unit b; the assembler's quotient is for such sizes only, and two instructions."""
+    if LOG8:
+        result = tl.exp2(a - b)
+    elif ASSEMBLER:
+        result = tl.inline_asm_elementwise(
+            "div.approx.f32 $0, $1, $2;", "=r,r,r", (a, b), tl.float32, True, 1
+        )
+    else:
+        result = a / b
     return result
 
 

@@ -85,6 +85,8 @@ def check_product(case: Case, rows: int, dtype=torch.float32, bias=False, blocks
     weight_error = EPS[dtype] if rows > 256 else 0  # dequantized to the type of x first
     allowed = (2**-11 + weight_error) * base + (2**-8 + weight_error) * added
     allowed += EPS[dtype] * exact.abs() + tiny
+    row_scale = case.tensors.get("row_scale", torch.ones(1, 1)).double().T
+    allowed += 2**-59 * x.double().abs().sum(1, keepdim=True) * row_scale  # scales of zero
     worst = ((y.double() - exact).abs() / allowed).max().item()
     assert worst < 1, f"off by {worst} of the bound"
 
@@ -233,6 +235,8 @@ def test_extremes(make_case):
     """Zero scales, largest codes, and activations across the range of their type."""
     case = make_case(layout(4, "trellis", 128, 2), [8], 256)
     case.tensors["scales"][::2] = 255
+    case.tensors["scales"][1, 0] = 255
+    case.tensors["scales"][3, 1] = 255
     case.tensors["qweight"][1::2] = 255
     x = torch.randn(4, 256, generator=torch.Generator().manual_seed(0))  # others overflow y
     x[0] *= 6e4 / x[0].abs().max()
@@ -241,6 +245,14 @@ def test_extremes(make_case):
     x[3] = 0
     check_product(case, 4, torch.float16, x=x.half())
     check_product(case, 4, torch.bfloat16, x=(x * 2.0**90).bfloat16())
+
+
+def test_groups_of_scale_zero(make_case):
+    """Between others, first and last, in float16."""
+    case = make_case(layout(4, "uniform", 32, 1), [4], 160)
+    for row, groups in enumerate(((0,), (1, 2), (4,), (0, 1, 2, 3, 4))):
+        case.tensors["scales"][row, list(groups)] = 0
+    check_product(case, 3)
 
 
 def test_no_rows(make_case):
