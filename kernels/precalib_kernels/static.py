@@ -89,12 +89,10 @@ CHIPS = (
 
 # Bytes of a thread that entries spill, by rows of x, with room for one register pair.
 KNOWN_SPILLS = {
-    ("sm_90", "balanced-3", 64): 16,
-    ("sm_90", "uniform-3", 64): 40,
-    ("sm_90", "paper-4", 64): 16,
+    ("sm_90", "uniform-3", 64): 16,
     ("sm_100", "balanced-4", 64): 16,
-    ("sm_100", "uniform-4", 64): 32,
-    ("sm_100", "paper-4", 64): 40,
+    ("sm_100", "table-4", 64): 16,
+    ("sm_100", "paper-4", 64): 16,
     ("sm_100", "paper-4", 16): 16,
 }
 

@@ -319,5 +319,6 @@ def _store(y, bias, inverse, about, total, part, block, blocks, rows, outputs, B
     total *= tl.load(inverse + part * blocks * BLOCK_M + m)[None, :]
     if BIAS:
         total += tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)[:, None]
-    at = y + m.to(tl.int64)[None, :] * outputs + n[:, None]
+    # 32 bits do for a few hundred rows; as many 64-bit offsets would not fit into registers.
+    at = y + (m[None, :] * outputs + n[:, None])
     tl.store(at, total.to(y.dtype.element_ty), mask=inside[:, None] & (m < rows)[None, :])
