@@ -1,6 +1,7 @@
 """Backend `native`: compiled kernels for x86 processors, straight from packed weights."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ class NativeBackend(Backend):
 
     def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
         """One call of `precalib::cpu_linear`."""
-        packed = layer.get_parameter("qweight")
+        packed: Any = layer.qweight
         if not torch.compiler.is_compiling():
             # The dispatcher takes about as long as the product of a small layer.
             return self.product(x, packed, bias)

@@ -1,4 +1,4 @@
-// Products in bfloat16 by AMX tiles or VDPBF16PS, of whatever `merge.h` or `levels.h` makes of weights.
+// Products in bfloat16 by AMX tiles or VDPBF16PS, of x and of what becomes of weights.
 #pragma once
 
 #include "plain.h"
@@ -12,27 +12,66 @@ namespace {
 constexpr int kPairColumns = 32;  // columns in a tile of bfloat16
 constexpr int kPairTile = kTile * kPairColumns;
 
-// One row of x into tiles [span][tile of rows][32 columns' tile][16][32]; `padded` rows in all. Of
-// each four columns the second and third change places, as in the tiles of weights.
-inline void to_spans(const Plan& plan, int64_t span, const float* x, int64_t row, int64_t padded,
-                     uint16_t* tiles) {
-  for (int64_t first = 0; first < plan.columns; first += span) {
-    const int64_t count = smaller(span, plan.columns - first);
-    uint16_t* const to =
-        tiles + first * padded + row / kTile * kTile * count + row % kTile * kPairColumns;
-    for (int64_t k = 0; k < count; k += kLanes)
-      store(to + k / kPairColumns * kPairTile + k % kPairColumns,
-            to_bfloats((Floats)_mm512_permute_ps(load<__m512>(x + first + k), 0xd8)));
+inline int64_t padded_rows(int64_t rows) { return (rows + kTile - 1) / kTile * kTile; }
+
+// Sixteen bits of each of 32 columns of a group, [segment][8 steps] from `from` on. Tiles of weights
+// have the second and third segment in each other's place, and so has this.
+inline __m512i gather_columns(const uint16_t* from, int64_t segment) {
+  __m512i v = _mm512_castsi128_si512(load<__m128i>(from));
+  v = _mm512_inserti32x4(v, load<__m128i>(from + 2 * segment), 1);
+  v = _mm512_inserti32x4(v, load<__m128i>(from + segment), 2);
+  return _mm512_inserti32x4(v, load<__m128i>(from + 3 * segment), 3);
+}
+
+// What is at the even places of 32, then at the odd ones.
+constexpr Shorts kEvenOdd = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30,
+                             1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31};
+
+// use(k, segment length, first column) for each 32 columns: k in the order of tiles, columns as they
+// are in a row.
+template <class Use>
+inline void for_tile_columns(const Plan& plan, int64_t first, int64_t end, Use&& use) {
+  for (; first < end; first += plan.group_size) {
+    const int64_t segment = smaller(plan.group_size, plan.columns - first) / 4;
+    for (int64_t t = 0; t < segment; t += kPairColumns / 4)
+      use(first + 4 * t, segment, first + t);
   }
 }
 
-// A pair of blocks or one block, all rows of x in the tiles of its part, and its sums.
-struct Share {
-  const Block* blocks;
-  int count;
-  const uint16_t* x;
-  float* totals;  // [tile of rows][count][16][16]
-};
+// Column scales in the order of tiles, of each 32 those at even places first.
+inline void arrange_scales(const Plan& plan, const uint16_t* scales, float* out) {
+  for_tile_columns(plan, 0, plan.columns, [&](int64_t k, int64_t segment, int64_t column) {
+    const Shorts parted = (Shorts)_mm512_permutexvar_epi16(
+        (__m512i)kEvenOdd, gather_columns(scales + column, segment));
+    store(out + k, floats_of_halves(&parted));
+    store(out + k + kLanes, floats_of_halves((const uint16_t*)&parted + kLanes));
+  });
+}
+
+// One row of x, times what `arrange_scales` made, into tiles [span][tile of rows][32 columns' tile]
+// [16][32]; `rows` in all.
+inline void to_spans(const Plan& plan, int64_t span, const uint16_t* x, const float* scales,
+                     int64_t row, int64_t rows, uint16_t* tiles) {
+  // [segment][8 steps], evens before odds, to [8 steps][segment]
+  constexpr Shorts kOrder = {0, 4, 8,  12, 16, 20, 24, 28, 1, 5, 9,  13, 17, 21, 25, 29,
+                             2, 6, 10, 14, 18, 22, 26, 30, 3, 7, 11, 15, 19, 23, 27, 31};
+  for (int64_t first = 0; first < plan.columns; first += span) {
+    const int64_t end = smaller(first + span, plan.columns);
+    uint16_t* const to = tiles + first * padded_rows(rows) + row / kTile * kTile * (end - first) +
+                         row % kTile * kPairColumns - first * kTile;
+    for_tile_columns(plan, first, end, [&](int64_t k, int64_t segment, int64_t column) {
+      __m512i v = gather_columns(x + column, segment);
+      if (scales) {
+        const Floats even = (Floats)((Words)v << 16) * load<Floats>(scales + k);
+        const Floats odd = (Floats)((Words)v & 0xffff0000u) * load<Floats>(scales + k + kLanes);
+        v = (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
+      } else {
+        v = _mm512_permutexvar_epi16((__m512i)kEvenOdd, v);
+      }
+      store(to + k * kTile, _mm512_permutexvar_epi16((__m512i)kOrder, v));
+    });
+  }
+}
 
 // The salient weights of a group of a block, on their way to their places among the others.
 class Replacements {
@@ -81,16 +120,25 @@ class Replacements {
   Buffer<One> all_;
 };
 
+// use(how many, first) for all tiles of rows, two at a time and what is left.
+template <class Use>
+inline void for_row_tiles(int64_t rows, Use&& use) {
+  const int64_t count = (rows + kTile - 1) / kTile;
+  int64_t tile = 0;
+  for (; tile + 2 <= count; tile += 2) use(std::integral_constant<int, 2>{}, tile);
+  if (tile < count) use(std::integral_constant<int, 1>{}, tile);
+}
+
 #if defined(__AMX_BF16__)
 
 // sums: [tile of rows][kBlocks][16][16], added to unless this is the first span.
-// meanwhile() is called for each product of tiles: what it does overlaps with them.
-template <int kRowTiles, int kBlocks, class Work>
+// step(multiply) is called for each 32 columns, to call multiply(after), which calls after(i) behind
+// the i-th product of tiles: what that does overlaps with them.
+template <int kRowTiles, int kBlocks, class Step>
 inline void multiply_pairs(const uint16_t* x, int64_t tile_stride, const uint16_t* weights,
-                           int64_t stride, int64_t count, bool first, float* sums,
-                           Work&& meanwhile) {
+                           int64_t stride, int64_t count, bool first, float* sums, Step&& step) {
   constexpr int kBelow = kBlocks * 256;  // from a tile of rows to the next
-  written();
+  in_order();
   if (first) {
     _tile_zero(0);
     if constexpr (kBlocks > 1) _tile_zero(1);
@@ -102,26 +150,27 @@ inline void multiply_pairs(const uint16_t* x, int64_t tile_stride, const uint16_
     if constexpr (kRowTiles > 1) _tile_loadd(2, sums + kBelow, 64);
     if constexpr (kRowTiles > 1 && kBlocks > 1) _tile_loadd(3, sums + kBelow + 256, 64);
   }
-  for (int64_t t = 0; t < count; ++t) {
-    _tile_loadd(4, x + t * kPairTile, 64);
-    _tile_loadd(6, weights + t * kPairTile, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    meanwhile();
-    if constexpr (kBlocks > 1) {
-      _tile_loadd(7, weights + stride + t * kPairTile, 64);
-      _tile_dpbf16ps(1, 4, 7);
-      meanwhile();
-    }
-    if constexpr (kRowTiles > 1) {
-      _tile_loadd(5, x + tile_stride + t * kPairTile, 64);
-      _tile_dpbf16ps(2, 5, 6);
-      meanwhile();
+  for (int64_t t = 0; t < count; ++t, x += kPairTile, weights += kPairTile)
+    step([&](auto&& after) __attribute__((always_inline)) {
+      _tile_loadd(4, x, 64);
+      _tile_loadd(6, weights, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      after(std::integral_constant<int, 0>{});
       if constexpr (kBlocks > 1) {
-        _tile_dpbf16ps(3, 5, 7);
-        meanwhile();
+        _tile_loadd(7, weights + stride, 64);
+        _tile_dpbf16ps(1, 4, 7);
+        after(std::integral_constant<int, 1>{});
       }
-    }
-  }
+      if constexpr (kRowTiles > 1) {
+        _tile_loadd(5, x + tile_stride, 64);
+        _tile_dpbf16ps(2, 5, 6);
+        after(std::integral_constant<int, kBlocks>{});
+        if constexpr (kBlocks > 1) {
+          _tile_dpbf16ps(3, 5, 7);
+          after(std::integral_constant<int, 3>{});
+        }
+      }
+    });
 }
 
 // To where the tiles' sums belong.
@@ -136,12 +185,10 @@ inline void store_pairs(float* sums) {
 
 #else
 
-template <int kRowTiles, int kBlocks, class Work>
+template <int kRowTiles, int kBlocks, class Step>
 inline void multiply_pairs(const uint16_t* x, int64_t tile_stride, const uint16_t* weights,
-                           int64_t stride, int64_t count, bool first, float* sums,
-                           Work&& meanwhile) {
+                           int64_t stride, int64_t count, bool first, float* sums, Step&&) {
   constexpr int kAtOnce = kTile / 2;
-  for (int64_t t = 0; t < count * kRowTiles * kBlocks; ++t) meanwhile();
   for (int i = 0; i < kRowTiles * 2 * kBlocks; ++i) {
     const int row_tile = i / (2 * kBlocks), block = i % kBlocks, half = i / kBlocks % 2;
     float* const to = sums + ((row_tile * kBlocks + block) * kTile + half * kAtOnce) * kLanes;

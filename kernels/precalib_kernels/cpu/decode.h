@@ -33,35 +33,49 @@ inline Shorts high_bits(const Shorts* plane) {
   if constexpr (kBits == 5) return shift_left<i % 2 ? -1 : 3>(plane[i / 2]);
 }
 
-// use(step, index, which of eight steps) for steps [kFrom, kTo) of chunk c of a group's `chunks`.
-// What lies `ahead` bytes further is fetched meanwhile: processors do so within a page only.
-template <int kBits, int kFrom = 0, int kTo = 8, class Use>
-inline void decode_chunk(const uint8_t* planes, int64_t chunks, int64_t c, int64_t ahead,
-                         Use&& use) {
-  if constexpr (kFrom == 0)
+// The planes of chunk c of a group's `chunks`.
+template <int kBits>
+class ChunkPlanes {
+ public:
+  // What lies `ahead` bytes further is fetched meanwhile: processors do so within a page only.
+  ChunkPlanes(const uint8_t* planes, int64_t chunks, int64_t c, int64_t ahead)
+      : low_(load<Shorts>(planes + c * kVector)) {
     for (int p = 0; p < kBits; ++p) fetch(planes + (c * kBits + p) * kVector + ahead);
-  const Shorts high_mask = Shorts{} + both(((1 << (kBits - 1)) - 1) << 3);
-  const Shorts low = load<Shorts>(planes + c * kVector);
-  // What precedes a segment is the end of the one before it; zeros precede the first.
-  const Shorts before = c ? load<Shorts>(planes + (c - 1) * kVector)
-                          : (Shorts)(load<Words>(planes + (chunks - 1) * kVector) << 8);
-  const Shorts joined = select(Shorts{} + both(0xfc), low << 2, before >> 6);
-  Shorts high[kBits - 1];
-  for (int p = 0; p < kBits - 1; ++p)
-    high[p] = load<Shorts>(planes + (chunks + c * (kBits - 1) + p) * kVector);
-  [&]<int... i>(std::integer_sequence<int, i...>) {
-    (use(8 * c + kFrom + i,
-         select(high_mask, high_bits<kBits, kFrom + i>(high),
-                kFrom + i < 2 ? joined >> (kFrom + i) : low >> (kFrom + i < 2 ? 0 : kFrom + i - 2)),
-         std::integral_constant<int, kFrom + i>{}),
-     ...);
-  }(std::make_integer_sequence<int, kTo - kFrom>{});
-}
+    // What precedes a segment is the end of the one before it; zeros precede the first.
+    const Shorts before = c ? load<Shorts>(planes + (c - 1) * kVector)
+                            : (Shorts)(load<Words>(planes + (chunks - 1) * kVector) << 8);
+    joined_ = select(Shorts{} + both(0xfc), low_ << 2, before >> 6);
+    for (int p = 0; p < kBits - 1; ++p)
+      high_[p] = load<Shorts>(planes + (chunks + c * (kBits - 1) + p) * kVector);
+  }
 
-// The same for all steps of a group.
+  // use(which, index) for steps [kFrom, kTo) of its eight.
+  template <int kFrom = 0, int kTo = 8, class Use>
+  void decode(Use&& use) const {
+    const Shorts high_mask = Shorts{} + both(((1 << (kBits - 1)) - 1) << 3);
+    [&]<int... i>(std::integer_sequence<int, i...>) {
+      (use(std::integral_constant<int, kFrom + i>{},
+           select(high_mask, high_bits<kBits, kFrom + i>(high_), state<kFrom + i>())),
+       ...);
+    }(std::make_integer_sequence<int, kTo - kFrom>{});
+  }
+
+ private:
+  template <int i>
+  Shorts state() const {
+    if constexpr (i < 2) return joined_ >> i;
+    else return low_ >> (i - 2);
+  }
+  Shorts low_, joined_, high_[kBits - 1];
+};
+
+// use(step, index, which of its chunk's eight steps) for all steps of a group.
 template <int kBits, class Use>
 inline void decode(const uint8_t* planes, int64_t chunks, int64_t ahead, Use&& use) {
-  for (int64_t c = 0; c < chunks; ++c) decode_chunk<kBits>(planes, chunks, c, ahead, use);
+  for (int64_t c = 0; c < chunks; ++c)
+    ChunkPlanes<kBits>(planes, chunks, c, ahead).decode([&](auto i, Shorts index) {
+      use(8 * c + i, index, i);
+    });
 }
 
 // Levels plus `by`, 0 or 128, as unsigned bytes.

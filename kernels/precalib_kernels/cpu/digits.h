@@ -68,7 +68,7 @@ template <int kDigits, int kBlocks>
 inline void multiply_digits(const int8_t* x, const uint8_t* levels, int64_t stride, int64_t count,
                             int64_t, const int32_t*, int32_t*) {
   static_assert(kDigits == 2 || (kDigits == 3 && kBlocks == 1));
-  written();
+  in_order();
   _tile_zero(0);
   _tile_zero(1);
   if constexpr (kDigits * kBlocks > 2) _tile_zero(2);

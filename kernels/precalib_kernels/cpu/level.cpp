@@ -63,15 +63,30 @@ Floats load_bias(const Call& call, const Block& block) {
 void store_sums(const Work& work, const Block& block, int64_t first, int64_t rows,
                 const float* sums) {
   const Floats bias = load_bias(work.call, block);
+  const int64_t outputs = work.outputs, count = block.rows, type = work.call.type;
+  void* const y = work.call.y;  // these are not read again after each store
   for (int64_t r = 0; r < rows; ++r)
-    store_floats(work.call.y, (first + r) * work.outputs + block.first_row,
-                 load<Floats>(sums + r * kLanes) + bias, block.rows, work.call.type);
+    store_floats(y, (first + r) * outputs + block.first_row, load<Floats>(sums + r * kLanes) + bias,
+                 count, type);
 }
 
 // The same, by tiles: [tile of rows][kBlocks][16][16].
 template <int kBlocks>
 void store_tiles(const Work& work, const Block* blocks, int64_t first, int64_t rows,
                  const float* sums) {
+#if defined(__AVX512BF16__)
+  if (kBlocks == 2 && blocks[1].rows == kLanes && work.call.type == kBfloat16) {
+    const Floats low = load_bias(work.call, blocks[0]), high = load_bias(work.call, blocks[1]);
+    const int64_t outputs = work.outputs;
+    uint16_t* const y = (uint16_t*)work.call.y + first * outputs + blocks->first_row;
+    for (int64_t r = 0; r < rows; ++r) {
+      const float* const from = sums + (r / kTile * 2 * kTile + r % kTile) * kLanes;
+      const Floats a = load<Floats>(from) + low, b = load<Floats>(from + kTile * kLanes) + high;
+      store(y + r * outputs, _mm512_cvtne2ps_pbh((__m512)b, (__m512)a));
+    }
+    return;
+  }
+#endif
   for (int64_t r = 0; r < rows; r += kTile)
     for (int b = 0; b < kBlocks; ++b)
       store_sums(work, blocks[b], first + r, smaller(kTile, rows - r),
@@ -266,30 +281,32 @@ void run_digits(const Work& work) {
 
 #if defined(__AVX512BF16__)
 
-// kScaled: scales go into the weights.
-template <int kBits, bool kScaled>
+template <class Way>
 void run_bfloats(const Work& work) {
   const Plan& plan = work.plan;
-  const int64_t slab = smaller(kSlabRows, (work.call.rows + kTile - 1) / kTile * kTile);
+  const int64_t slab = smaller(kSlabRows, padded_rows(work.call.rows));
   const int64_t pairs = count_pairs(plan);
-  const int64_t chunk_pairs = chunk_size(work, kScaled ? kMergePairs : kLevelPairs);
-  const int64_t span = kScaled ? span_columns(plan) : smaller(plan.group_size, plan.columns);
+  const int64_t chunk_pairs = chunk_size(work, Way::kScaled ? kMergePairs : kLevelPairs);
+  const int64_t span = Way::span_columns(plan);
   Buffer<uint16_t> x(work.variants * slab * plan.columns);
+  Buffer<float> scales(plan.column_scale ? work.variants * plan.columns : 0);
+  for (int64_t v = 0; plan.column_scale && v < work.variants; ++v)
+    arrange_scales(plan, work.column_scale(v), scales.data + v * plan.columns);
 #pragma omp parallel if (!work.alone)
   {
     const Tiles registers(work.call.rows);
-    Buffer<float> arranged(plan.columns), totals(chunk_pairs * 2 * slab * kLanes);
+    Buffer<float> totals(chunk_pairs * 2 * slab * kLanes);
     Buffer<Share> shares(chunk_pairs);
-    Buffer<uint16_t> weights((kScaled ? 4 : 2) * span * kLanes);
+    Buffer<uint16_t> weights(4 * span * kLanes);
     Chunk chunk(chunk_pairs);
     for (int64_t first = 0; first < work.call.rows; first += slab) {
       const int64_t rows = smaller(slab, work.call.rows - first);
-      const int64_t padded = (rows + kTile - 1) / kTile * kTile;
 #pragma omp for
       for (int64_t i = 0; i < work.variants * rows; ++i) {
-        work.arrange(first + i % rows, i / rows, arranged.data);
-        to_spans(plan, span, arranged.data, i % rows, padded,
-                 x.data + i / rows * slab * plan.columns);
+        const int64_t variant = i / rows, row = i % rows;
+        to_spans(plan, span, (const uint16_t*)work.call.x + (first + row) * plan.columns,
+                 plan.column_scale ? scales.data + variant * plan.columns : nullptr, row, rows,
+                 x.data + variant * slab * plan.columns);
       }
 #pragma omp for
       for (int64_t at = 0; at < pairs; at += chunk_pairs) {
@@ -300,9 +317,7 @@ void run_bfloats(const Work& work) {
                                   x.data + work.variant(*blocks) * slab * plan.columns,
                                   totals.data + 2 * p * slab * kLanes};
         });
-        if constexpr (kScaled)
-          merge_shares<kBits>(plan, shares.data, count, padded, weights.data);
-        else level_shares<kBits>(plan, shares.data, count, rows, padded, weights.data);
+        multiply_shares<Way>(plan, shares.data, count, rows, weights.data);
         chunk.for_each<2>([&]<int kBlocks>(int64_t p, const Block* blocks, int) {
           store_tiles<kBlocks>(work, blocks, first, rows, totals.data + 2 * p * slab * kLanes);
         });
@@ -325,8 +340,8 @@ void choose(const Work& work) {
     const int64_t group = work.plan.group_size;
     if (work.call.rows > (work.plan.uniform ? smaller(kDigitRows, group / 4)
                                             : smaller(kLevelRows, group * 3 / 4)))
-      return run_bfloats<kBits, true>(work);
-    if (!work.plan.uniform) return run_bfloats<kBits, false>(work);
+      return run_bfloats<Merge<kBits>>(work);
+    if (!work.plan.uniform) return run_bfloats<Levels<kBits>>(work);
   }
 #endif
   return single ? run_digits<kBits, 3>(work) : run_digits<kBits, 2>(work);

@@ -8,10 +8,10 @@ namespace {
 
 constexpr int kTile = 16;  // rows of x in a tile
 
-#if defined(__AMX_TILE__)
+// Memory is written before and read after this: GCC's intrinsics do not say that tiles are loaded.
+inline void in_order() { asm volatile("" ::: "memory"); }
 
-// What is written before is there for tiles to load: GCC's intrinsics do not say that they read.
-inline void written() { asm volatile("" ::: "memory"); }
+#if defined(__AMX_TILE__)
 
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
