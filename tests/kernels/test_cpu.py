@@ -147,6 +147,13 @@ def test_more_rows_than_a_slab(make_case, level):
 
 
 @pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("name", ["balanced-4", "five bits, uniform", "signs"])
+def test_more_columns_than_a_span(make_case, name, level):
+    case = make_case(LAYOUTS[name], columns=2208)
+    assert_right(case, torch.randn(70, 2208).to(torch.bfloat16), level)
+
+
+@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("dtype", ROUNDING)
 def test_large_inputs_do_not_drown_the_others(make_case, level, dtype):
     case = make_case(LAYOUTS["balanced-4"])

@@ -13,10 +13,10 @@ constexpr int64_t kSlabRows = 512;        // rows of x that are held arranged at
 constexpr int64_t kFewRows = 4;           // up to so many without tiles
 constexpr int64_t kDigitSlab = 64;        // the same in fixed point, which takes more memory
 constexpr int64_t kDigitRows = 32;        // bfloat16: up to so many rows in fixed point if uniform,
-constexpr int64_t kLevelRows = 64;        // as levels if not; less with small groups
+constexpr int64_t kLevelRows = 48;        // as levels if not; less with small groups
 constexpr int64_t kChunkPairs = 8;        // pairs of blocks whose sums are held at a time
 constexpr int64_t kLevelPairs = 2;        // the same where levels become bfloat16,
-constexpr int64_t kMergePairs = 4;        // or weights
+constexpr int64_t kMergePairs = 8;        // or weights
 constexpr int64_t kSalientColumns = 192;  // about: columns of float32 inputs in the first cache
 constexpr int64_t kThreadWork = 1 << 19;  // products for which one thread is enough
 

@@ -8,7 +8,7 @@
 namespace precalib {
 namespace {
 
-constexpr int kSpanColumns = 256;  // about: whole groups
+constexpr int kSpanColumns = 1024;  // about: whole groups
 
 // a in the lower halves of lanes, b in the upper, cut off. Values are made larger beforehand by what
 // that takes from a mantissa on average: 2**-8 * log2(e) / 2 of it.

@@ -1,10 +1,11 @@
 // Products in bfloat16, a span of columns at a time: the weights of a pair of blocks are written as
-// bfloat16 and stay in the first caches while they are multiplied by all rows of x. With more rows
-// than a tile has, the next weights are written between the products of tiles, which take long and
-// leave the rest of the core idle.
+// bfloat16 and stay in the second cache while they are multiplied by all rows of x. Where rows are
+// many, the next weights are written between the products of tiles, which take long and leave the
+// rest of the core idle.
 //
 // What is written is up to a `Way`, `levels.h` or `merge.h`:
-//   kBits, kScaled: whether scales are in the weights; if not, a span is a group.
+//   kBits
+//   kScaled: whether scales are in the weights. If not, a span is a group, and rows are few.
 //   span_columns(plan)
 //   open(block, group): begins a group: a `Begun` with its `scale`, among others.
 //   writer(begun): (index, out) writes a step's four columns, [segment % 2][16 rows][segment / 2].
@@ -202,7 +203,7 @@ void multiply_shares(const Plan& plan, const Share* shares, int64_t count, int64
     int64_t due = 0;
     const auto step = [&]<int kProducts>(auto&& products, std::integral_constant<int, kProducts>)
                           __attribute__((always_inline)) {
-      if constexpr (kProducts == 4) {
+      if constexpr (Way::kScaled && kProducts == 4) {
         due += chunks;
         if (due >= steps) {
           due -= steps;
@@ -215,7 +216,7 @@ void multiply_shares(const Plan& plan, const Share* shares, int64_t count, int64
     else multiply_panel<1, Way::kScaled>(panel, rows, step);
     writer.finish();
   };
-  if (rows <= kTile) {  // one after the other takes half the memory
+  if (!Way::kScaled || rows <= kTile) {  // one after the other takes half the memory
     while (advance(panels[0])) {
       writer.write(panels[0]);
       multiply(panels[0]);
