@@ -52,8 +52,8 @@ struct Buffer {
   Buffer(const Buffer&) = delete;
 };
 
-// Into the second cache, for soon.
-inline void fetch(const uint8_t* from) { _mm_prefetch((const char*)from, _MM_HINT_T1); }
+// Into the first cache, for soon.
+inline void fetch(const uint8_t* from) { _mm_prefetch((const char*)from, _MM_HINT_T0); }
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
