@@ -131,10 +131,20 @@ inline void for_row_tiles(int64_t rows, Use&& use) {
 
 #if defined(__AMX_BF16__)
 
-// sums: [tile of rows][kBlocks][16][16], added to unless this is the first span.
+// The tile two steps along the columns into the first cache: processors do not see ahead in tiles.
+template <bool kFetch>
+inline void fetch_ahead(const uint16_t* tile) {
+  if constexpr (kFetch)
+#pragma GCC unroll 16
+    for (int row = 0; row < kTile; ++row)
+      fetch((const uint8_t*)(tile + 2 * kPairTile + row * kPairColumns));
+}
+
+// sums: [tile of rows][kBlocks][16][16], added to unless this is the first span. kFetch: all tiles
+// of a span do not fit into the first cache.
 // step(multiply) is called for each 32 columns, to call multiply(after), which calls after(i) behind
 // the i-th product of tiles: what that does overlaps with them.
-template <int kRowTiles, int kBlocks, class Step>
+template <int kRowTiles, int kBlocks, bool kFetch, class Step>
 inline void multiply_pairs(const uint16_t* x, int64_t tile_stride, const uint16_t* weights,
                            int64_t stride, int64_t count, bool first, float* sums, Step&& step) {
   constexpr int kBelow = kBlocks * 256;  // from a tile of rows to the next
@@ -155,15 +165,19 @@ inline void multiply_pairs(const uint16_t* x, int64_t tile_stride, const uint16_
       _tile_loadd(4, x, 64);
       _tile_loadd(6, weights, 64);
       _tile_dpbf16ps(0, 4, 6);
+      fetch_ahead<kFetch>(x);
+      fetch_ahead<kFetch>(weights);
       after(std::integral_constant<int, 0>{});
       if constexpr (kBlocks > 1) {
         _tile_loadd(7, weights + stride, 64);
         _tile_dpbf16ps(1, 4, 7);
+        fetch_ahead<kFetch>(weights + stride);
         after(std::integral_constant<int, 1>{});
       }
       if constexpr (kRowTiles > 1) {
         _tile_loadd(5, x + tile_stride, 64);
         _tile_dpbf16ps(2, 5, 6);
+        fetch_ahead<kFetch>(x + tile_stride);
         after(std::integral_constant<int, kBlocks>{});
         if constexpr (kBlocks > 1) {
           _tile_dpbf16ps(3, 5, 7);
@@ -185,7 +199,7 @@ inline void store_pairs(float* sums) {
 
 #else
 
-template <int kRowTiles, int kBlocks, class Step>
+template <int kRowTiles, int kBlocks, bool kFetch, class Step>
 inline void multiply_pairs(const uint16_t* x, int64_t tile_stride, const uint16_t* weights,
                            int64_t stride, int64_t count, bool first, float* sums, Step&&) {
   constexpr int kAtOnce = kTile / 2;

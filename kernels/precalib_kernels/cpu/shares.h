@@ -153,7 +153,7 @@ inline void multiply_panel(const Panel& panel, int64_t rows, Step&& step) {
     alignas(64) float unscaled[kScaled ? 1 : kRowTiles * kSize];
     float* const totals = share.totals + tile * kSize;
     float* const sums = kScaled ? totals : unscaled;
-    multiply_pairs<kRowTiles, kBlocks>(
+    multiply_pairs<kRowTiles, kBlocks, kScaled>(
         x + tile * tile_stride, tile_stride, panel.weights, kLanes * panel.columns,
         panel.columns / kPairColumns, !kScaled || panel.first == 0, sums,
         [&](auto&& multiply) __attribute__((always_inline)) {
