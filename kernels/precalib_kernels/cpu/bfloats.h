@@ -1,7 +1,6 @@
 // Products in bfloat16 by AMX tiles or VDPBF16PS, of x and of what becomes of weights.
 #pragma once
 
-#include "plain.h"
 #include "tiles.h"
 
 #if defined(__AVX512BF16__)
@@ -123,7 +122,7 @@ class Replacements {
 // use(how many, first) for all tiles of rows, two at a time and what is left.
 template <class Use>
 inline void for_row_tiles(int64_t rows, Use&& use) {
-  const int64_t count = (rows + kTile - 1) / kTile;
+  const int64_t count = padded_rows(rows) / kTile;
   int64_t tile = 0;
   for (; tile + 2 <= count; tile += 2) use(std::integral_constant<int, 2>{}, tile);
   if (tile < count) use(std::integral_constant<int, 1>{}, tile);

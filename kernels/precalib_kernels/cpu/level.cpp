@@ -5,6 +5,7 @@
 #include "dot.h"
 #include "levels.h"
 #include "merge.h"
+#include "plain.h"
 
 namespace precalib {
 namespace {
