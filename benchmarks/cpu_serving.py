@@ -4,10 +4,11 @@
     python benchmarks/cpu_serving.py --llama-layers 16   # random weights, sizes of Llama-3.2-1B
 
 Every way is a process of its own; all stay, and one after another measures while the others wait.
+vLLM compiles each, as it does unless it is told otherwise, which takes a minute or two.
 Reported are medians of the ratios to bfloat16 in the same round. W4A16 is round-to-nearest in
 groups of 64 in compressed-tensors' format, which vLLM computes with 8-bit activations on processors
 with AMX.
-The last table is where the time of a decode step goes.
+The last tables are where the time of a decode step goes, by torch's profiler.
 """
 
 import argparse
@@ -26,11 +27,16 @@ import torch
 STREAMS = (1, 16)
 STEP_ROUNDS = 3
 MARK = "precalib: "  # before what a server answers; vLLM prints, too
+HEAD = "precalib output head"
+PARTS = {  # of a step, and names of the operators in which torch's profiler finds them
+    "linear layers": ("cpu_linear", "onednn_mm", "weight_packed_linear", "int4_scaled_mm_cpu"),
+    "attention": ("attention", "kv_cache"),
+    "output head": (HEAD,),
+}
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_KVCACHE_SPACE": "2",
     "VLLM_LOGGING_LEVEL": "ERROR",
-    "TORCHDYNAMO_DISABLE": "1",
     "HF_HUB_OFFLINE": "1",
 }
 
@@ -103,7 +109,6 @@ def serve(model: str, tokens: int) -> None:
         dtype="bfloat16",
         max_model_len=256,
         max_num_seqs=max(STREAMS),
-        enforce_eager=True,
         skip_tokenizer_init=True,
     )
     sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
@@ -114,57 +119,52 @@ def serve(model: str, tokens: int) -> None:
         llm.generate(prompts, sampling, use_tqdm=False)
         return time.perf_counter() - start
 
-    seconds(1)
+    mark_head()
+    for streams in STREAMS:
+        seconds(streams)
     print(f"{MARK}null", flush=True)
     for line in sys.stdin:
         streams = int(line)
+        answer: Any
         if streams > 0:
-            answer: Any = streams * tokens / seconds(streams)
+            answer = streams * tokens / seconds(streams)
         else:
-            spent, undo = watch()
-            spent["step"] = seconds(-streams)
-            undo()
-            answer = {what: 1e3 * value / tokens for what, value in spent.items()}
+            with torch.profiler.profile() as profile:
+                seconds(-streams)
+            answer = {part: spent / tokens for part, spent in parts(profile).items()}
         print(f"{MARK}{json.dumps(answer)}", flush=True)
 
 
-def watch() -> tuple[dict[str, float], Any]:
-    """Count seconds in linear layers, attention and head from now on."""
-    from vllm.model_executor.layers.attention import Attention
-    from vllm.model_executor.layers.linear import LinearBase
-    from vllm.model_executor.layers.logits_processor import LogitsProcessor
+def mark_head() -> None:
+    """Let torch's profiler see where the output head begins and ends."""
+    from vllm.model_executor.layers import logits_processor
 
-    spent: dict[str, float] = {}
-    watched = []
+    processor: Any = logits_processor.LogitsProcessor
+    forward = processor.forward
 
-    def wrap(kind: Any, what: str) -> None:
-        forward = kind.forward
+    def marked(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with torch.profiler.record_function(HEAD):
+            return forward(self, *args, **kwargs)
 
-        def timed(self: Any, *args: Any, **kwargs: Any) -> Any:
-            start = time.perf_counter()
-            result = forward(self, *args, **kwargs)
-            spent[what] = spent.get(what, 0.0) + time.perf_counter() - start
-            return result
-
-        watched.append((kind, forward))
-        kind.forward = timed
-
-    for layer in _subclasses(LinearBase):
-        if "forward" in vars(layer):
-            wrap(layer, "linear layers")
-    wrap(Attention, "attention")
-    wrap(LogitsProcessor, "output head")
-
-    def undo() -> None:
-        for kind, forward in watched:
-            kind.forward = forward
-
-    return spent, undo
+    processor.forward = marked
 
 
-def _subclasses(kind: type) -> list[type]:
-    children: list[type] = type.__subclasses__(kind)
-    return [kind, *{each for child in children for each in _subclasses(child)}]
+def parts(profile: torch.profiler.profile) -> dict[str, float]:
+    """Milliseconds in each of PARTS."""
+    spent = dict.fromkeys(PARTS, 0.0)
+
+    def add(event: Any) -> None:
+        for part, names in PARTS.items():
+            if any(name in event.name for name in names):
+                spent[part] += event.cpu_time_total / 1e3
+                return
+        for child in event.cpu_children:
+            add(child)
+
+    for event in profile.events():
+        if event.cpu_parent is None:
+            add(event)
+    return spent
 
 
 class Server:
@@ -248,17 +248,13 @@ def report(
             ratio = statistics.median(ours / dense for ours, dense in pairs)
             cells.append(f"{ratio:.2f} ({statistics.median(rates[way, n]):.1f} tokens/s)")
         print(f"| {way} | " + " | ".join(cells) + " |")
-    parts = ("linear layers", "attention", "output head")
     for n in STREAMS:
-        print(f"\n| ms of a step, {n} stream(s) | " + " | ".join(parts) + " | rest |")
+        print(f"\n| ms of a step, {n} stream(s) | " + " | ".join(PARTS) + " | rest |")
         print("|---|--:|--:|--:|--:|")
         for way in ways:
-            spent = [
-                statistics.median(step.get(part, 0.0) for step in steps[way, n]) for part in parts
-            ]
-            whole = statistics.median(step["step"] for step in steps[way, n])
-            shown = " | ".join(f"{part:.2f}" for part in (*spent, whole - sum(spent)))
-            print(f"| {way} | {shown} |")
+            spent = [statistics.median(step[part] for step in steps[way, n]) for part in PARTS]
+            rest = 1e3 * n / statistics.median(rates[way, n]) - sum(spent)
+            print(f"| {way} | " + " | ".join(f"{part:.2f}" for part in (*spent, rest)) + " |")
 
 
 def main() -> None:

@@ -79,6 +79,10 @@ def quantize(
         list[str] | None,
         typer.Option(metavar="REGEX", help="Leave matching modules as they are."),
     ] = None,
+    head: Annotated[
+        str | None,
+        typer.Option(metavar="RECIPE", help="Pack the output head, too, which is kept otherwise."),
+    ] = None,
     jobs: Annotated[int, typer.Option(help="Tensors at a time; 0: one per core.", min=0)] = 0,
     device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda:0.")] = "cpu",
     resume: Annotated[bool, typer.Option("--resume", help="Continue an unfinished run.")] = False,
@@ -97,7 +101,7 @@ def quantize(
         "clip": clip,
     }
     overrides = [_override(text) for text in override or ()]
-    options = Options(recipe, changes, overrides, keep or (), target_bits)
+    options = Options(recipe, changes, overrides, keep or (), target_bits, head)
     _check_device(device)
     plan = make_plan(open_checkpoint(hub.locate(source)), options)
     if dry_run:

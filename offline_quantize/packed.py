@@ -167,7 +167,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         whole = has_numbers(file, ["size"]) and isinstance(file.get("sha256"), str)
         require(whole, f"the entry of file '{name}'")
     for module, tensor in manifest["tensors"].items():
-        whole = has_numbers(tensor, MEASURES)
+        whole = has_numbers(tensor, MEASURES) and isinstance(tensor.get("origin", ""), str)
         shape = tensor.get("shape") if whole else None
         whole = isinstance(shape, list) and len(shape) == 2 and all(map(_is_number, shape))
         require(whole, f"the entry of module '{module}'")
@@ -176,6 +176,12 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     whole = isinstance(left_out, list) and all(isinstance(name, str) for name in left_out)
     require(whole, "'left_out'")
     return manifest
+
+
+def origin_of(manifest: Mapping[str, Any], module: str) -> str:
+    """The tensor of the source that a packed module was made from."""
+    name: str = manifest["tensors"].get(module, {}).get("origin", f"{module}.weight")
+    return name
 
 
 def _is_number(value: object) -> bool:

@@ -7,7 +7,7 @@ sizes it tells are exact.
 import dataclasses
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from offline_quantize.source import CONFIG, INDEX, Checkpoint, refuse_unsuitable
 from offline_quantize.tensorfile import NAMES, Entry, FileLayout, lay_out
 from precalib_kernels.config import CheckpointConfig
 from precalib_kernels.errors import FormatError, RecipeError, SourceError
-from precalib_kernels.layout import FORMAT_VERSION
+from precalib_kernels.layout import COLUMN_UNIT, FORMAT_VERSION
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Options:
     overrides:   (pattern, recipe name) pairs, the first that matches a module wins.
     keep:        patterns of modules to leave as they are.
     target_bits: true bits that all quantized weights together may take, in place of a recipe.
+    head:        name of the recipe for the output head, None to leave it as it is.
     """
 
     recipe: str | None = None
@@ -38,6 +39,7 @@ class Options:
     overrides: Sequence[tuple[str, str]] = ()
     keep: Sequence[str] = ()
     target_bits: float | None = None
+    head: str | None = None
 
     @property
     def label(self) -> str:
@@ -54,9 +56,14 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class Packing:
-    """A weight to quantize: where it is, and under which recipe."""
+    """A weight to quantize: where it is, and under which recipe.
+
+    name:   of the tensor that it is, ending in ".weight".
+    origin: the tensor of the source it is made from: another one for a head tied to embeddings.
+    """
 
     name: str
+    origin: str
     file: str
     entry: Entry
     label: str
@@ -132,6 +139,7 @@ class Plan:
             "recipes": used,
             "overrides": [f"{pattern}={name}" for pattern, name in self.options.overrides],
             "keep": list(self.options.keep),
+            "head": self.options.head,
             "device": device,
             "source": self.source.fingerprint(),
         }
@@ -148,24 +156,29 @@ def make_plan(source: Checkpoint, options: Options) -> Plan:
     kept: dict[str, str] = {}
     for file, entries in source.shards.items():
         for name, entry in entries.items():
-            reason = selection.why_kept(source, name, entry, chosen.keep)
+            reason = selection.why_kept(source, name, entry, chosen.keep, bool(options.head))
             if reason:
                 kept[name] = reason
             else:
                 _refuse_type(source.root / file, name, entry)
                 wanted[name] = file, entry
-    if options.target_bits is not None and wanted:
-        chosen.allocate({name: entry.shape for name, (_, entry) in wanted.items()}, source)
-    packings = {
-        name: _packing(source.root / file, name, file, entry, chosen)
-        for name, (file, entry) in wanted.items()
-    }
-    chosen.refuse_unused(packings, kept)
-    if not packings:
+    if not wanted:
+        chosen.refuse_unused(wanted, kept)
         raise SourceError(
             f"{source.root}: no tensor looks like a linear weight of a decoder layer "
             "('….layers.N.….weight', 2-D); nothing to quantize"
         )
+    origins = {}
+    if options.head and not any(selection.HEAD.search(selection.module_of(n)) for n in wanted):
+        origins[selection.TIED_HEAD] = selection.TIED_EMBEDDING
+        wanted[selection.TIED_HEAD] = _tied_head(source, kept)
+    if options.target_bits is not None:
+        chosen.allocate({name: entry.shape for name, (_, entry) in wanted.items()}, source)
+    packings = {
+        name: _packing(source, name, origins.get(name, name), file, entry, chosen)
+        for name, (file, entry) in wanted.items()
+    }
+    chosen.refuse_unused(packings, kept)
     _refuse_mixed_parts(packings, kept)
     _refuse_collisions(source, packings)
     shards = {file: _lay_out(source, file, packings) for file in source.shards}
@@ -177,7 +190,10 @@ def checkpoint_config(plan: Plan) -> CheckpointConfig:
     """quantization_config of the output."""
     layouts = {packing.label: packing.recipe.layout for packing in plan.packings.values()}
     modules = {packing.module: packing.label for packing in plan.packings.values()}
-    return CheckpointConfig(plan.options.label, layouts, modules, tuple(plan.kept_linears))
+    label = plan.options.label
+    if plan.options.head:
+        label += f" --head {plan.options.head}"
+    return CheckpointConfig(label, layouts, modules, tuple(plan.kept_linears))
 
 
 class _Chooser:
@@ -201,6 +217,7 @@ class _Chooser:
             (_pattern(text, "--override"), name, recipes.find(name))
             for text, name in options.overrides
         ]
+        self.head = recipes.for_head(options.head) if options.head else None
         self.used: set[str] = set()
 
     def recipe_for(self, module: str) -> tuple[str, Recipe]:
@@ -208,6 +225,8 @@ class _Chooser:
             if pattern.search(module):
                 self.used.add(pattern.pattern)
                 return name, recipe
+        if self.head and selection.HEAD.search(module):
+            return self.head
         return self.allocated.get(module, self.main)
 
     def allocate(self, shapes: Mapping[str, tuple[int, ...]], source: Checkpoint) -> None:
@@ -226,7 +245,7 @@ class _Chooser:
             fixed = number, nbytes
             self.allocated = allocate(free, self.target_bits, source.text_config, fixed)
 
-    def refuse_unused(self, packings: Mapping[str, Packing], kept: Mapping[str, str]) -> None:
+    def refuse_unused(self, packings: Iterable[str], kept: Iterable[str]) -> None:
         """A pattern that matches nothing is a typing error, found before hours of work."""
         for pattern, _, _ in self.overrides:
             if pattern.pattern not in self.used:
@@ -257,16 +276,42 @@ def _pattern(text: str, option: str) -> re.Pattern[str]:
         ) from error
 
 
-def _refuse_type(path: Path, name: str, entry: Entry) -> None:
+def _refuse_type(path: Path, name: str, entry: Entry, remedy: str = "use --keep") -> None:
     """Raise SourceError for a weight of a type that cannot be quantized."""
     if entry.dtype not in selection.FLOAT_TYPES:
         raise SourceError(
             f"{path}: tensor '{name}' has type {entry.dtype}; only bfloat16, float16 and float32 "
-            "weights can be quantized, so start from the original checkpoint or use --keep"
+            f"weights can be quantized, so start from the original checkpoint or {remedy}"
         )
 
 
-def _packing(path: Path, name: str, file: str, entry: Entry, chosen: _Chooser) -> Packing:
+def _tied_head(source: Checkpoint, kept: Mapping[str, str]) -> tuple[str, Entry]:
+    """File and entry of the embeddings, of which the head is a copy; SourceError if it is not."""
+    root, name = source.root, selection.TIED_EMBEDDING
+    for other, reason in kept.items():
+        if reason == "output head" or selection.HEAD.search(selection.module_of(other)):
+            raise SourceError(f"{root}: the head '{other}' is kept ({reason}); leave out --head")
+    found = next((f for f, entries in source.shards.items() if name in entries), None)
+    tied = source.config.get("tie_word_embeddings", True)
+    if found is None or not tied or source.text_config is not source.config:
+        raise SourceError(
+            f"{root}: holds no output head, and no '{name}' of a plain language model that could "
+            "stand for it; leave out --head"
+        )
+    entry = source.shards[found][name]
+    _refuse_type(root / found, name, entry, "leave out --head")
+    if entry.shape[1] % COLUMN_UNIT:
+        raise SourceError(
+            f"{root / found}: tensor '{name}' has input size {entry.shape[1]}, which is not a "
+            f"multiple of {COLUMN_UNIT}; leave out --head"
+        )
+    return found, entry
+
+
+def _packing(
+    source: Checkpoint, name: str, origin: str, file: str, entry: Entry, chosen: _Chooser
+) -> Packing:
+    path = source.root / file
     label, recipe = chosen.recipe_for(selection.module_of(name))
     rows, columns = entry.shape
     if recipe.layout.group_size > columns:
@@ -278,7 +323,7 @@ def _packing(path: Path, name: str, file: str, entry: Entry, chosen: _Chooser) -
         recipe.layout.tensors(rows, columns)
     except FormatError as error:
         raise SourceError(f"{path}: tensor '{name}': {error}; --keep it") from error
-    return Packing(name, file, entry, label, recipe)
+    return Packing(name, origin, file, entry, label, recipe)
 
 
 def _refuse_mixed_parts(packings: Mapping[str, Packing], kept: Mapping[str, str]) -> None:
@@ -301,6 +346,9 @@ def _lay_out(source: Checkpoint, file: str, packings: Mapping[str, Packing]) -> 
             tensors |= packings[name].outputs()
         else:
             tensors[name] = (entry.dtype, entry.shape, entry.nbytes)
+    for packing in packings.values():
+        if packing.file == file and packing.name != packing.origin:
+            tensors |= packing.outputs()
     return lay_out(tensors, source.metadata[file])
 
 
@@ -321,6 +369,8 @@ def _small_files(plan: Plan) -> dict[str, bytes]:
         small[INDEX] = json_bytes(index_of(plan.shards, plan.source.index))
     config = dict(plan.source.config)
     config["quantization_config"] = checkpoint_config(plan).to_dict()
+    if plan.options.head:
+        config["tie_word_embeddings"] = False  # a packed head has tensors of its own
     small[CONFIG] = json_bytes(config)
     return small
 

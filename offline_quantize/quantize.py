@@ -74,20 +74,22 @@ def _tasks(plan: Plan, device: str) -> Iterator[assembly.Task]:
     for file, entries in plan.source.shards.items():
         path = plan.source.root / file
         for name, entry in entries.items():
-            if name in plan.packings:
-                packing = plan.packings[name]
-                make = functools.partial(_pack, path, packing, device)
-                yield assembly.Task(name, file, list(packing.outputs()), entry.nbytes, make)
-            else:
+            if name not in plan.packings:
                 origin = (path, entry)
                 yield assembly.Task(name, file, [name], entry.nbytes, origin=origin)
+        # the largest first, so that no thread is left alone with it
+        for packing in sorted(plan.packings.values(), key=lambda packing: -packing.entry.weights):
+            if packing.file == file:
+                make = functools.partial(_pack, path, packing, device)
+                nbytes = packing.entry.nbytes
+                yield assembly.Task(packing.name, file, list(packing.outputs()), nbytes, make)
 
 
 def _pack(path: Path, packing: Packing, device: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    weight = read_tensor(path, packing.name, packing.entry).to(device)
+    weight = read_tensor(path, packing.origin, packing.entry).to(device)
     # Elsewhere than on the CPU, the encoder's own tables must be made there too.
     with contextlib.nullcontext() if weight.device.type == "cpu" else weight.device:
-        encoded = encode(weight, packing.recipe, f"{path}: tensor '{packing.name}'")
+        encoded = encode(weight, packing.recipe, f"{path}: tensor '{packing.origin}'")
     tensors = {f"{packing.module}.{k}": v.cpu() for k, v in encoded.tensors.items()}
     return tensors, encoded.statistics.summary()
 
@@ -113,6 +115,7 @@ def _manifest(
         layout = packing.recipe.layout
         tensors[packing.module] = {
             "file": packing.file,
+            "origin": packing.origin,
             "shape": [rows, columns],
             "dtype": packing.entry.dtype,
             "recipe": packing.label,

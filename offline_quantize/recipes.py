@@ -106,6 +106,20 @@ def find(name: str) -> Recipe:
     return RECIPES[name]
 
 
+def for_head(name: str) -> tuple[str, Recipe]:
+    """Label and recipe of that name for an output head: without a column scale.
+
+    The spread of a head's columns does not tell how large its inputs are, and balanced columns hide
+    from the salient weights the few columns that all rows have in common (docs/method.md).
+    """
+    recipe = find(name)
+    if not recipe.layout.column_scale:
+        return name, recipe
+    layout = dataclasses.replace(recipe.layout, column_scale=False)
+    about = recipe.about.replace("column scale", "no column scale")
+    return f"{name} (head)", dataclasses.replace(recipe, about=about, layout=layout, balance=0)
+
+
 def adjust(
     recipe: Recipe,
     bits: int | None = None,

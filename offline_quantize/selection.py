@@ -8,6 +8,8 @@ from offline_quantize.tensorfile import Entry
 from precalib_kernels.layout import COLUMN_UNIT
 
 FLOAT_TYPES = ("BF16", "F16", "F32")
+HEAD = re.compile(r"(?:^|\.)(?:lm_head|output_head|embed_out)$")
+TIED_HEAD, TIED_EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks|block)\.(\d+)\.")
 # (what it is, pattern searched in the module name), first match wins
 KEPT = (
@@ -28,16 +30,21 @@ EXPERT = re.compile(r"\.experts\.")
 EXPERT_INDEX = re.compile(r"\.experts\.\d+\.")
 
 
-def why_kept(source: Checkpoint, name: str, entry: Entry, keep: list[re.Pattern[str]]) -> str:
+def why_kept(
+    source: Checkpoint, name: str, entry: Entry, keep: list[re.Pattern[str]], head: bool = False
+) -> str:
     """Why a tensor stays as it is, or "" if it is a linear weight to quantize.
 
     keep: the user's patterns, searched in the module name.
+    head: whether the output head is to be quantized.
     """
     module = module_of(name)
     if not name.endswith(".weight") or len(entry.shape) != 2:
         return "not a linear weight"
     if not entry.weights:
         return "empty"
+    if head and HEAD.search(module):
+        return _why_unfit(module, entry, keep)
     for kind, pattern in KEPT:
         if pattern.search(module):
             return kind
@@ -47,6 +54,10 @@ def why_kept(source: Checkpoint, name: str, entry: Entry, keep: list[re.Pattern[
     depth = source.text_config.get("num_hidden_layers", source.config.get("num_hidden_layers"))
     if isinstance(depth, int) and int(layer[1]) >= depth:
         return "multi-token prediction head"  # DeepSeek stores it as a layer past the last
+    return _why_unfit(module, entry, keep)
+
+
+def _why_unfit(module: str, entry: Entry, keep: list[re.Pattern[str]]) -> str:
     if any(pattern.search(module) for pattern in keep):
         return "--keep"
     if entry.dtype in FLOAT_TYPES and entry.shape[1] % COLUMN_UNIT:

@@ -7,7 +7,13 @@ from typing import Any
 from torch import Tensor
 
 from offline_quantize.assembly import Progress, digest
-from offline_quantize.packed import AGAIN, PackedCheckpoint, open_packed, read_manifest
+from offline_quantize.packed import (
+    AGAIN,
+    PackedCheckpoint,
+    open_packed,
+    origin_of,
+    read_manifest,
+)
 from offline_quantize.source import Checkpoint, open_checkpoint
 from offline_quantize.tensorfile import Entry, read_pieces, read_tensor
 from precalib_kernels.errors import PrecalibError
@@ -56,7 +62,7 @@ def verify(directory: Path, against: Path | None, progress: Progress) -> Iterato
         progress.advance(sum(packed.locations[n][1].nbytes for n in packed.stored_names(module)))
         if source is None:
             continue
-        name = f"{module}.weight"
+        name = origin_of(manifest, module)
         if name not in originals:
             yield f"{source.root}: tensor '{name}' is missing; this is not the source"
             continue

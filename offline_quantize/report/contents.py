@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from offline_quantize.assembly import Progress
-from offline_quantize.packed import PackedCheckpoint, open_packed, read_manifest
+from offline_quantize.packed import PackedCheckpoint, open_packed, origin_of, read_manifest
 from offline_quantize.report import Request
 from offline_quantize.report.evaluations import Evaluation, read_evaluation
 from offline_quantize.report.measure import Histogram, Origin, Positions, histogram, positions
-from offline_quantize.selection import LAYER, module_of
+from offline_quantize.selection import LAYER
 from offline_quantize.source import open_checkpoint
 from precalib_kernels.errors import FormatError, RecipeError, SourceError
 
@@ -82,7 +82,7 @@ def gather(directory: Path, request: Request, progress: Progress) -> Contents:
         )
     evaluations = [read_evaluation(path, directory) for path in request.evaluations]
     recorded = manifest["tensors"]
-    origins = _origins(request.against, packed) if request.against else {}
+    origins = _origins(request.against, packed, manifest) if request.against else {}
     kind_of = kinds(recorded)
     chosen = _chosen(recorded, kind_of, request.tensors)
 
@@ -177,23 +177,27 @@ def _chosen(
     return [module for module in worst_first if module in found]
 
 
-def _origins(against: Path, packed: PackedCheckpoint) -> dict[str, Origin]:
+def _origins(
+    against: Path, packed: PackedCheckpoint, manifest: Mapping[str, Any]
+) -> dict[str, Origin]:
     source = open_checkpoint(against)
     found = {
-        module_of(name): (source.root / file, name, entry)
+        name: (source.root / file, name, entry)
         for file, entries in source.shards.items()
         for name, entry in entries.items()
-        if name.endswith(".weight")
     }
+    origins = {}
     for module in packed.config.modules:
-        if module not in found:
+        name = origin_of(manifest, module)
+        if name not in found:
             raise SourceError(
-                f"{against}: tensor '{module}.weight' is missing; "
+                f"{against}: tensor '{name}' is missing; "
                 "give --against the checkpoint that was quantized"
             )
-        if (there := found[module][2].shape) != (here := packed.shape(module)):
+        if (there := found[name][2].shape) != (here := packed.shape(module)):
             raise SourceError(
-                f"{against}: tensor '{module}.weight' has shape {list(there)} instead of "
+                f"{against}: tensor '{name}' has shape {list(there)} instead of "
                 f"{list(here)}; give --against the checkpoint that was quantized"
             )
-    return found
+        origins[module] = found[name]
+    return origins
