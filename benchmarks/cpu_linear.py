@@ -35,7 +35,7 @@ def packed_operators(size: int) -> Operators:
         "balanced-3": RECIPES["balanced-3"].layout,
         "4 bits, g 64, 4.7 %": dataclasses.replace(four, group_size=64, salient_count=3),
     }
-    level = library.machine_levels()[-1]
+    level = len(library.machine_levels()) - 1
     operators: Operators = {}
     for name, layout in layouts.items():
         plan = Plan(layout, size, (size,))
@@ -43,13 +43,13 @@ def packed_operators(size: int) -> Operators:
         finite_values(packed, plan)
         print(f"# {name}: {plan.nbytes / (2 * size * size):.3f} of the memory of bfloat16")
         operators[name] = functools.partial(
-            _packed_product, packed=packed, size=size, layout=layout.to_text(), level=level
+            _packed_product, packed=packed, plan=op.plan_tensor(plan), size=size, level=level
         )
     return operators
 
 
-def _packed_product(x: Tensor, packed: Tensor, size: int, layout: str, level: str) -> Tensor:
-    return op.linear(x, packed, None, [size], layout, level)
+def _packed_product(x: Tensor, packed: Tensor, plan: Tensor, size: int, level: int) -> Tensor:
+    return op.linear(x, packed, plan, None, size, level)
 
 
 def finite_values(packed: Tensor, plan: Plan) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from precalib_kernels.cpu import library, op
 from precalib_kernels.cpu.pack import pack
+from precalib_kernels.cpu.plan import Plan
 from precalib_kernels.native.build import BuildError
 from vllm_precalib.backend import Backend, Task
 
@@ -19,10 +20,9 @@ class NativeBackend(Backend):
 
     def __init__(self, task: Task) -> None:
         super().__init__(task)
-        self.part_sizes = list(task.part_sizes)
-        self.layout_text = task.layout.to_text()
-        self.level = library.machine_levels()[-1]
-        self.product = op.product(self.layout_text, task.input_size, task.part_sizes, self.level)
+        self.plan = Plan(task.layout, task.input_size, task.part_sizes)
+        self.outputs = sum(task.part_sizes)
+        self.level = len(library.machine_levels()) - 1
 
     @staticmethod
     def can_run(task: Task) -> str | None:
@@ -36,15 +36,11 @@ class NativeBackend(Backend):
         return None if levels else "needs AVX2, FMA and F16C"
 
     def prepare(self, tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
-        """One tensor of bytes, under a name by which vLLM's LoRA layers know a weight."""
-        return {"qweight": pack(tensors, self.product.plan, where)}
+        """Two tensors of bytes, one under a name by which vLLM's LoRA layers know a weight."""
+        return {"qweight": pack(tensors, self.plan, where), "plan": op.plan_tensor(self.plan)}
 
     def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
         """One call of `precalib::cpu_linear`."""
         packed: Any = layer.qweight
-        if not torch.compiler.is_compiling():
-            # The dispatcher takes about as long as the product of a small layer.
-            return self.product(x, packed, bias)
-        return torch.ops.precalib.cpu_linear(
-            x, packed, bias, self.part_sizes, self.layout_text, self.level
-        )
+        plan: Any = layer.plan
+        return op.linear(x, packed, plan, bias, self.outputs, self.level)

@@ -9,7 +9,7 @@ import torch
 
 from offline_quantize.recipes import RECIPES
 from precalib_kernels import reference
-from precalib_kernels.cpu import library, op
+from precalib_kernels.cpu import library, op, pages
 from precalib_kernels.cpu.pack import pack
 from precalib_kernels.cpu.plan import Plan, PlanStruct
 from precalib_kernels.errors import FormatError
@@ -57,8 +57,11 @@ class Case:
     scale: torch.Tensor  # of the columns, a row per output, float64
 
     def linear(self, x, level, bias=None):
-        text = self.layout.to_text()
-        return op.linear(x, self.packed, bias, list(self.parts), text, level)
+        return op.linear(x, *self.arguments(level, bias))
+
+    def arguments(self, level, bias=None):
+        plan = op.plan_tensor(Plan(self.layout, self.columns, self.parts))
+        return self.packed, plan, bias, sum(self.parts), library.LEVELS.index(level)
 
 
 @pytest.fixture
@@ -226,6 +229,19 @@ def test_any_shape_and_stride_of_inputs(make_case):
     assert torch.equal(result.flatten(0, 1), case.linear(x.reshape(6, -1), LEVELS[-1]))
 
 
+def test_packed_forms_share_regions_of_memory_and_nothing_else():
+    made = [pages.zeros(size) for size in (1, 100, pages.REGION + 1, 64, 0, 3 * pages.PAGE)]
+    for value, tensor in enumerate(made, 1):
+        assert not bool(tensor.any())
+        assert tensor.data_ptr() % pages.LINE == 0
+        tensor.fill_(value)
+    for value, tensor in enumerate(made, 1):
+        assert bool((tensor == value).all())
+    many = [pages.zeros(pages.PAGE) for _ in range(40)]  # several regions
+    assert len({tensor.untyped_storage().data_ptr() for tensor in many}) < len(many)
+    assert not bool(torch.cat(many).any())
+
+
 @pytest.mark.parametrize("recipe", ["balanced-4", "balanced-3"])
 def test_the_packed_form_is_small(recipe):
     layout = LAYOUTS[recipe]
@@ -250,17 +266,18 @@ def test_packing_in_pieces_changes_nothing(make_case, monkeypatch):
 @pytest.mark.parametrize("name", ["balanced-4", "rtn-3"])
 def test_the_operator_passes_opcheck(make_case, name):
     case = make_case(LAYOUTS[name])
-    x, text = torch.randn(2, case.columns), case.layout.to_text()
-    arguments = (x, case.packed, torch.randn(54), list(case.parts), text, LEVELS[-1])
-    torch.library.opcheck(torch.ops.precalib.cpu_linear.default, arguments)
+    x = torch.randn(2, case.columns)
+    for bias in (None, torch.randn(54)):
+        arguments = (x, *case.arguments(LEVELS[-1], bias))
+        torch.library.opcheck(torch.ops.precalib.cpu_linear.default, arguments)
 
 
 def test_the_operator_compiles(make_case):
     case = make_case(LAYOUTS["balanced-4"])
-    parts, text = list(case.parts), case.layout.to_text()
+    arguments = case.arguments(LEVELS[-1])
 
     def run(x):
-        return torch.ops.precalib.cpu_linear(x + 1, case.packed, None, parts, text, LEVELS[-1])
+        return op.linear(x + 1, *arguments)
 
     x = torch.randn(3, case.columns)
     assert torch.equal(torch.compile(run, backend="eager", fullgraph=True)(x), run(x))
@@ -268,12 +285,31 @@ def test_the_operator_compiles(make_case):
 
 def test_sizes_that_do_not_belong_together_are_refused(make_case):
     case = make_case(LAYOUTS["balanced-4"])
-    x, text, level = torch.randn(2, 416), case.layout.to_text(), LEVELS[-1]
-    with pytest.raises(FormatError, match=r"the packed weight is \d+ of torch.uint8, expected"):
-        op.linear(x, case.packed[1:], None, list(case.parts), text, level)
-    with pytest.raises(FormatError, match=r"bias is \[53\] torch.float32, expected \[54\]"):
-        op.linear(x, case.packed, torch.zeros(53), list(case.parts), text, level)
-    with pytest.raises(FormatError, match=r"x is torch.float64, expected one of"):
-        op.linear(x.double(), case.packed, None, list(case.parts), text, level)
-    with pytest.raises(FormatError, match="this machine has no avx1024"):
-        op.linear(x, case.packed, None, list(case.parts), text, "avx1024")
+    x, right = torch.randn(2, 416), case.arguments(LEVELS[-1])
+    run = torch.ops.precalib.cpu_linear
+    names = ("packed", "plan", "bias", "outputs", "level")
+    for change, text in (
+        ({"packed": case.packed[1:]}, r"bytes of the packed weight are \d+, expected \d+"),
+        ({"packed": case.packed.char()}, "bytes of the packed weight are"),
+        ({"packed": case.packed.repeat_interleave(2)[::2]}, "the packed weight is not contiguous"),
+        ({"plan": right[1][1:]}, "this is no plan"),
+        ({"plan": right[1][:8]}, "this is no plan"),
+        ({"plan": right[1].char()}, "this is no plan"),
+        ({"bias": torch.zeros(53)}, "values of the bias are 53, expected 54"),
+        ({"bias": torch.zeros(54, 1)}, "values of the bias are"),
+        ({"bias": torch.zeros(54).half()}, "the bias is not of the type of x"),
+        ({"outputs": 53}, "outputs are 53, expected 54"),
+        ({"level": len(LEVELS)}, "this machine has no such level"),
+        ({"level": -1}, "this machine has no such level"),
+    ):
+        arguments = dict(zip(names, right, strict=True)) | change
+        with pytest.raises(RuntimeError, match="cpu_linear: " + text):
+            run(x, *arguments.values())
+    for wrong, text in (
+        (x.double(), "x is not of float32, bfloat16 or float16"),
+        (x[:, 1:].contiguous(), "columns of x are 415, expected 416"),
+        (x[:, ::2], "x is not contiguous"),
+        (torch.tensor(1.0), "x has too few or too many dimensions"),
+    ):
+        with pytest.raises(RuntimeError, match="cpu_linear: " + text):
+            run(wrong, *right)

@@ -127,7 +127,8 @@ def test_each_backend_keeps_only_its_own_form(tiny, config_of, rank):
             getattr(layer, name).weight_loader(getattr(layer, name), tensor)
         layer.quant_method.process_weights_after_loading(layer)
         kept[backend] = {name for name, _ in layer.named_parameters()}
-    assert kept == {"native": {"qweight"}, "dense": {"weight"}, "reference": set(tensors)}
+    native = {"qweight", "plan"}
+    assert kept == {"native": native, "dense": {"weight"}, "reference": set(tensors)}
 
 
 def test_a_backend_of_its_own_in_memory_form_is_one_class(tiny, config_of, rank, monkeypatch):

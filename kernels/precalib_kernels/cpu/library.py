@@ -29,13 +29,34 @@ _ADDED = {
 }
 _LINK: tuple[str, ...] = ()
 LEVELS = tuple(_ADDED)  # each has all instructions of those before it
+# what `Torch` in op.cpp needs of libtorch
+TORCH_FUNCTIONS = (
+    "aoti_torch_get_data_ptr",
+    "aoti_torch_get_dim",
+    "aoti_torch_get_numel",
+    "aoti_torch_get_sizes",
+    "aoti_torch_get_dtype",
+    "aoti_torch_get_device_type",
+    "aoti_torch_is_contiguous",
+    "aoti_torch_empty_strided",
+    "aoti_torch_delete_tensor_object",
+    "aoti_torch_library_init_impl",
+    "aoti_torch_library_impl",
+)
+TORCH_CONSTANTS = (
+    "aoti_torch_dtype_float32",
+    "aoti_torch_dtype_bfloat16",
+    "aoti_torch_dtype_float16",
+    "aoti_torch_dtype_uint8",
+    "aoti_torch_device_type_cpu",
+)
 
 
 def definition() -> Library:
     """What the library is made of. Raises BuildError on other processors than x86-64."""
     if platform.machine() not in ("x86_64", "AMD64"):
         raise BuildError(f"the kernels are for x86-64, this is {platform.machine()}")
-    units = [Unit(_HERE / "entry.cpp", _COMMON)]
+    units = [Unit(_HERE / name, _COMMON) for name in ("entry.cpp", "op.cpp")]
     flags: tuple[str, ...] = ()
     for level, added in _ADDED.items():
         flags += added
@@ -46,22 +67,36 @@ def definition() -> Library:
 
 @functools.cache
 def load() -> ctypes.CDLL:
-    """The library of kernels, compiled if it is not there yet.
+    """The library of kernels, compiled if it is not there yet, as torch's `precalib::cpu_linear`.
 
     Raises BuildError with the reason why there is none for this machine.
     """
     # OpenMP stays undefined in the library: the runtime that torch loads provides it.
-    import torch  # noqa: F401
+    import torch
 
     library = load_library(definition())
-    library.precalib_linear.argtypes = (
-        *(ctypes.c_void_p, ctypes.c_int64),
-        *(ctypes.c_void_p,) * 4,
-        *(ctypes.c_int64,) * 2,
-    )
-    library.precalib_linear.restype = None
     library.precalib_plan_bytes.restype = ctypes.c_int64
+    libtorch = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+    try:
+        functions = [
+            ctypes.cast(getattr(libtorch, name), ctypes.c_void_p) for name in TORCH_FUNCTIONS
+        ]
+        constants = [getattr(libtorch, name)() for name in TORCH_CONSTANTS]
+    except AttributeError as error:
+        raise BuildError(f"torch {torch.__version__} is too old or too new: {error}") from error
+    table = _Torch((ctypes.c_void_p * len(functions))(*functions), tuple(constants))
+    if library.precalib_register(ctypes.byref(table)):
+        raise BuildError(f"torch {torch.__version__} does not take the operator")
     return library
+
+
+class _Torch(ctypes.Structure):
+    """`Torch` of op.cpp."""
+
+    _fields_ = (
+        ("functions", ctypes.c_void_p * len(TORCH_FUNCTIONS)),
+        ("constants", ctypes.c_int32 * len(TORCH_CONSTANTS)),
+    )
 
 
 @functools.cache

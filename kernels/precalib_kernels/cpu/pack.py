@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from precalib_kernels import reference
+from precalib_kernels.cpu import pages
 from precalib_kernels.cpu.plan import LANES, ROW_VALUES, VECTOR, Plan
 from precalib_kernels.layout import COLUMN_UNIT, Layout, unpack_bits
 
@@ -20,7 +21,7 @@ def pack(tensors: Mapping[str, Tensor], plan: Plan, where: str) -> Tensor:
     tensors: as named by `Layout.tensors`; column_scale has a row per part.
     where:   begins the text of a FormatError about damaged positions.
     """
-    packed = torch.zeros(plan.nbytes, dtype=torch.uint8)
+    packed = pages.zeros(plan.nbytes)
     side_start, row_start, column_start, _ = plan.offsets
     planes = packed[:side_start].view(plan.blocks, plan.block_bytes)
     side_size = plan.blocks * plan.groups * plan.side_bytes

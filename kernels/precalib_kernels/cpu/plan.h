@@ -20,7 +20,7 @@ struct Plan {
   int64_t log_scales, uniform, column_scale;
   int64_t block_bytes;  // bit planes of a block
   int64_t side_bytes;   // scales, zeros and salient weights of a group of a block
-  int64_t side_offset, row_offset, column_offset;
+  int64_t side_offset, row_offset, column_offset, packed_bytes;
   int8_t levels[128];   // by index: high bits of the code, then u[k], u[k-1], u[k-2]
   float factors[16];    // 2**(-i / 16), of scale codes; code 255 is scale zero
 };
@@ -43,3 +43,8 @@ namespace avx512_bf16 { Run run; }
 namespace amx { Run run; }
 
 }  // namespace precalib
+
+// In entry.cpp.
+extern "C" int precalib_level();
+extern "C" void precalib_linear(const precalib::Plan* plan, int64_t level, const void* packed,
+                                const void* x, const void* bias, void* y, int64_t rows, int64_t type);

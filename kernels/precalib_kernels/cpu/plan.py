@@ -37,7 +37,7 @@ class PlanStruct(ctypes.Structure):
             for name in (
                 *("bits", "salient_count", "position_bytes", "salient_mask"),
                 *("log_scales", "uniform", "column_scale", "block_bytes", "side_bytes"),
-                *("side_offset", "row_offset", "column_offset"),
+                *("side_offset", "row_offset", "column_offset", "packed_bytes"),
             )
         ),
         ("levels", ctypes.c_int8 * 128),
@@ -103,6 +103,17 @@ class Plan:
         """Size of the packed form."""
         return self.offsets[-1]
 
+    def to_bytes(self) -> bytes:
+        """What `op.cpp` reads: the struct, without the address of its part_rows, and these."""
+        struct = PlanStruct.from_buffer_copy(self.struct)
+        struct.part_rows = None
+        return bytes(struct) + bytes(self.part_rows)
+
+    @functools.cached_property
+    def part_rows(self) -> ctypes.Array[ctypes.c_int64]:
+        """part_sizes for `struct`."""
+        return (ctypes.c_int64 * len(self.part_sizes))(*self.part_sizes)
+
     @functools.cached_property
     def struct(self) -> PlanStruct:
         """What the kernels read."""
@@ -113,7 +124,7 @@ class Plan:
             group_size=layout.group_size,
             groups=self.groups,
             part_count=len(self.part_sizes),
-            part_rows=(ctypes.c_int64 * len(self.part_sizes))(*self.part_sizes),
+            part_rows=self.part_rows,
             bits=layout.bits,
             salient_count=layout.salient_count,
             position_bytes=self.position_bytes,
@@ -126,14 +137,10 @@ class Plan:
             side_offset=side,
             row_offset=rows,
             column_offset=columns,
+            packed_bytes=self.nbytes,
             levels=(ctypes.c_int8 * 128)(*_level_table(layout)),
             factors=(ctypes.c_float * LOG_STEPS)(*_FACTORS),
         )
-
-    @functools.cached_property
-    def address(self) -> int:
-        """Of `struct`, which lives as long as the plan."""
-        return ctypes.addressof(self.struct)
 
 
 def _aligned(size: int) -> int:
