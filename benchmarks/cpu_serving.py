@@ -25,6 +25,11 @@ from typing import Any
 import torch
 
 STREAMS = (1, 16)
+PACKED = {
+    "balanced-4": ("--recipe", "balanced-4"),
+    "balanced-4, head balanced-5": ("--recipe", "balanced-4", "--head", "balanced-5"),
+    "balanced-3": ("--recipe", "balanced-3"),
+}
 STEP_ROUNDS = 3
 MARK = "precalib: "  # before what a server answers; vLLM prints, too
 HEAD = "precalib output head"
@@ -205,11 +210,11 @@ class Server:
 
 def compare(source: Path, work: Path, options: argparse.Namespace) -> None:
     ways = {"bfloat16": source}
-    for name in ("balanced-4", "balanced-3"):
+    for name, flags in PACKED.items():
         ways[name] = work / name
         if not ways[name].exists():
             script = Path(sys.executable).with_name("precalib")
-            command = [script, "quantize", source, ways[name], "--recipe", name]
+            command = [script, "quantize", source, ways[name], *flags]
             subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL)
     ways["W4A16"] = work / "w4a16"
     if not ways["W4A16"].exists():
