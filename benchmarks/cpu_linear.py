@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from offline_quantize.recipes import RECIPES
-from precalib_kernels.cpu import library, op
+from precalib_kernels.cpu import op
 from precalib_kernels.cpu.plan import Plan
 
 Operators = dict[str, Callable[[Tensor], Tensor]]
@@ -35,7 +35,6 @@ def packed_operators(size: int) -> Operators:
         "balanced-3": RECIPES["balanced-3"].layout,
         "4 bits, g 64, 4.7 %": dataclasses.replace(four, group_size=64, salient_count=3),
     }
-    level = len(library.machine_levels()) - 1
     operators: Operators = {}
     for name, layout in layouts.items():
         plan = Plan(layout, size, (size,))
@@ -43,13 +42,13 @@ def packed_operators(size: int) -> Operators:
         finite_values(packed, plan)
         print(f"# {name}: {plan.nbytes / (2 * size * size):.3f} of the memory of bfloat16")
         operators[name] = functools.partial(
-            _packed_product, packed=packed, plan=op.plan_tensor(plan), size=size, level=level
+            _packed_product, packed=packed, plan=op.plan_tensor(plan), size=size
         )
     return operators
 
 
-def _packed_product(x: Tensor, packed: Tensor, plan: Tensor, size: int, level: int) -> Tensor:
-    return op.linear(x, packed, plan, None, size, level)
+def _packed_product(x: Tensor, packed: Tensor, plan: Tensor, size: int) -> Tensor:
+    return op.linear(x, packed, plan, None, size, level=-1)
 
 
 def finite_values(packed: Tensor, plan: Plan) -> None:

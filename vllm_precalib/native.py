@@ -22,7 +22,6 @@ class NativeBackend(Backend):
         super().__init__(task)
         self.plan = Plan(task.layout, task.input_size, task.part_sizes)
         self.outputs = sum(task.part_sizes)
-        self.level = len(library.machine_levels()) - 1
 
     @staticmethod
     def can_run(task: Task) -> str | None:
@@ -43,4 +42,4 @@ class NativeBackend(Backend):
         """One call of `precalib::cpu_linear`."""
         packed: Any = layer.qweight
         plan: Any = layer.plan
-        return op.linear(x, packed, plan, bias, self.outputs, self.level)
+        return op.linear(x, packed, plan, bias, self.outputs, level=-1)

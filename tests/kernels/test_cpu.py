@@ -126,6 +126,19 @@ def assert_right(case, x, level, bias=None):
     assert bool((error <= error_bound(case, x, expected, level)).all())
 
 
+def test_a_torch_without_the_functions_is_told_of(monkeypatch):
+    monkeypatch.setattr(library, "TORCH_FUNCTIONS", ("aoti_torch_of_another_age",))
+    with pytest.raises(BuildError, match=r"^torch .* lacks what it needs: .*another_age"):
+        library.load.__wrapped__()
+
+
+def test_the_last_level_is_the_default(make_case):
+    case = make_case(LAYOUTS["balanced-4"])
+    x = torch.randn(3, case.columns)
+    *arguments, _ = case.arguments(LEVELS[-1])
+    assert torch.equal(op.linear(x, *arguments, level=-1), case.linear(x, LEVELS[-1]))
+
+
 def test_python_and_the_kernels_mean_the_same_plan():
     assert library.load().precalib_plan_bytes() == ctypes.sizeof(PlanStruct)
 
@@ -300,7 +313,6 @@ def test_sizes_that_do_not_belong_together_are_refused(make_case):
         ({"bias": torch.zeros(54).half()}, "the bias is not of the type of x"),
         ({"outputs": 53}, "outputs are 53, expected 54"),
         ({"level": len(LEVELS)}, "this machine has no such level"),
-        ({"level": -1}, "this machine has no such level"),
     ):
         arguments = dict(zip(names, right, strict=True)) | change
         with pytest.raises(RuntimeError, match="cpu_linear: " + text):

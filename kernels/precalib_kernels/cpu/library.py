@@ -76,14 +76,14 @@ def load() -> ctypes.CDLL:
 
     library = load_library(definition())
     library.precalib_plan_bytes.restype = ctypes.c_int64
-    libtorch = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
     try:
+        libtorch = ctypes.CDLL("libtorch_cpu.so")  # which torch has loaded
         functions = [
             ctypes.cast(getattr(libtorch, name), ctypes.c_void_p) for name in TORCH_FUNCTIONS
         ]
         constants = [getattr(libtorch, name)() for name in TORCH_CONSTANTS]
-    except AttributeError as error:
-        raise BuildError(f"torch {torch.__version__} is too old or too new: {error}") from error
+    except (OSError, AttributeError) as error:
+        raise BuildError(f"torch {torch.__version__} lacks what it needs: {error}") from error
     table = _Torch((ctypes.c_void_p * len(functions))(*functions), tuple(constants))
     if library.precalib_register(ctypes.byref(table)):
         raise BuildError(f"torch {torch.__version__} does not take the operator")

@@ -107,11 +107,12 @@ Plan read_plan(const Tensor& bytes, int64_t outputs) {
 void cpu_linear(Value* stack, uint64_t, uint64_t) {
   const Tensor x((Handle)stack[0]), packed((Handle)stack[1]), bytes((Handle)stack[2]);
   const Tensor bias(optional(stack[3]));
-  const int64_t outputs = int64_t(stack[4]), level = int64_t(stack[5]);
+  const int64_t outputs = int64_t(stack[4]), wanted = int64_t(stack[5]);
+  const int64_t level = wanted < 0 ? highest_level : wanted;
   const Plan plan = read_plan(bytes, outputs);
   x.check_plain("x");
   packed.check_plain("the packed weight");
-  if (level < 0 || level > highest_level) refuse("this machine has no such level");
+  if (level > highest_level) refuse("this machine has no such level");
   if (packed.type() != torch.byte || packed.numel() != plan.packed_bytes)
     refuse(expected("bytes of the packed weight are", packed.numel(), plan.packed_bytes));
   const int32_t type = x.type();

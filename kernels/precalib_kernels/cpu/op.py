@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from precalib_kernels.cpu import library
 from precalib_kernels.cpu.plan import Plan
 
 _LIBRARY = torch.library.Library("precalib", "FRAGMENT")
@@ -13,7 +14,11 @@ _LIBRARY.define(
 
 
 def plan_tensor(plan: Plan) -> Tensor:
-    """The plan as the operator takes it, uint8 [any]."""
+    """The plan as the operator takes it, uint8 [any]; from then on there is the operator.
+
+    Raises BuildError with the reason why there is none for this machine.
+    """
+    library.load()
     return torch.frombuffer(bytearray(plan.to_bytes()), dtype=torch.uint8).clone()
 
 
@@ -27,7 +32,7 @@ def linear(
     plan:    uint8, from `plan_tensor`.
     bias:    [N] in the type of x, or None.
     outputs: N.
-    level:   index of one of `library.machine_levels`.
+    level:   index of one of `library.machine_levels`, -1 for the last.
 
     Raises RuntimeError for sizes and types that do not belong together.
     """

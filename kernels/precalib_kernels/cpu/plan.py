@@ -16,7 +16,6 @@ and in the end the column scales in float16. Sections begin on multiples of 64 b
 
 import ctypes
 import dataclasses
-import functools
 
 from precalib_kernels.layout import COLUMN_UNIT, LOG_STEPS, Layout
 
@@ -105,26 +104,13 @@ class Plan:
 
     def to_bytes(self) -> bytes:
         """What `op.cpp` reads: the struct, without the address of its part_rows, and these."""
-        struct = PlanStruct.from_buffer_copy(self.struct)
-        struct.part_rows = None
-        return bytes(struct) + bytes(self.part_rows)
-
-    @functools.cached_property
-    def part_rows(self) -> ctypes.Array[ctypes.c_int64]:
-        """part_sizes for `struct`."""
-        return (ctypes.c_int64 * len(self.part_sizes))(*self.part_sizes)
-
-    @functools.cached_property
-    def struct(self) -> PlanStruct:
-        """What the kernels read."""
         layout = self.layout
         side, rows, columns, _ = self.offsets
-        return PlanStruct(
+        struct = PlanStruct(
             columns=self.columns,
             group_size=layout.group_size,
             groups=self.groups,
             part_count=len(self.part_sizes),
-            part_rows=self.part_rows,
             bits=layout.bits,
             salient_count=layout.salient_count,
             position_bytes=self.position_bytes,
@@ -141,6 +127,8 @@ class Plan:
             levels=(ctypes.c_int8 * 128)(*_level_table(layout)),
             factors=(ctypes.c_float * LOG_STEPS)(*_FACTORS),
         )
+        part_rows = (ctypes.c_int64 * len(self.part_sizes))(*self.part_sizes)
+        return bytes(struct) + bytes(part_rows)
 
 
 def _aligned(size: int) -> int:
