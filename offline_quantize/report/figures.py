@@ -48,7 +48,8 @@ MARKERS = "osD^v"
 def error_map(weights: Sequence[Weight]) -> str:
     """Relative error by layer and kind; the mean where a kind has several weights in a layer."""
     kinds = list(dict.fromkeys(weight.kind for weight in weights))
-    layers = sorted({weight.layer for weight in weights})
+    layers = sorted({weight.layer for weight in weights}, key=lambda layer: (layer < 0, layer))
+    names = ["–" if layer < 0 else str(layer) for layer in layers]  # an output head has none
     sums = np.zeros((2, len(kinds), len(layers)))
     for weight in weights:
         size = math.prod(weight.shape)
@@ -66,7 +67,7 @@ def error_map(weights: Sequence[Weight]) -> str:
         mesh = axes.pcolormesh(errors, norm=norm, cmap=colours, antialiased=False)
         axes.set_yticks(np.arange(len(kinds)) + 0.5, kinds)
         step = max(1, -(-len(layers) // 20))
-        axes.set_xticks(np.arange(0, len(layers), step) + 0.5, list(map(str, layers[::step])))
+        axes.set_xticks(np.arange(0, len(layers), step) + 0.5, names[::step])
         axes.invert_yaxis()
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)

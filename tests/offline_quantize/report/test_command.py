@@ -314,3 +314,8 @@ def test_the_page_of_a_large_model_is_small(checkpoint, quantize, tmp_path):
     assert page.count('<tr><th scope="row"') == 2000
     assert "The 2,000 weights of 2,100 with the largest error" in page
     assert len(page) < 4_000_000
+
+
+def test_an_output_head_belongs_to_no_layer(checkpoint, quantize, report):
+    page = report(quantize(checkpoint(), "--recipe", "rtn-4", "--head", "rtn-3"))
+    assert "Error by layer and kind 0 1 – layer lm_head mlp.down_proj" in page.text
