@@ -71,14 +71,15 @@ def is_finished(plan: Plan, target: Path, device: str, resume: bool) -> bool:
 
 
 def _tasks(plan: Plan, device: str) -> Iterator[assembly.Task]:
+    # the largest first, so that no thread is left alone with it
+    packings = sorted(plan.packings.values(), key=lambda packing: -packing.entry.weights)
     for file, entries in plan.source.shards.items():
         path = plan.source.root / file
         for name, entry in entries.items():
             if name not in plan.packings:
                 origin = (path, entry)
                 yield assembly.Task(name, file, [name], entry.nbytes, origin=origin)
-        # the largest first, so that no thread is left alone with it
-        for packing in sorted(plan.packings.values(), key=lambda packing: -packing.entry.weights):
+        for packing in packings:
             if packing.file == file:
                 make = functools.partial(_pack, path, packing, device)
                 nbytes = packing.entry.nbytes

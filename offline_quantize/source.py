@@ -70,6 +70,15 @@ class Checkpoint:
         return sum(entry.nbytes for shard in self.shards.values() for entry in shard.values())
 
     @property
+    def locations(self) -> dict[str, tuple[Path, str, Entry]]:
+        """File, name and entry of every tensor, by name: what `read_tensor` takes."""
+        return {
+            name: (self.root / file, name, entry)
+            for file, entries in self.shards.items()
+            for name, entry in entries.items()
+        }
+
+    @property
     def text_config(self) -> Mapping[str, Any]:
         """The configuration of the language model, which may lie inside that of a larger model."""
         config = self.config

@@ -14,7 +14,7 @@ from offline_quantize.packed import (
     origin_of,
     read_manifest,
 )
-from offline_quantize.source import Checkpoint, open_checkpoint
+from offline_quantize.source import open_checkpoint
 from offline_quantize.tensorfile import Entry, read_pieces, read_tensor
 from precalib_kernels.errors import PrecalibError
 
@@ -51,7 +51,7 @@ def verify(directory: Path, against: Path | None, progress: Progress) -> Iterato
         if path.name not in manifest["files"]:
             yield f"{path}: is not part of the checkpoint; remove it, or vLLM may load it"
     yield from _table_faults(packed, manifest)
-    originals = _locations(source) if source else {}
+    originals = source.locations if source else {}
     for module in packed.config.modules:
         progress.begin(module)
         try:
@@ -72,14 +72,6 @@ def verify(directory: Path, against: Path | None, progress: Progress) -> Iterato
         progress.advance(originals[name][2].nbytes)
     if source is not None:
         yield from _kept_faults(packed, originals, progress)
-
-
-def _locations(checkpoint: Checkpoint) -> dict[str, tuple[Path, str, Entry]]:
-    return {
-        name: (checkpoint.root / file, name, entry)
-        for file, entries in checkpoint.shards.items()
-        for name, entry in entries.items()
-    }
 
 
 def _file_faults(path: Path, recorded: dict[str, object], progress: Progress) -> Iterator[str]:
@@ -118,7 +110,7 @@ def _kept_faults(
     progress: Progress,
 ) -> Iterator[str]:
     """Tensors that were to stay as they are, byte by byte."""
-    copies = _locations(packed.files)
+    copies = packed.files.locations
     for name, (path, _, entry) in originals.items():
         if name.removesuffix(".weight") in packed.config.modules:
             continue

@@ -180,12 +180,7 @@ def _chosen(
 def _origins(
     against: Path, packed: PackedCheckpoint, manifest: Mapping[str, Any]
 ) -> dict[str, Origin]:
-    source = open_checkpoint(against)
-    found = {
-        name: (source.root / file, name, entry)
-        for file, entries in source.shards.items()
-        for name, entry in entries.items()
-    }
+    found = open_checkpoint(against).locations
     origins = {}
     for module in packed.config.modules:
         name = origin_of(manifest, module)
