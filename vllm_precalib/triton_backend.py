@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from precalib_kernels.gpu import linear
-from precalib_kernels.gpu.form import reason_against
+from precalib_kernels.gpu.form import form_of, reason_against
 from precalib_kernels.gpu.pack import in_memory
 from vllm_precalib.backend import Backend, Task
 from vllm_precalib.compat import vllm_names
@@ -44,7 +44,10 @@ class TritonBackend(Backend):
             return "needs compute capability 8.0"
         if task.dtype not in (torch.bfloat16, torch.float16):
             return f"computes in bfloat16 and float16, not in {task.dtype}"
-        return reason_against(task.layout)
+        reason = reason_against(task.layout)
+        if reason is None and form_of(task.layout).in_place and _flushes_subnormals():
+            return "its salient weights are subnormal numbers of fp16, which MI200 takes for zero"
+        return reason
 
     def prepare(self, tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
         """The arrays of `precalib_kernels.gpu.form`."""
@@ -63,6 +66,15 @@ class TritonBackend(Backend):
         """One call of `precalib::gpu_linear`."""
         packed = [layer.get_parameter(name) for name in self.names]
         return torch.ops.precalib.gpu_linear(x, packed, bias, self.part_sizes, self.layout_text)
+
+
+def _flushes_subnormals() -> bool:
+    """Whether the GPU's matrix units take subnormal fp16 inputs for zero, as AMD's MI200 does."""
+    if not current_platform.is_rocm():
+        return False
+    from vllm.platforms.rocm import on_gfx90a
+
+    return on_gfx90a()
 
 
 def warm_up(task: Task, arrays: tuple[Tensor, ...]) -> None:

@@ -37,6 +37,13 @@ def test_it_says_why_not(gpu, change, reason):
     assert reason in TritonBackend.can_run(dataclasses.replace(TASK, **change))
 
 
+def test_subnormal_numbers_need_matrix_units_that_take_them(gpu, monkeypatch):
+    monkeypatch.setattr(triton_backend, "_flushes_subnormals", lambda: True)
+    placed = dataclasses.replace(TASK, layout=LAYOUTS["paper-4"])
+    assert "MI200" in TritonBackend.can_run(placed)
+    assert TritonBackend.can_run(TASK) is None
+
+
 def test_without_triton_there_is_a_reason():
     if not triton_backend.HAS_TRITON:
         assert "no driver" in TritonBackend.can_run(TASK)

@@ -82,7 +82,7 @@ def prepare_kernel(
         kept = group < padded // GROUP
         grouped = tl.reshape(stored.to(tl.float32), (BLOCK_K // GROUP, GROUP))
         tl.store(start + at, -OFFSET * tl.sum(grouped, 1), mask=kept)
-        if MODE == "uniform" or MODE == "in place":
+        if MODE == "uniform":
             grouped = tl.reshape(half.to(tl.float32), (BLOCK_K // GROUP, GROUP))
             tl.store(sums + at, tl.sum(grouped, 1) / LEVEL_STEP, mask=kept)
     if (m == 0) & (part == 0):

@@ -69,7 +69,8 @@ def compile_product(layout: Layout, blocks: Blocks, target: str, split: bool = T
         "BLOCK_M": blocks.block_m,
         "STAGES": blocks.stages,
     }
-    return _compile(product_kernel, form_of(layout), constants, target, blocks.warps, blocks.stages)
+    form, options = form_of(layout), {"maxnreg": blocks.registers} if blocks.registers else {}
+    return _compile(product_kernel, form, constants, target, blocks.warps, blocks.stages, **options)
 
 
 def compile_dequantize(layout: Layout, target: str) -> Compiled:
@@ -77,7 +78,6 @@ def compile_dequantize(layout: Layout, target: str) -> Compiled:
     form = form_of(layout)
     constants = specialization(form, target.startswith("sm_")) | {
         "SCALED": layout.column_scale,
-        "OFFSET": form.offset,
         "LEVEL_STEP": form.level_step,
     }
     return _compile(dequantize_kernel, form, constants, target, 2, 3)
@@ -136,7 +136,13 @@ def compile_vllm(block_m: int, block_n: int, block_k: int, target: str) -> Compi
 
 
 def _compile(
-    kernel: Any, form: Form, constants: dict[str, Any], target: str, warps: int, stages: int
+    kernel: Any,
+    form: Form,
+    constants: dict[str, Any],
+    target: str,
+    warps: int,
+    stages: int,
+    **options: int,
 ) -> Compiled:
     pointers = POINTERS | {"scales": "u8" if form.log8 else "fp16"}
     signature, aligned = {}, {}
@@ -148,11 +154,12 @@ def _compile(
             aligned[(i,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "i32"
-    return _built(ASTSource(kernel, signature, constants, aligned), target, warps, stages)
+    source = ASTSource(kernel, signature, constants, aligned)
+    return _built(source, target, warps, stages, **options)
 
 
-def _built(source: ASTSource, target: str, warps: int, stages: int) -> Compiled:
-    options = {"num_warps": warps, "num_stages": stages}
+def _built(source: ASTSource, target: str, warps: int, stages: int, **others: int) -> Compiled:
+    options = {"num_warps": warps, "num_stages": stages} | others
     if target.startswith("gfx"):
         made = triton.compile(source, target=GPUTarget("hip", target, 64), options=options)
         text = made.asm["amdgcn"]

@@ -17,41 +17,45 @@ _AND_OR = "0xea"  # (first & second) | third
 def assembler(form: Form) -> str:
     """PTX that turns the nibble tiles of a chain into the halves of their dots.
 
-    Operands: 4·J outputs; with a table the rows of `constants`; with a trellis the pair's carry,
-    twice; in place the classes, then slope and offset for either half of a tile; J tiles. Every
-    register holds two neighbouring int16 or fp16 elements.
+    Operands: 4·J outputs; with a table the first rows of `constants`, two if it is in place, else
+    three; with a trellis its fourth row and the pair's carry, twice; in place the classes, then
+    slope and offset for each dot of a tile; J tiles. Every register holds two neighbouring int16
+    or fp16 elements.
     """
     tiles = form.chain_tiles
-    lines = [".reg .b32 p, q, f, x, s, m, a, lo, hi, low, high, ones;"]
-    first = 4 * tiles
-    if form.mode == "in place":
-        lines.append(f"mov.b32 p, ${first};")
-        halves = [(f"${first + i}", f"${first + i + 1}") for i in (1, 3)]
-        first += 5
-    elif form.mode != "uniform":
-        lines.append(
-            f"mov.b32 low, ${first}; mov.b32 high, ${first + 1}; mov.b32 ones, ${first + 2};"
-        )
-        first += 3
+    text = [".reg .b32 p, q, f, x, s, m, a, lo, hi, low, high, ones;"]
+    first, lines = 4 * tiles, []
+    for name in ("low", "high", "ones")[: _rows(form)]:
+        text.append(f"mov.b32 {name}, ${first};")
+        first += 1
     if form.mode == "trellis":
         mask = 0x88 << 24 >> (4 - form.bits)
-        lines += [f"shl.b32 p, ${first + 1}, ${first};", f"and.b32 p, p, {mask:#x};"]
+        text += [f"shl.b32 p, ${first + 1}, ${first};", f"and.b32 p, p, {mask:#x};"]
         first += 2
+    if form.in_place:
+        text.append(f"mov.b32 p, ${first};")
+        lines = [(f"${first + i}", f"${first + i + 1}") for i in (1, 3, 5, 7)]
+        first += 9
     for tile in range(tiles):
         word, out = f"${first + tile}", [f"${4 * tile + i}" for i in range(4)]
-        if form.mode == "uniform":
-            lines += _uniform(form.bits, word, out)
-        elif form.mode == "in place":
-            lines += _in_place(form.bits, word, halves, out)
+        if form.in_place:
+            text += _in_place(form, word, lines, out)
+        elif form.mode == "uniform":
+            text += _uniform(form.bits, word, out)
         else:
-            lines += _lookup(form, word, out)
-    return "{\n" + "\n".join(lines) + "\n}"
+            text += _lookup(form, word, out)
+    return "{\n" + "\n".join(text) + "\n}"
 
 
 def constraints(form: Form) -> str:
     """Register classes of `assembler`'s operands."""
-    inputs = form.chain_tiles + {"uniform": 0, "table": 3, "trellis": 5, "in place": 5}[form.mode]
+    inputs = _rows(form) + 2 * (form.mode == "trellis") + 9 * form.in_place + form.chain_tiles
     return ",".join(["=r"] * (4 * form.chain_tiles) + ["r"] * inputs)
+
+
+def _rows(form: Form) -> int:
+    """Rows of `constants` that are looked up in, and what becomes masks."""
+    return 0 if form.mode == "uniform" else 2 if form.in_place else 3
 
 
 def table_words(form: Form) -> list[int]:
@@ -100,19 +104,55 @@ def _uniform(bits: int, word: str, out: list[str]) -> list[str]:
     ]
 
 
-def _in_place(bits: int, word: str, lines: list[tuple[str, str]], out: list[str]) -> list[str]:
-    """1 + code / 16, or slope times that plus offset where p has a sign bit."""
-    mask, text = f"{((1 << bits) - 1) * 0x400040:#x}", []
-    for i, shift in enumerate(("shl", "shl", "shr", "shr")):  # the code to bits 6 to 9
-        slope, offset = lines[i // 2]
+def _in_place(form: Form, word: str, lines: list[tuple[str, str]], out: list[str]) -> list[str]:
+    """Codes, or their bytes of the table, as fp16 numbers of TINYs, below 1024 of which are their
+    own bits; where p has a sign bit slope times code plus offset.
+    """
+    codes, mask = [word, "f"], ((1 << form.bits) - 1) * 0x10001
+    if form.mode == "uniform":
+        codes[0], mask = "q", mask << 2
+        text = [f"shl.b32 q, {word}, 2;", f"shr.b32 f, {word}, 6;"]
+    else:
+        text = [*_columns(form, word), f"shr.b32 f, {word}, 8;"]
+    for i, half in enumerate(out):
+        slope, offset = lines[i]
+        if i == 2:
+            text.append("shl.b32 p, p, 1;")
         text += [
-            f"{shift}.b32 s, {word}, {abs(6 - 4 * i)};",
-            f"lop3.b32 x, s, {mask}, 0x3c003c00, {_AND_OR};",
-            f"fma.rn.f16x2 a, x, {slope}, {offset};",
             f"prmt.b32 m, p, p, {('0xbb99', '0xaa88')[i % 2]};",
-            f"lop3.b32 {out[i]}, a, x, m, {_BLEND};",
+            f"and.b32 x, {codes[i // 2]}, {mask << i % 2 * 4:#x};",
+            f"fma.rn.f16x2 a, x, {slope}, {offset};",
         ]
-    return [*text[:10], "shl.b32 p, p, 1;", *text[10:]]
+        if form.mode == "table":  # a byte of either column, its sign, which is zero, above it
+            text.append(f"prmt.b32 x, lo, hi, {0xC480 + 0x1111 * i:#x};")
+        text.append(f"lop3.b32 {half}, a, x, m, {_BLEND};")
+    return text
+
+
+def _columns(form: Form, word: str) -> list[str]:
+    """Bytes of the four codes in the lower half of a word to lo, of those in the upper half to hi.
+
+    Entries have seven bits: see `_lookup` for how sixteen of them are joined.
+    """
+    table = table_words(form)
+    if form.bits < 4:
+        return [
+            f"and.b32 s, {word}, 0x77777777;",
+            f"prmt.b32 lo, low, {table[1]:#x}, s;",
+            "shr.b32 s, s, 16;",
+            f"prmt.b32 hi, low, {table[1]:#x}, s;",
+        ]
+    return [
+        f"xor.b32 s, {word}, 0x88888888;",
+        f"prmt.b32 lo, low, {table[1]:#x}, {word};",
+        f"prmt.b32 a, high, {table[3]:#x}, s;",
+        "or.b32 lo, lo, a;",
+        "shr.b32 s, s, 16;",
+        f"shr.b32 x, {word}, 16;",
+        f"prmt.b32 hi, low, {table[1]:#x}, x;",
+        f"prmt.b32 a, high, {table[3]:#x}, s;",
+        "or.b32 hi, hi, a;",
+    ]
 
 
 def _lookup(form: Form, word: str, out: list[str]) -> list[str]:

@@ -28,22 +28,23 @@ def dequantize_kernel(
     padded_rows,
     BITS: tl.constexpr,
     MODE: tl.constexpr,
+    IN_PLACE: tl.constexpr,
     GROUP: tl.constexpr,
     STEP: tl.constexpr,
     TILES: tl.constexpr,
     J: tl.constexpr,
+    OFFSET: tl.constexpr,
     ZEROS: tl.constexpr,
     SLOTS: tl.constexpr,
     LOG8: tl.constexpr,
     SCALED: tl.constexpr,
-    OFFSET: tl.constexpr,
     LEVEL_STEP: tl.constexpr,
     ASM: tl.constexpr,
     REGISTERS: tl.constexpr,
     SPARE: tl.constexpr,
 ):
     """Program (tile of 64 rows, step). Arguments as in `product_kernel`."""
-    CODES: tl.constexpr = TILES - (MODE == "in place")  # tiles of codes
+    CODES: tl.constexpr = TILES - IN_PLACE  # tiles of codes
     GROUPS: tl.constexpr = STEP // GROUP
     tile, step = first_tile + tl.program_id(0), tl.program_id(1)
     inner = tl.arange(0, 64)
@@ -66,14 +67,14 @@ def dequantize_kernel(
         line = ()
         if MODE == "trellis":
             carry = tl.load(carries + first_group * padded_rows + n)
-        if MODE == "in place":
+        if IN_PLACE:
             carry = chain_classes(here, padded_rows * 16, chain, CODES, ASM)
-            line = group_lines(lines + first_group * 2 * padded_rows + n, padded_rows, GROUP)
+            line = group_lines(lines, first_group * padded_rows + n, padded_rows, GROUP, MODE)
         first = nibble_tile(here, padded_rows * 16, held, chain * J, BITS)
         second = nibble_tile(here, padded_rows * 16, held, chain * J + J - 1, BITS)
         halves = chain_halves(
             first, second, carry, line,
-            low, high, ones, shift, table, BITS, MODE, J, ASM, REGISTERS,
+            low, high, ones, shift, table, BITS, MODE, IN_PLACE, J, ASM, REGISTERS,
         )  # fmt: skip
         for dot in tl.static_range(4 * J):
             group = first_group + dot * 16 // GROUP

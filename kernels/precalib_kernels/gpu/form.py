@@ -10,7 +10,8 @@ rows last or next to last, padded to `ROWS` per fused part, so a program reads w
     3 bits        three tiles a step; their spare fourth bits are a fourth tile
     2 bits        one tile a step; its nibbles hold two codes
     in place      a tile more in steps of 256 columns: bit 15 - 2t - i of word r is the class of
-                  code r of dot 2i of nibble tile t, and bit 7 - 2t - i that of dot 2i + 1
+                  code r of dot 2i of nibble tile t, and bit 7 - 2t - i that of dot 2i + 1;
+                  codes lie as uniform ones do, those of tables as well
 
 Salient weights are few or many. A few have places of their own: position and difference to the
 base weight. Many stay in place: their codes lie among the others, and the class says by which
@@ -31,7 +32,8 @@ from precalib_kernels.layout import Layout
 ROWS = 64  # rows of a tile; parts are padded to it
 DOT = 16  # columns of one dot
 PICKS = 8  # slots of a round: products of a row's salient weights that are added up in fp16
-Mode = Literal["uniform", "table", "trellis", "in place"]
+TINY = 2.0**-24  # fp16's smallest number; the bits of a small number of them are that number
+Mode = Literal["uniform", "table", "trellis"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +41,11 @@ class Form:
     """Constants of a layout's in-memory form; what a kernel is compiled for.
 
     bits, group: as in the layout.
-    mode:        how codes become levels; "in place" are uniform ones of two grids.
+    mode:        how codes become levels.
+    in_place:    whether salient weights stay in place.
     table:       entries of the lookup, one byte each, in the order of stored codes.
+    offset:      a decoded half at level zero.
+    level_step:  levels per unit of a decoded half.
     slots:       places for salient weights in a group.
     log8:        whether scales are bytes.
     """
@@ -48,19 +53,22 @@ class Form:
     bits: int
     group: int
     mode: Mode
+    in_place: bool
     table: tuple[int, ...]
+    offset: float
+    level_step: float
     slots: int
     log8: bool
 
     @property
     def step(self) -> int:
         """Columns of one step of the main loop."""
-        return 256 if self.bits == 3 or self.mode == "in place" else 128
+        return 256 if self.bits == 3 or self.in_place else 128
 
     @property
     def stored_tiles(self) -> int:
         """Tiles of int16 words stored for one step, the classes included."""
-        return self.step * self.bits // 256 + (self.mode == "in place")
+        return self.step * self.bits // 256 + self.in_place
 
     @property
     def chain_tiles(self) -> int:
@@ -68,24 +76,9 @@ class Form:
         return 2 if self.mode == "trellis" and self.group == 128 else 1
 
     @property
-    def offset(self) -> float:
-        """What a decoded half is above the level (or half the level of a trellis).
-
-        fp16 0x6400 + byte is 1024 + byte; table bytes are 128 + level. A trellis has 7-bit bytes
-        63.5 + level / 2, of which bit 7 is set as well. In place it is 1 + level / 16, since the
-        half that a salient weight is rounded to should hold little besides.
-        """
-        return {"uniform": 1024.0, "table": 1152.0, "trellis": 1215.5, "in place": 1.0}[self.mode]
-
-    @property
-    def level_step(self) -> int:
-        """Levels per unit of a decoded half: an odd table counts in twos."""
-        return {"trellis": 2, "in place": 16}.get(self.mode, 1)
-
-    @property
     def zero_points(self) -> bool:
         """Whether groups have a zero point."""
-        return self.mode in ("uniform", "in place")
+        return self.mode == "uniform"
 
     def steps(self, input_size: int) -> int:
         """Steps of a row."""
@@ -105,7 +98,7 @@ class Form:
         """Bits read per weight of a long row: words and what a group has besides."""
         side = 8 if self.log8 else 16
         side += 8 if self.zero_points else 0
-        side += {"trellis": 16, "in place": 32}.get(self.mode, 0)
+        side += 16 * (self.mode == "trellis") + 32 * self.in_place
         columns = self.steps(input_size) * self.step
         words = 256 * self.stored_tiles / self.step
         return (words + (side + 24 * self.slots) / self.group) * columns / input_size
@@ -134,37 +127,58 @@ def reason_against(layout: Layout) -> str | None:
     return None
 
 
-def in_place(layout: Layout) -> bool:
+def stays_in_place(layout: Layout) -> bool:
     """Whether salient weights stay in place: where it can be done and takes less memory.
 
     It takes a bit per weight and two halves per group, where a place takes 24 bits: from 7 places
     in 128 it is less. The cost model sees fewer instructions from about 9, 6 and 3 (M ≤ 8, 16, 64).
     """
     return (
-        layout.uniform
+        not layout.trellis
         and layout.bits in (3, 4)
         and layout.scale == "float16"
         and layout.salient_grid == "min-max"
         and layout.salient_bits == layout.bits
         and 24 * layout.salient_count > layout.group_size + 32
+        and (layout.uniform or _spacing(layout.level_values) > 0)
     )
+
+
+def _spacing(levels: tuple[int, ...]) -> int:
+    """Levels per unit of seven-bit numbers that stand for them, 0 if there are none."""
+    if max(levels) - min(levels) < 128:
+        return 1
+    return 2 if len({level % 2 for level in levels}) == 1 else 0
 
 
 @functools.lru_cache(maxsize=64)
 def form_of(layout: Layout) -> Form:
-    """The form of a layout for which there is no `reason_against`."""
+    """The form of a layout for which there is no `reason_against`.
+
+    fp16 0x6400 + byte is 1024 + byte; bytes of a table are 128 + level. A trellis has 7-bit bytes
+    63.5 + level / 2, of which bit 7 is set as well. In place a half has room for salient weights,
+    too: it counts TINYs, four to a uniform level, or a table's levels from its least one.
+    """
+    levels, placed = layout.level_values, stays_in_place(layout)
     mode: Mode = "uniform" if layout.uniform else "trellis" if layout.trellis else "table"
-    if in_place(layout):
-        return Form(layout.bits, layout.group_size, "in place", (), 0, False)
-    levels = layout.level_values
+    table: tuple[int, ...] = ()
+    offset, level_step = 1024.0, 1.0
     if mode == "trellis":
         top = layout.bits - 1  # the bit of a stored code that carries u
         codes = [
             (code << 1 | code >> top) & (2**layout.bits - 1) for code in range(len(levels) // 2)
         ]
         table = tuple((levels[2 * code] + 127) // 2 for code in codes)
-    else:
-        table = () if mode == "uniform" else tuple(level + 128 for level in levels)
+        offset, level_step = 1215.5, 2.0
+    elif mode == "table" and placed:
+        spacing = _spacing(levels)
+        table = tuple((level - min(levels)) // spacing for level in levels)
+        offset, level_step = -min(levels) / spacing * TINY, spacing / TINY
+    elif mode == "table":
+        table, offset = tuple(level + 128 for level in levels), 1152.0
+    elif placed:
+        offset, level_step = 0.0, 1 / (4 * TINY)
     return Form(
-        layout.bits, layout.group_size, mode, table, layout.salient_count, layout.scale == "log8"
-    )
+        layout.bits, layout.group_size, mode, placed, table, offset, level_step,
+        0 if placed else layout.salient_count, layout.scale == "log8",
+    )  # fmt: skip

@@ -73,6 +73,7 @@ def chain_halves(
     table,
     BITS: tl.constexpr,
     MODE: tl.constexpr,
+    IN_PLACE: tl.constexpr,
     J: tl.constexpr,
     ASM: tl.constexpr,
     REGISTERS: tl.constexpr,
@@ -81,19 +82,20 @@ def chain_halves(
 
     first, second: nibble tiles int16 [rows, 16]; the second is used if J is 2, of a trellis.
     carry:         int16 [rows], for a trellis; in place `chain_classes`.
-    lines:         in place, slope and offset fp16 [rows] for either half of a tile.
+    lines:         in place, slope and offset fp16 [rows] for each dot.
     low … shift:   the rows of `constants`, int16 [16].
     table:         pointer to the lookup's bytes, for the path without assembler.
     """
     if ASM != "":
-        if MODE == "uniform":
-            inputs = ()
-        elif MODE == "in place":
-            inputs = (carry,)
-            for i in tl.static_range(4):
+        inputs = ()
+        if MODE != "uniform":
+            inputs = (_over(low, first), _over(high, first))
+            if not IN_PLACE:
+                inputs = inputs + (_over(ones, first),)
+        if IN_PLACE:
+            inputs = inputs + (carry,)
+            for i in tl.static_range(8):
                 inputs = inputs + (tl.broadcast_to(lines[i][:, None], first.shape),)
-        else:
-            inputs = (_over(low, first), _over(high, first), _over(ones, first))
         if MODE == "trellis":
             inputs = inputs + (_over(shift, first), tl.broadcast_to(carry[:, None], first.shape))
         if J == 2:
@@ -104,8 +106,8 @@ def chain_halves(
             result = tl.inline_asm_elementwise(
                 ASM, REGISTERS, inputs + (first,), (tl.float16,) * 4, True, 2
             )
-    elif MODE == "in place":
-        result = _in_place_halves(first, carry, lines, BITS)
+    elif IN_PLACE:
+        result = _in_place_halves(first, carry, lines, table, BITS, MODE)
     elif MODE == "uniform":
         result = _uniform_halves(first, BITS)
     else:
@@ -140,20 +142,26 @@ def _uniform_halves(tile, BITS: tl.constexpr):
 
 
 @triton.jit
-def _in_place_halves(tile, classes, lines, BITS: tl.constexpr):
-    """1 + code / 16, or where the class is set what the line makes of that."""
+def _in_place_halves(tile, classes, lines, table, BITS: tl.constexpr, MODE: tl.constexpr):
+    """What each code stands for, or where its class is set what the dot's line makes of it."""
+    mask: tl.constexpr = (1 << BITS) - 1
     return (
-        _in_place_half(tile, classes, lines[0], lines[1], BITS),
-        _in_place_half(tile >> 4, classes << 8, lines[0], lines[1], BITS),
-        _in_place_half(tile >> 8, classes << 1, lines[2], lines[3], BITS),
-        _in_place_half(tile >> 12, classes << 9, lines[2], lines[3], BITS),
+        _in_place_half(tile & mask, classes, lines[0], lines[1], table, 0, MODE),
+        _in_place_half((tile >> 4) & mask, classes << 8, lines[2], lines[3], table, 4, MODE),
+        _in_place_half((tile >> 8) & mask, classes << 1, lines[4], lines[5], table, 0, MODE),
+        _in_place_half((tile >> 12) & mask, classes << 9, lines[6], lines[7], table, 4, MODE),
     )
 
 
 @triton.jit
-def _in_place_half(tile, classes, slope, offset, BITS: tl.constexpr):
-    half = (((tile & ((1 << BITS) - 1)) << 6) | 0x3C00).to(tl.float16, bitcast=True)
-    salient = half.to(tl.float32) * slope.to(tl.float32)[:, None] + offset.to(tl.float32)[:, None]
+def _in_place_half(code, classes, slope, offset, table, SHIFT: tl.constexpr, MODE: tl.constexpr):
+    if MODE == "uniform":
+        raw = (code << SHIFT + 2).to(tl.float16, bitcast=True)
+        half = raw
+    else:
+        raw = (code << SHIFT).to(tl.float16, bitcast=True)
+        half = tl.load(table + code).to(tl.int16).to(tl.float16, bitcast=True)
+    salient = raw.to(tl.float32) * slope.to(tl.float32)[:, None] + offset.to(tl.float32)[:, None]
     return tl.where(classes < 0, salient.to(tl.float16), half)
 
 

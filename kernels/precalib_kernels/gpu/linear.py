@@ -10,7 +10,7 @@ from torch import Tensor
 from precalib_kernels.errors import FormatError
 from precalib_kernels.gpu import assembly
 from precalib_kernels.gpu.form import ROWS, Form, form_of, padded
-from precalib_kernels.gpu.table import TABLE, Blocks, blocks_for, splits
+from precalib_kernels.gpu.table import TABLE, Blocks, blocks_for, family_of, splits
 from precalib_kernels.layout import Layout
 from precalib_kernels.ops import empty_result
 
@@ -25,7 +25,7 @@ def names(layout: Layout) -> list[str]:
         chosen.append("zeros")
     if form.mode == "trellis":
         chosen.append("carry")
-    if form.mode == "in place":
+    if form.in_place:
         chosen.append("salient_lines")
     if form.slots:
         chosen += ["salient_positions", "salient_values", "salient_unit"]
@@ -134,7 +134,7 @@ def product(
         padded_rows=padded_rows, steps=steps,
         BIAS=bias is not None, SPLIT=share > 1, BLOCK_N=block_n, BLOCK_M=blocks.block_m,
         STAGES=blocks.stages, num_warps=blocks.warps, num_stages=blocks.stages,
-        **specialization(form),
+        **specialization(form), **({"maxnreg": blocks.registers} if blocks.registers else {}),
     )  # fmt: skip
     return y
 
@@ -150,7 +150,7 @@ def panel(
     dequantize_kernel[(last - first, steps)](
         weight, **_arguments(arrays), column_scale=arrays.get("column_scale", weight),
         first_tile=first, columns=weight.shape[1], padded_rows=padded_rows,
-        SCALED=layout.column_scale, OFFSET=form.offset, LEVEL_STEP=form.level_step,
+        SCALED=layout.column_scale, LEVEL_STEP=form.level_step,
         num_warps=2, **specialization(form),
     )  # fmt: skip
 
@@ -195,14 +195,16 @@ def warm_up_rows() -> list[int]:
 
 def specialization(form: Form, assembler: bool | None = None) -> dict[str, Any]:
     """Compile-time arguments of both kernels that decode words."""
-    use = family() == "cuda" and not interpreted() if assembler is None else assembler
+    use = not torch.version.hip and not interpreted() if assembler is None else assembler
     return {
         "BITS": form.bits,
         "MODE": form.mode,
+        "IN_PLACE": form.in_place,
         "GROUP": form.group,
         "STEP": form.step,
         "TILES": form.stored_tiles,
         "J": form.chain_tiles,
+        "OFFSET": form.offset,
         "ZEROS": form.zero_points,
         "SLOTS": form.slots,
         "LOG8": form.log8,
@@ -236,9 +238,14 @@ def _arguments(arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
+@functools.lru_cache(maxsize=1)
 def family() -> str:
-    """The row of `TABLE` for this torch: "cuda" or "hip"."""
-    return "hip" if torch.version.hip else "cuda"
+    """The row of `TABLE` for this machine's GPU."""
+    if torch.version.hip:
+        return "hip"
+    if not torch.cuda.is_available():
+        return "cuda"
+    return family_of("sm_{}{}".format(*torch.cuda.get_device_capability()))
 
 
 def interpreted() -> bool:

@@ -10,13 +10,13 @@ from torch.nn.functional import pad
 
 from precalib_kernels import reference
 from precalib_kernels.gpu.assembly import constants
-from precalib_kernels.gpu.form import DOT, PICKS, ROWS, Form, form_of, padded
+from precalib_kernels.gpu.form import DOT, PICKS, ROWS, TINY, Form, form_of, padded
 from precalib_kernels.layout import Layout, unpack_bits
 
 CHUNK_WEIGHTS = 1 << 22  # weights changed at a time; the index form takes several bytes each
 VALUE_LIMIT = 4.0  # largest salient value of a row, so that eight times 2**10 fit float16
 PICKED_SCALE = 32.0  # by how much `activations` divides what salient weights pick
-LEAST_SCALE = 2.0**-18  # of a row's salient weights, in place; float16 holds the quotients
+LEAST_UNIT = 2.0**-19  # of a row's largest salient weight, in place; float16 holds the quotients
 
 
 def in_memory(
@@ -36,7 +36,7 @@ def in_memory(
     slots of whole rounds; row_unit, salient_unit [R] float32;
     column_scale [parts, K] float16; table uint8 and constants [4, 16] int16 for the
     lookup; tiles [R / 64, 4] int32: part, first row of the result, rows left in the part, 0.
-    In place, salient_lines [G, 2, R] float16 stands for the three arrays salient_….
+    In place, salient_lines [G, R, 2] float16 stands for the three arrays salient_….
 
     Raises FormatError that begins with `where` for positions out of range.
     """
@@ -82,8 +82,9 @@ def _empty(form: Form, input_size: int, rows: int, device: torch.device) -> dict
         result["zeros"] = new((groups, rows), dtype=torch.uint8)
     if form.mode == "trellis":
         result["carry"] = new((groups, rows), dtype=torch.int16)
-    if form.mode == "in place":
-        result["salient_lines"] = new((groups, 2, rows), dtype=torch.float16)
+    if form.in_place:
+        result["scales"].fill_(1)  # none is zero, see product.group_unit
+        result["salient_lines"] = new((groups, rows, 2), dtype=torch.float16)
     if form.slots:
         fours = form.rounds(input_size) * PICKS // 4
         result["salient_positions"] = new((fours, rows, 4), dtype=torch.uint8)
@@ -104,9 +105,9 @@ def _fill(
     columns = form.steps(input_size) * form.step
     groups = layout.groups(input_size)
     codes, salient = unpack_bits(tensors["qweight"], form.bits, input_size), None
-    if form.mode == "in place":
+    if form.in_place:
         tensors, codes, salient, lines = two_grids(tensors, codes, layout, input_size, where)
-        result["salient_lines"][:groups, :, rows] = lines
+        result["salient_lines"][:groups, rows] = lines
         salient = pad(salient, (0, columns - input_size))
     fields, carry = stored_codes(pad(codes, (0, columns - input_size)), form)
     result["qweight"][:, :, rows] = pack_words(fields, form, salient)
@@ -169,7 +170,7 @@ def pack_words(fields: Tensor, form: Form, salient: Tensor | None = None) -> Ten
     """
     rows, dots, _ = fields.shape
     tiles = fields.view(rows, dots // 4, 4, DOT).int()
-    if form.zero_points:
+    if form.mode == "uniform" or form.in_place:
         nibbles = tiles.permute(0, 1, 3, 2)  # nibble i of word r: code r of dot i
     else:  # nibble 2i + h of pair w: code 2w + h of dot i
         pairs = tiles.view(rows, -1, 4, 8, 2).permute(0, 1, 3, 2, 4)
@@ -217,33 +218,38 @@ def two_grids(
     """Weights whose salient ones stay in place: what changes, codes, classes and lines.
 
     codes: uint8 [N, K].
-    lines: float16 [G, 2, N]. A half h stands for 16 · scale / limit · (h - 1 - zero / 16). It is
-           1 + code / 16 for a base weight, slope · (1 + code / 16) + offset for a salient one.
+    lines: float16 [G, N, 2], slope and offset. A salient weight's half is slope · h + offset, h
+           being its code as even dots have it: in TINYs, four to one if levels are uniform.
 
-    Scales and zeros are returned in `tensors`. A scale below LEAST_SCALE times the largest salient
-    weight of its row is raised to that, and its base weights are rounded to it.
+    A TINY of a half stands for a weight of one unit, which depends on the group's scale. Scales,
+    and zeros, are returned in `tensors`: a unit below LEAST_UNIT times the largest salient weight
+    of its row is raised to that, and base weights are rounded to what their grid has become.
     """
+    form, top = form_of(layout), 2**layout.bits - 1
     column, _ = reference.salient_codes(tensors, layout, input_size, where)
     salient = torch.zeros((len(codes), input_size + 1), dtype=torch.bool, device=codes.device)
     salient = salient.scatter_(1, column, True)[:, :-1]
-    top = layout.level_limit
     step, first = tensors["salient_scale"].double(), tensors["salient_offset"].double()
     largest = torch.maximum(first.abs(), (first + top * step).abs()).maximum(16 * step.abs())
-    least = (largest * (LEAST_SCALE * top)).half().clamp(min=2.0**-24)  # float16's smallest
-    raised = tensors["scales"] < least
-    scales, zeros = torch.where(raised, least, tensors["scales"]), tensors["zeros"]
+    of_scale = form.level_step * TINY / layout.level_limit  # a unit over its group's scale
+    least = (largest * (LEAST_UNIT / of_scale)).half().clamp(min=TINY)  # float16's smallest
+    scales = torch.maximum(tensors["scales"], least)
+    zeros = tensors["zeros"] if form.zero_points else torch.zeros_like(scales)
+    raised = scales > tensors["scales"]
     if raised.any():
-        ratio = torch.where(raised, tensors["scales"].float() / scales.float(), 1)
-        held = zeros.clamp(max=top)
-        level = codes - reference.expand_groups(zeros.float(), layout, input_size)
-        level = level * reference.expand_groups(ratio, layout, input_size)
-        level += reference.expand_groups(held.float(), layout, input_size)
+        base = reference.base_values(tensors, layout, input_size)
+        zeros = torch.where(raised, zeros.clamp(max=top), zeros)
+        one = reference.expand_groups(scales.float() / layout.level_limit, layout, input_size)
+        wanted = base / one + reference.expand_groups(zeros.float(), layout, input_size)
         moved = reference.expand_groups(raised, layout, input_size) & ~salient
-        codes = torch.where(moved, level.round().clamp(0, top).to(torch.uint8), codes)
-        zeros = torch.where(raised, held, zeros)
-    unit = scales.double() / top
-    slope = (step / unit).half()
+        levels = torch.tensor(layout.level_values, device=codes.device)
+        nearest = (wanted[moved][:, None] - levels).abs().argmin(1)
+        codes = codes.masked_scatter(moved, nearest.to(codes.dtype))
+    unit = scales.double() * of_scale
+    zero = form.offset / TINY + zeros.double() / (form.level_step * TINY)
+    code = 4 if layout.uniform else 1  # what one counts in an even dot
+    slope = (step / (code * unit)).half()
     middle = first + step * top / 2  # where rounding the slope does no harm
-    offset = middle / (16 * unit) + zeros / 16 + 1 - slope.double() * (1 + top / 32)
-    lines = torch.stack([slope.T, offset.half().T], 1)
-    return {**tensors, "scales": scales, "zeros": zeros}, codes, salient, lines
+    offset = (middle / unit + zero - slope.double() * (code * top / 2)) * TINY
+    changed = {"scales": scales} | ({"zeros": zeros} if form.zero_points else {})
+    return {**tensors, **changed}, codes, salient, torch.stack([slope.T, offset.half().T], -1)

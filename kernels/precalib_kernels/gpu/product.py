@@ -32,7 +32,7 @@ def product_kernel(
     carries,  # int16 [groups, padded_rows]
     positions,  # uint8 [rounds * PICKS / 4, padded_rows, 4]
     values,  # float16 [rounds * PICKS / 4, padded_rows, 4]
-    lines,  # float16 [groups, 2, padded_rows]
+    lines,  # float16 [groups, padded_rows, 2]
     row_unit,  # float32 [padded_rows]
     salient_unit,  # float32 [padded_rows]
     table,  # uint8
@@ -51,10 +51,12 @@ def product_kernel(
     steps,
     BITS: tl.constexpr,
     MODE: tl.constexpr,
+    IN_PLACE: tl.constexpr,
     GROUP: tl.constexpr,
     STEP: tl.constexpr,
     TILES: tl.constexpr,
     J: tl.constexpr,
+    OFFSET: tl.constexpr,
     ZEROS: tl.constexpr,
     SLOTS: tl.constexpr,
     LOG8: tl.constexpr,
@@ -68,7 +70,7 @@ def product_kernel(
     SPARE: tl.constexpr,
 ):
     """Program (tile, share of the steps, block of x)."""
-    CODES: tl.constexpr = TILES - (MODE == "in place")  # tiles of codes
+    CODES: tl.constexpr = TILES - IN_PLACE  # tiles of codes
     GROUPS: tl.constexpr = STEP // GROUP
     # Columns of a product: two to a step make Triton give every warp rows of its own on sm_80.
     DEPTH: tl.constexpr = min(GROUP, 64 * J if BLOCK_M < 32 else 64)
@@ -78,7 +80,7 @@ def product_kernel(
     RUNNING: tl.constexpr = BLOCK_M >= 64
     HALF: tl.constexpr = min(BLOCK_M, 32)
     tile, split, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    blocks = tl.num_programs(2)
+    blocks, splits = tl.num_programs(2), tl.num_programs(1)
     about = tiles + tile * (BLOCK_N // 64) * 4
     part = tl.load(about)
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -97,7 +99,7 @@ def product_kernel(
     start += plane * (steps * GROUPS * BLOCK_M)
     sums += plane * (steps * GROUPS * BLOCK_M)
 
-    share = tl.cdiv(steps, tl.num_programs(1))
+    share = tl.cdiv(steps, splits)
     total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     if RUNNING:
         unit = one_unit(n, LOG8)
@@ -114,23 +116,25 @@ def product_kernel(
             line = ()
             if MODE == "trellis":
                 carry = tl.load(carries + group * padded_rows + n)
-            if MODE == "in place":
+            if IN_PLACE:
                 carry = chain_classes(here, padded_rows * 16, chain, CODES, ASM)
-                line = group_lines(lines + group * 2 * padded_rows + n, padded_rows, GROUP)
+                line = group_lines(lines, group * padded_rows + n, padded_rows, GROUP, MODE)
             first = nibble_tile(here, padded_rows * 16, held, chain * J, BITS)
             second = nibble_tile(here, padded_rows * 16, held, chain * J + J - 1, BITS)
             halves = chain_halves(
                 first, second, carry, line,
-                low, high, ones, shift, table, BITS, MODE, J, ASM, REGISTERS,
+                low, high, ones, shift, table, BITS, MODE, IN_PLACE, J, ASM, REGISTERS,
             )  # fmt: skip
             for piece in tl.static_range(PIECES):
                 first_column = (chain * PIECES + piece) * DEPTH
                 current = step * GROUPS + first_column // GROUP
                 if first_column % GROUP == 0:
-                    begin = tl.load(start + current * BLOCK_M + m)
+                    begin = tl.zeros((BLOCK_M,), tl.float32)
+                    if OFFSET != 0:
+                        begin = tl.load(start + current * BLOCK_M + m)
                     if RUNNING:
                         scale = tl.load(scales + current * padded_rows + n)
-                        before, unit = unit, group_unit(scale, LOG8)
+                        before, unit = unit, group_unit(scale, LOG8, IN_PLACE)
                         ratio = unit_ratio(before, unit, LOG8, ASM != "")
                         partial = total * ratio[:, None] + begin[None, :]
                     else:
@@ -148,6 +152,13 @@ def product_kernel(
                     else:
                         scale = tl.load(scales + current * padded_rows + n)
                         total += partial * group_scale(scale, LOG8)[:, None]
+    if RUNNING:  # registers are short
+        tile, split = again(tile, "ctaid.x", ASM), again(split, "ctaid.y", ASM)
+        block, blocks = again(block, "ctaid.z", ASM), again(blocks, "nctaid.z", ASM)
+        splits = again(splits, "nctaid.y", ASM)
+        about = tiles + tile * (BLOCK_N // 64) * 4
+        plane = part * blocks + block
+        n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     if RUNNING:
         total *= unit_ratio(unit, one_unit(n, LOG8), LOG8, ASM != "")[:, None]
     total *= tl.load(row_unit + n)[:, None]
@@ -160,7 +171,7 @@ def product_kernel(
         # Zeros, which Triton does not know: so it spreads words over a row's threads, not bytes.
         half = tl.arange(0, HALF)
         nothing = (half // HALF)[None, :]
-        share = tl.cdiv(rounds, tl.num_programs(1))
+        share = tl.cdiv(rounds, splits)
         for turn in tl.range(split * share, tl.minimum(split * share + share, rounds)):
             # A few products are added up in fp16, two at a time, then in float32.
             few = tl.zeros((BLOCK_N, HALF), tl.float16)
@@ -190,13 +201,23 @@ def product_kernel(
         tl.store(shares + split * plane_size, total)
         tl.debug_barrier()
         arrived = tl.atomic_add(counters + block * tl.num_programs(0) + tile, 1, sem="acq_rel")
-        if arrived == tl.num_programs(1) - 1:
+        if arrived == splits - 1:
             total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-            for other in tl.range(tl.num_programs(1)):
+            for other in tl.range(splits):
                 total += tl.load(shares + other * plane_size, cache_modifier=".cg")
             _store(y, bias, inverse, about, total, part, block, blocks, rows, outputs, BIAS)
     else:
         _store(y, bias, inverse, about, total, part, block, blocks, rows, outputs, BIAS)
+
+
+@triton.jit
+def again(number, REGISTER: tl.constexpr, ASM: tl.constexpr):
+    """A special register's number, read once more, so that nothing holds it in between."""
+    if ASM != "":
+        number = tl.inline_asm_elementwise(
+            "mov.u32 $0, %" + REGISTER + ";", "=r,r", (number,), tl.int32, False, 1
+        )
+    return number
 
 
 @triton.jit
@@ -245,13 +266,25 @@ def side_by_side(halves, FIRST: tl.constexpr, COUNT: tl.constexpr):
 
 
 @triton.jit
-def group_lines(lines, stride, GROUP: tl.constexpr):
-    """Slope and offset of the group at `lines`, and of the group of a tile's other half."""
-    slope, offset = tl.load(lines), tl.load(lines + stride)
+def group_lines(lines, at, rows, GROUP: tl.constexpr, MODE: tl.constexpr):
+    """Slope and offset for each of a tile's four dots, from the `lines` of its group or two."""
+    first = line_pair(lines, at, MODE)
+    second = first
     if GROUP == 32:
-        result = slope, offset, tl.load(lines + 2 * stride), tl.load(lines + 3 * stride)
+        second = line_pair(lines, at + rows, MODE)
+    return first + second
+
+
+@triton.jit
+def line_pair(lines, at, MODE: tl.constexpr):
+    """Those of an even dot and an odd one, where codes, and uniform levels, count sixteenfold."""
+    both = tl.load(lines.to(tl.pointer_type(tl.int32)) + at)
+    slope = both.to(tl.int16).to(tl.float16, bitcast=True)
+    offset = (both >> 16).to(tl.int16).to(tl.float16, bitcast=True)
+    if MODE == "uniform":
+        result = slope, offset, slope, offset * 16.0
     else:
-        result = slope, offset, slope, offset
+        result = slope, offset, slope * 0.0625, offset
     return result
 
 
@@ -268,16 +301,19 @@ def multiply_add(a, b, c, ASSEMBLER: tl.constexpr):
 
 
 @triton.jit
-def group_unit(scale, LOG8: tl.constexpr):
+def group_unit(scale, LOG8: tl.constexpr, IN_PLACE: tl.constexpr):
     """What sums of a group are counted in: a factor, or its logarithm to base 2 if LOG8.
 
     A scale of zero counts 2**-60, so that a quotient by it is finite; rows of nothing else have
-    a row_unit of zero.
+    a row_unit of zero. In place there is none.
     """
     if LOG8:
-        return tl.where(scale == 255, -60.0, scale.to(tl.float32) * -0.0625)
-    factor = scale.to(tl.float32)
-    return tl.where(factor == 0, 2.0**-60, factor)
+        unit = tl.where(scale == 255, -60.0, scale.to(tl.float32) * -0.0625)
+    elif IN_PLACE:
+        unit = scale.to(tl.float32)
+    else:
+        unit = tl.maximum(scale.to(tl.float32), 2.0**-60)
+    return unit
 
 
 @triton.jit
@@ -293,7 +329,12 @@ def unit_ratio(a, b, LOG8: tl.constexpr, ASSEMBLER: tl.constexpr):
         result = tl.exp2(a - b)
     elif ASSEMBLER:
         result = tl.inline_asm_elementwise(
-            "div.approx.f32 $0, $1, $2;", "=r,r,r", (a, b), tl.float32, True, 1
+            "{ .reg .f32 c; rcp.approx.ftz.f32 c, $2; mul.f32 $0, $1, c; }",
+            "=r,r,r",
+            (a, b),
+            tl.float32,
+            True,
+            1,
         )
     else:
         result = a / b

@@ -16,6 +16,7 @@ class Blocks:
     warps:   of a program; two keep the tensor-core products of sm_80 on newer chips too.
     stages:  steps of words and activations in flight.
     waves:   programs wanted per multiprocessor; K is split until there are as many.
+    registers: most that a thread may take, None for the compiler's choice.
     """
 
     block_n: int
@@ -23,22 +24,33 @@ class Blocks:
     warps: int
     stages: int
     waves: int
+    registers: int | None = None
 
 
-# The largest M each entry serves; beyond the last the weight is dequantized for a plain product.
+# By family, which is an architecture, or "cuda" for NVIDIA's others: the largest M each entry
+# serves. Beyond the last the weight is dequantized for a plain product.
+_NVIDIA = {
+    8: Blocks(64, 8, 2, 4, 6),
+    16: Blocks(64, 16, 2, 4, 4),
+    32: Blocks(64, 32, 2, 3, 3),
+    256: Blocks(128, 64, 4, 3, 2),
+}
 TABLE: Mapping[str, Mapping[int, Blocks]] = {
-    "cuda": {
-        8: Blocks(64, 8, 2, 4, 6),
-        16: Blocks(64, 16, 2, 4, 4),
-        32: Blocks(64, 32, 2, 3, 3),
-        256: Blocks(128, 64, 4, 3, 2),
-    },
+    "cuda": _NVIDIA,
+    # With these limits, found by trying, no layout of `static` spills; without some do.
+    "sm_80": _NVIDIA | {256: Blocks(128, 64, 4, 3, 2, 249)},
+    "sm_89": _NVIDIA | {256: Blocks(128, 64, 4, 3, 2, 248)},
     "hip": {
         16: Blocks(64, 16, 2, 2, 4),
         32: Blocks(64, 32, 4, 2, 2),
         128: Blocks(64, 64, 4, 2, 2),
     },
 }
+
+
+def family_of(target: str) -> str:
+    """The row of `TABLE` for an architecture: "sm_90" or "gfx942"."""
+    return "hip" if target.startswith("gfx") else target if target in TABLE else "cuda"
 
 
 def blocks_for(family: str, rows: int, step: int) -> Blocks | None:

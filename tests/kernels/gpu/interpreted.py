@@ -7,6 +7,7 @@ weight, all sums are float32, and the result is rounded once to its own type.
 """
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -15,8 +16,8 @@ from torch import Tensor
 from offline_quantize.recipes import LEVELS, RECIPES
 from precalib_kernels import reference
 from precalib_kernels.gpu import linear
-from precalib_kernels.gpu.form import form_of, reason_against
-from precalib_kernels.gpu.pack import LEAST_SCALE, in_memory
+from precalib_kernels.gpu.form import TINY, form_of, reason_against
+from precalib_kernels.gpu.pack import LEAST_UNIT, in_memory
 from precalib_kernels.gpu.table import Blocks
 from precalib_kernels.layout import Layout
 
@@ -100,40 +101,44 @@ def sizes(case: Case) -> tuple[Tensor, Tensor]:
     return base.double().abs(), (case.weight() - base.double()).abs()
 
 
-def in_place_slack(case: Case) -> Tensor:
-    """By how much a weight may be off [N, K] where salient weights stay in place.
+def in_place_slack(case: Case) -> tuple[Tensor, Tensor]:
+    """By how much a weight may be off [N, K] where salient weights stay in place, and its size.
 
-    Salient weights: slope and offset of their line over a base half, and the half that they become,
-    are rounded to float16. Base weights: only where the group's scale was raised.
+    Salient weights: slope and offset of their line over a code, and the half that they become,
+    are rounded to float16. Base weights: only where the group's scale was raised. The size is that
+    of a half, which holds more than the weight.
     """
     chosen, tensors = case.layout, {k: t.double() for k, t in case.tensors.items()}
-    top = chosen.level_limit
+    form, top = form_of(chosen), 2**chosen.bits - 1
     step, first = tensors["salient_scale"], tensors["salient_offset"]
-    last = first + top * step
-    largest = torch.maximum(first.abs(), last.abs()).maximum(16 * step)
-    least = (largest * LEAST_SCALE).maximum(torch.tensor(2.0**-24 / top)) * 1.001
-    own = tensors["scales"] / top
+    largest = torch.maximum(first.abs(), (first + top * step).abs()).maximum(16 * step)
+    of_scale = form.level_step * TINY / chosen.level_limit
+    least = (largest * LEAST_UNIT).maximum(torch.tensor(TINY * of_scale)) * 1.001
+    own = tensors["scales"] * of_scale
     raised = reference.expand_groups(own < least, chosen, case.columns)
     unit = reference.expand_groups(own.maximum(least), chosen, case.columns)
-    zero = unit * (reference.expand_groups(tensors["zeros"], chosen, case.columns) + 16)
-    size = step * top / 2 + (first - 16 * step + zero).abs() + (case.weight() + zero).abs()
+    level = unit / (form.level_step * TINY)
+    zero = unit * form.offset / TINY
+    if form.zero_points:
+        zero = zero + level * reference.expand_groups(tensors["zeros"], chosen, case.columns)
+    half = (case.weight() + zero).abs()
     column, _ = reference.salient_codes(case.tensors, chosen, case.columns, "")
     salient = torch.zeros(len(unit), case.columns + 1).scatter_(1, column, 1)[:, :-1].bool()
-    base = torch.where(raised, unit / 2, 2**-20 * (zero + 16 * unit))
-    return torch.where(salient, 2**-11 * size + 2**-18 * unit, base)
+    line = 2**-11 * (step * top / 2 + (first + zero).abs() + half) + 1.01 * unit
+    gap = max(b - a for a, b in itertools.pairwise(sorted(chosen.level_values)))
+    base = torch.where(raised, gap * level / 2, 2**-20 * (zero + 256 * level))
+    return torch.where(salient, line, base), zero + half
 
 
 def check_in_place(case: Case, rows: int = 3) -> None:
-    text, slack = case.layout.to_text(), in_place_slack(case)
-    assert form_of(case.layout).mode == "in place"
+    text, (slack, size) = case.layout.to_text(), in_place_slack(case)
+    assert form_of(case.layout).in_place
     weight = linear.gpu_dequantize(case.packed, case.columns, case.parts, text, torch.float32)
     assert ((weight.double() - case.weight()).abs() <= slack).all()
     x = torch.randn(rows, case.columns, generator=torch.Generator().manual_seed(rows))
     y = linear.gpu_linear(x, case.packed, None, case.parts, text).double()
-    size = case.weight().abs() + 2 * slack
-    sums = (case.tensors["zeros"].double() + 16) * case.tensors["scales"].double()
-    sums = reference.expand_groups(sums, case.layout, case.columns)
-    allowed = x.double().abs() @ (slack + 2**-11 * size + 2**-20 * sums).T
+    allowed = slack + 2**-11 * (case.weight().abs() + 2 * slack) + 2**-20 * size
+    allowed = x.double().abs() @ allowed.T
     assert ((y - x.double() @ case.weight().T).abs() <= allowed).all()
 
 
@@ -163,20 +168,30 @@ def test_recipes(make_case, name):
     check_product(make_case(RECIPES[name].layout, [20], 160), 2, torch.bfloat16)
 
 
-def paper(bits: int, group: int, slots: int) -> Layout:
-    return Layout(bits, group, salient_count=slots, salient_bits=bits, salient_grid="min-max")
+ODD = {3: (-127, -65, -29, -7, 13, 31, 63, 127), 4: (-127, *range(-83, 85, 12), 127)}
+NARROW = {3: (-64, -30, -11, 0, 7, 12, 31, 63), 4: (*range(-64, -4, 8), *range(7, 64, 8))}
+TABLE_KINDS = {"uniform": {3: None, 4: None}, "odd": ODD, "narrow": NARROW}
+
+
+def paper(bits: int, group: int, slots: int, table: str = "uniform") -> Layout:
+    return Layout(
+        bits, group, TABLE_KINDS[table][bits], salient_count=slots, salient_bits=bits,
+        salient_grid="min-max",
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(("group", "slots"), [(32, 32), (64, 7), (128, 16)])
 @pytest.mark.parametrize("bits", [3, 4])
-def test_salient_weights_in_place(make_case, bits, group, slots):
+@pytest.mark.parametrize("table", TABLE_KINDS)
+def test_salient_weights_in_place(make_case, bits, group, slots, table):
     """Ragged in N and K, fused parts; groups of 32 with nothing but salient weights."""
-    check_in_place(make_case(paper(bits, group, slots), [17, 1], 352))
+    check_in_place(make_case(paper(bits, group, slots, table), [17, 1], 352))
 
 
+@pytest.mark.parametrize("table", ["uniform", "odd"])
 @pytest.mark.parametrize(("rows", "columns"), [(1, 32), (16, 96), (33, 576), (130, 4160)])
-def test_salient_weights_in_place_for_awkward_shapes(make_case, rows, columns):
-    check_in_place(make_case(paper(4, 128, 16), [3], columns), rows)
+def test_salient_weights_in_place_for_awkward_shapes(make_case, rows, columns, table):
+    check_in_place(make_case(paper(4, 128, 16, table), [3], columns), rows)
 
 
 def test_salient_weights_in_place_under_a_column_scale(make_case):
@@ -184,12 +199,14 @@ def test_salient_weights_in_place_under_a_column_scale(make_case):
     check_product(make_case(chosen, [17, 1], 288), 3, torch.bfloat16, bias=True)
 
 
-def test_extremes_in_place(make_case):
+@pytest.mark.parametrize("table", TABLE_KINDS)
+def test_extremes_in_place(make_case, table):
     """Zero and tiny scales beside large salient weights, largest codes, one-sided grids."""
-    case = make_case(paper(4, 64, 20), [12], 256)
+    case = make_case(paper(4, 64, 20, table), [12], 256)
     change = case.tensors
     change["scales"][0], change["scales"][1], change["scales"][2] = 0, 2.0**-24, 1e-4
-    change["zeros"][3], change["zeros"][4] = 0, 15
+    if table == "uniform":
+        change["zeros"][3], change["zeros"][4] = 0, 15
     change["qweight"][3:5] = 255
     change["salient_scale"][5], change["salient_offset"][5] = 0, 0
     change["salient_scale"][6], change["salient_offset"][6] = 0, 3

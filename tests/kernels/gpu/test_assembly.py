@@ -9,7 +9,7 @@ import torch
 
 from precalib_kernels.gpu.activations import dot_position
 from precalib_kernels.gpu.assembly import assembler, constants, constraints, spare_assembler
-from precalib_kernels.gpu.form import form_of
+from precalib_kernels.gpu.form import TINY, form_of
 from precalib_kernels.gpu.pack import in_memory
 from precalib_kernels.layout import Layout
 from precalib_kernels.reference import expand_groups, level_index, salient_codes
@@ -25,6 +25,11 @@ PLANS = {
     "trellis-4-64": dataclasses.replace(LAYOUTS["balanced-4"], group_size=64),
     "paper-3": dataclasses.replace(LAYOUTS["paper-4"], bits=3, salient_bits=3),
     "paper-4-32": dataclasses.replace(LAYOUTS["paper-4"], group_size=32),
+    "paper-table-3": dataclasses.replace(
+        LAYOUTS["paper-table-4"],
+        **{"bits": 3, "salient_bits": 3, "levels": (-64, -30, -11, 0, 7, 12, 31, 63)},
+    ),
+    "paper-table-4-64": dataclasses.replace(LAYOUTS["paper-table-4"], group_size=64),
 }
 
 
@@ -54,6 +59,7 @@ def fma(a, b, c):
 OPERATIONS = {
     "mov.b32": lambda a: a,
     "and.b32": lambda a, b: a & b,
+    "or.b32": lambda a, b: a | b,
     "xor.b32": lambda a, b: a ^ b,
     "shl.b32": lambda a, n: a << n & ONES if n < 32 else 0,
     "shr.b32": lambda a, n: a >> n if n < 32 else 0,
@@ -87,7 +93,7 @@ def decoded(arrays, form, steps: int) -> torch.Tensor:
     text, tiles, rows = assembler(form), form.chain_tiles, []
     for step in range(steps):
         words = [registers(tile) for tile in arrays["qweight"][step, :, 0]]
-        classes = words.pop() if form.mode == "in place" else None
+        classes = words.pop() if form.in_place else None
         if form.bits < 4:
             spare = spare_assembler(form.bits)
             words.append([run(spare, 1, list(pair))[0] for pair in zip(*words, strict=True)])
@@ -96,13 +102,15 @@ def decoded(arrays, form, steps: int) -> torch.Tensor:
             halves = []
             for r in range(8):
                 inputs = []
-                if form.mode == "in place":
-                    lines = arrays["salient_lines"][group : group + 2, :, 0]
-                    lines = lines[[0, 1 if form.group == 32 else 0]].flatten()
-                    inputs = [classes[r] << 2 * chain & ONES]
-                    inputs += [registers(line.repeat(2))[0] for line in lines]
-                elif form.mode != "uniform":
-                    inputs = [row[r] for row in constants(form)[: 3 + (form.mode == "trellis")]]
+                if form.mode != "uniform":
+                    count = 3 + (form.mode == "trellis") - form.in_place
+                    inputs = [row[r] for row in constants(form)[:count]]
+                if form.in_place:
+                    lines = arrays["salient_lines"][group : group + 2, 0]
+                    lines = lines[[0, 0, 1, 1] if form.group == 32 else [0] * 4].clone()
+                    lines[1::2] *= torch.tensor([1, 16] if form.mode == "uniform" else [1 / 16, 1])
+                    inputs.append(classes[r] << 2 * chain & ONES)
+                    inputs += [registers(line.repeat(2))[0] for line in lines.flatten()]
                 if form.mode == "trellis":
                     inputs.append((int(arrays["carry"][group, 0]) & 0xFFFF) * 0x10001)
                 inputs += [words[chain + j][r] for j in range(tiles)]
@@ -124,16 +132,21 @@ def test_assembler_turns_codes_into_levels(make_packed, name):
     halves = decoded(arrays, form, columns // form.step)
     index = level_index(packed.codes, layout).int()
     expected = torch.tensor(layout.level_values)[index][0] / form.level_step + form.offset
-    if form.mode == "in place":
-        lines = arrays["salient_lines"][:, :, 0].double()
+    expected = expected.double()
+    if form.in_place:
+        lines = arrays["salient_lines"][:, 0].double()
         slope, offset = (expand_groups(line[None], layout, columns)[0] for line in lines.T)
         column, _ = salient_codes(tensors, layout, columns, name)
         column = column[column < columns]
         assert len(column) > columns // 16
-        expected = expected.double()
-        expected[column] = (expected * slope + offset)[column].half().double()
+        code = packed.codes[0] * TINY * (4 if form.mode == "uniform" else 1)
+        salient = code * slope + offset
     for k in range(columns):
         dot, r = dot_position.fn(k, form.group, form.mode, form.chain_tiles)
         sixteenfold = form.mode == "uniform" and dot % 2 == 1
-        wanted = (expected[k] - 1024) * 16 + 1024 if sixteenfold else expected[k]
+        wanted = expected[k]
+        if form.in_place and k in column:
+            wanted = (salient[k] * (16 if sixteenfold else 1)).half()
+        elif sixteenfold:
+            wanted = (expected[k] - form.offset) * 16 + form.offset
         assert halves[dot, r] == wanted

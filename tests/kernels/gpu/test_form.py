@@ -11,7 +11,7 @@ from precalib_kernels.gpu import linear
 from precalib_kernels.gpu.assembly import assembler, constraints, table_words
 from precalib_kernels.gpu.form import form_of, reason_against
 from precalib_kernels.gpu.pack import in_memory, stored_codes
-from precalib_kernels.gpu.table import Blocks, blocks_for, splits
+from precalib_kernels.gpu.table import Blocks, blocks_for, family_of, splits
 from precalib_kernels.layout import Layout
 from precalib_kernels.reference import level_index
 from precalib_kernels.static import LAYOUTS
@@ -69,30 +69,32 @@ def test_memory_is_close_to_the_file():
 
 
 @pytest.mark.parametrize(
-    ("change", "mode"),
+    ("change", "placed"),
     [
-        ({}, "in place"),
-        ({"salient_count": 7}, "in place"),
-        ({"salient_count": 6}, "uniform"),
-        ({"group_size": 32, "salient_count": 3}, "in place"),
-        ({"group_size": 32, "salient_count": 2}, "uniform"),
-        ({"bits": 3, "salient_bits": 3}, "in place"),
-        ({"bits": 2, "salient_bits": 2}, "uniform"),
-        ({"salient_bits": 8}, "uniform"),
-        ({"salient_grid": "sign-magnitude"}, "uniform"),
-        ({"scale": "log8"}, "uniform"),
-        ({"levels": tuple(range(-120, 121, 16))}, "table"),
+        ({}, True),
+        ({"salient_count": 7}, True),
+        ({"salient_count": 6}, False),
+        ({"group_size": 32, "salient_count": 3}, True),
+        ({"group_size": 32, "salient_count": 2}, False),
+        ({"bits": 3, "salient_bits": 3}, True),
+        ({"bits": 2, "salient_bits": 2}, False),
+        ({"salient_bits": 8}, False),
+        ({"salient_grid": "sign-magnitude"}, False),
+        ({"scale": "log8"}, False),
+        ({"levels": tuple(range(-120, 121, 16))}, True),
+        ({"levels": tuple(range(-63, 65, 8))}, True),
+        ({"levels": (-128, *range(-101, 39, 10), 127)}, False),  # neither odd, even nor narrow
+        ({"levels": tuple(range(-31, 32, 2)), "trellis": True}, False),
     ],
 )
-def test_many_salient_weights_stay_in_place(change, mode):
+def test_many_salient_weights_stay_in_place(change, placed):
     """And where both ways can be taken, the one that needs less memory is."""
     layout = dataclasses.replace(LAYOUTS["paper-4"], **change)
     form = form_of(layout)
-    assert form.mode == mode
-    assert form.slots == (0 if mode == "in place" else layout.salient_count)
-    placed = dataclasses.replace(layout, salient_bits=8)
-    other = form_of(placed).bits_per_weight(4096)
-    assert mode != "in place" or form.bits_per_weight(4096) < other
+    assert form.in_place == placed
+    assert form.slots == (0 if placed else layout.salient_count)
+    other = form_of(dataclasses.replace(layout, salient_bits=8)).bits_per_weight(4096)
+    assert not placed or form.bits_per_weight(4096) < other
 
 
 @pytest.mark.parametrize(
@@ -132,6 +134,15 @@ def test_programs_share_all_steps():
         count = splits(blocks, tiles, 1, steps, 132)
         share = -(-steps // count)
         assert (count - 1) * share < steps <= count * share
+
+
+def test_architectures_have_entries_of_their_own():
+    assert [family_of(target) for target in ("sm_80", "sm_90", "gfx942")] == [
+        "sm_80",
+        "cuda",
+        "hip",
+    ]
+    assert blocks_for("sm_80", 64, 128) != blocks_for("cuda", 64, 128)
 
 
 def test_every_row_count_has_a_kernel_or_is_dequantized():

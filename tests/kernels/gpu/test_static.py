@@ -5,7 +5,7 @@ import pytest
 from precalib_kernels import static
 from precalib_kernels.gpu import ahead, count
 from precalib_kernels.gpu.form import form_of
-from precalib_kernels.gpu.table import SPARSE_TABLE, blocks_for
+from precalib_kernels.gpu.table import SPARSE_TABLE, blocks_for, family_of
 from precalib_kernels.static import (
     CHIPS,
     LAYOUTS,
@@ -13,7 +13,6 @@ from precalib_kernels.static import (
     Cost,
     layer_seconds,
     product_cost,
-    spills_allowed,
 )
 
 HAND = """
@@ -66,8 +65,10 @@ def test_the_largest_of_three_times_counts():
         ("sm_90", "balanced-4", 16, 4.21),
         ("sm_80", "balanced-3", 16, 5.35),
         ("sm_90", "uniform-4", 64, 4.44),
-        ("sm_80", "paper-4", 16, 4.23),
-        ("sm_90", "paper-4", 64, 5.38),
+        ("sm_80", "paper-4", 16, 3.96),
+        ("sm_90", "paper-4", 64, 4.93),
+        ("sm_80", "paper-table-4", 16, 5.3),
+        ("sm_80", "paper-table-4", 64, 6.5),
         ("sm_90", "balanced-4", 64, 5.71),
         ("sm_80", "balanced-4", 64, 6.5),
         ("sm_80", "table-4", 16, 3.73),
@@ -75,10 +76,9 @@ def test_the_largest_of_three_times_counts():
 )
 def test_instruction_budget(target, name, rows, most):
     layout = LAYOUTS[name]
-    cost = product_cost(layout, blocks_for("cuda", rows, form_of(layout).step), target)
+    cost = product_cost(layout, blocks_for(family_of(target), rows, form_of(layout).step), target)
     assert cost.instructions <= most
-    assert count.spills(cost.compiled) == 0  # where it matters
-    assert cost.compiled.spilled <= spills_allowed(target, name, cost.rows)
+    assert cost.compiled.spilled == 0
     chip = next(chip for chip in CHIPS if chip.target == target)
     assert chip.programs(cost.compiled) > 0
 
