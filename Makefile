@@ -85,7 +85,7 @@ bench-cpu: $(STAMP) ## products and serving on this CPU, beside bfloat16 and oth
 	@$(BIN)/python benchmarks/cpu_serving.py demo-output/SmolLM2-135M-Instruct
 
 sanitize: $(STAMP) ## tests of the compiled CPU kernels under AddressSanitizer and UBSan
-	@LD_PRELOAD=$$(g++ -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 \
+	@LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
 	  $(BIN)/python tests/kernels/sanitized.py
 
 bench-speed: $(STAMP) ## seconds to quantize, recipe by recipe

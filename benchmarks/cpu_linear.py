@@ -66,8 +66,13 @@ def dense_operator(size: int) -> Operators:
 
 
 def other_operators(size: int, group: int = 64) -> Operators:
-    """vLLM's and torch's own 4-bit operators, without salient weights or column scales."""
+    """vLLM's and torch's own 4-bit operators, without salient weights or column scales.
+
+    vLLM's W4A8 is for processors with AMX, and an illegal instruction elsewhere.
+    """
     from vllm import _custom_ops as ops
+
+    amx = torch.cpu._is_amx_tile_supported()
 
     def words(*shape: int) -> Tensor:
         return torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int32)
@@ -75,21 +80,23 @@ def other_operators(size: int, group: int = 64) -> Operators:
     scales = torch.rand(size // group, size).bfloat16()
     zeros = words(size // group, size // 8)
     blocked = words(size // 16, size * 16 // 8)
-    eight, eight_zeros, eight_scales = ops.convert_weight_packed_scale_zp(
-        words(size, size // 8), zeros, scales, ops.CPUQuantAlgo.AWQ
-    )
     codes = torch.randint(0, 16, (size, size), dtype=torch.int32)
     stock = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
     both = torch.rand(size // group, size, 2).bfloat16()
-    return {
-        "cpu_gemm_wna16": lambda x: ops.cpu_gemm_wna16(x, blocked, scales, zeros, None, 8, "amx"),
-        "int4_scaled_mm_cpu (W4A8)": lambda x: ops.int4_scaled_mm_cpu(
-            x, eight, eight_zeros, eight_scales, None
+    operators: Operators = {
+        "cpu_gemm_wna16": lambda x: ops.cpu_gemm_wna16(
+            x, blocked, scales, zeros, None, 8, "amx" if amx else "vec"
         ),
         "_weight_int4pack_mm_for_cpu": lambda x: torch.ops.aten._weight_int4pack_mm_for_cpu(
             x, stock, group, both
         ),
     }
+    if amx:
+        eight = ops.convert_weight_packed_scale_zp(
+            words(size, size // 8), zeros, scales, ops.CPUQuantAlgo.AWQ
+        )
+        operators["int4_scaled_mm_cpu (W4A8)"] = lambda x: ops.int4_scaled_mm_cpu(x, *eight, None)
+    return operators
 
 
 def working(operators: Operators, size: int) -> Operators:

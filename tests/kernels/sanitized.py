@@ -1,8 +1,7 @@
 """The tests of the compiled kernels under AddressSanitizer and UBSan; run by `make sanitize`.
 
-    LD_PRELOAD=$(g++ -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 python sanitized.py
-
-The sanitizer has to be in the process before Python is, so this cannot be a test among others.
+The sanitizer has to be in the process before Python is, so this cannot be a test among others; and
+so has libstdc++, whose exceptions it watches.
 """
 
 import sys
