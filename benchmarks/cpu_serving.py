@@ -34,7 +34,13 @@ STEP_ROUNDS = 3
 MARK = "precalib: "  # before what a server answers; vLLM prints, too
 HEAD = "precalib output head"
 PARTS = {  # of a step, and names of the operators in which torch's profiler finds them
-    "linear layers": ("cpu_linear", "onednn_mm", "weight_packed_linear", "int4_scaled_mm_cpu"),
+    "linear layers": (
+        "cpu_linear",
+        "onednn_mm",
+        "weight_packed_linear",
+        "int4_scaled_mm_cpu",
+        "cpu_gemm_wna16",
+    ),
     "attention": ("attention", "kv_cache"),
     "output head": (HEAD,),
 }

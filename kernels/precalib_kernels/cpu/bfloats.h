@@ -139,13 +139,15 @@ inline void fetch_ahead(const uint16_t* tile) {
       fetch((const uint8_t*)(tile + 2 * kPairTile + row * kPairColumns));
 }
 
-// sums: [tile of rows][kBlocks][16][16], added to unless this is the first span. kFetch: all tiles
+// `rows` of x or more, that of whole tiles. sums: [tile of rows][kBlocks][16][16], added to unless
+// this is the first span. kFetch: all tiles
 // of a span do not fit into the first cache.
 // step(multiply) is called for each 32 columns, to call multiply(after), which calls after(i) behind
 // the i-th product of tiles: what that does overlaps with them.
 template <int kRowTiles, int kBlocks, bool kFetch, class Step>
 inline void multiply_pairs(const uint16_t* x, int64_t tile_stride, const uint16_t* weights,
-                           int64_t stride, int64_t count, bool first, float* sums, Step&& step) {
+                           int64_t stride, int64_t count, int64_t, bool first, float* sums,
+                           Step&& step) {
   constexpr int kBelow = kBlocks * 256;  // from a tile of rows to the next
   in_order();
   if (first) {
@@ -198,29 +200,42 @@ inline void store_pairs(float* sums) {
 
 #else
 
+// kRows rows of x times kBlocks blocks: so many sums hide latency, and each input and each weight is
+// loaded once for several of them.
+template <int kRows, int kBlocks>
+inline void multiply_rows(const uint16_t* x, const uint16_t* weights, int64_t stride, int64_t count,
+                          bool first, float* sums) {
+  Floats sum[kBlocks][kRows] = {};
+  if (!first)
+    for (int b = 0; b < kBlocks; ++b)
+      for (int r = 0; r < kRows; ++r) sum[b][r] = load<Floats>(sums + (b * kTile + r) * kLanes);
+  for (int64_t t = 0; t < count; ++t, x += kPairTile, weights += kPairTile)
+    for (int pair = 0; pair < kPairColumns / 2; ++pair) {
+      __m512bh both[kBlocks];
+      for (int b = 0; b < kBlocks; ++b)
+        both[b] = (__m512bh)load<__m512i>(weights + b * stride + pair * 2 * kLanes);
+      for (int r = 0; r < kRows; ++r) {
+        const __m512bh inputs =
+            (__m512bh)_mm512_set1_epi32(load<int32_t>(x + r * kPairColumns + 2 * pair));
+        for (int b = 0; b < kBlocks; ++b)
+          sum[b][r] = (Floats)_mm512_dpbf16_ps((__m512)sum[b][r], inputs, both[b]);
+      }
+    }
+  for (int b = 0; b < kBlocks; ++b)
+    for (int r = 0; r < kRows; ++r) store(sums + (b * kTile + r) * kLanes, sum[b][r]);
+}
+
 template <int kRowTiles, int kBlocks, bool kFetch, class Step>
 inline void multiply_pairs(const uint16_t* x, int64_t tile_stride, const uint16_t* weights,
-                           int64_t stride, int64_t count, bool first, float* sums, Step&&) {
-  constexpr int kAtOnce = kTile / 2;
-  for (int i = 0; i < kRowTiles * 2 * kBlocks; ++i) {
-    const int row_tile = i / (2 * kBlocks), block = i % kBlocks, half = i / kBlocks % 2;
-    float* const to = sums + ((row_tile * kBlocks + block) * kTile + half * kAtOnce) * kLanes;
-    Floats sum[kAtOnce] = {};
-    if (!first)
-      for (int r = 0; r < kAtOnce; ++r) sum[r] = load<Floats>(to + r * kLanes);
-    for (int64_t t = 0; t < count; ++t)
-      for (int pair = 0; pair < kPairColumns / 2; ++pair) {
-        const __m512bh both = (__m512bh)load<__m512i>(weights + block * stride + t * kPairTile +
-                                                      pair * 2 * kLanes);
-        const uint16_t* const from = x + row_tile * tile_stride + t * kPairTile +
-                                     half * kAtOnce * kPairColumns + 2 * pair;
-        for (int r = 0; r < kAtOnce; ++r)
-          sum[r] = (Floats)_mm512_dpbf16_ps(
-              (__m512)sum[r],
-              (__m512bh)_mm512_set1_epi32(load<int32_t>(from + r * kPairColumns)), both);
-      }
-    for (int r = 0; r < kAtOnce; ++r) store(to + r * kLanes, sum[r]);
-  }
+                           int64_t stride, int64_t count, int64_t rows, bool first, float* sums,
+                           Step&&) {
+  for (int tile = 0; tile < kRowTiles; ++tile, rows -= kTile)
+    for (int row = 0; row < kTile && row < rows; row += 8) {
+      const uint16_t* const from = x + tile * tile_stride + row * kPairColumns;
+      float* const to = sums + (tile * kBlocks * kTile + row) * kLanes;
+      if (rows - row > 4) multiply_rows<8, kBlocks>(from, weights, stride, count, first, to);
+      else multiply_rows<4, kBlocks>(from, weights, stride, count, first, to);
+    }
 }
 
 template <int kRowTiles, int kBlocks>

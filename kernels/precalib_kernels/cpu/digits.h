@@ -14,8 +14,13 @@ constexpr int kByteColumns = 64;                  // columns in a tile of bytes
 constexpr int kByteTile = kTile * kByteColumns;
 #if defined(__AMX_INT8__)
 constexpr int kLevelShift = 0;
+template <int kDigits>
+constexpr int64_t kHeldRows = 0;
 #else
 constexpr int kLevelShift = 128;  // VPDPBUSD takes unsigned levels; sums start at what that adds
+// Up to so many rows levels are multiplied where they are unpacked: sums and table fit into registers.
+template <int kDigits>
+constexpr int64_t kHeldRows = kDigits == 2 ? 8 : 6;
 #endif
 
 inline int64_t byte_tiles(int64_t columns) { return (columns + kByteColumns - 1) / kByteColumns; }
@@ -207,6 +212,35 @@ inline void scale_sums(const Plan& plan, const Block* blocks, const Digits& x, i
   }
 }
 
+// Few rows: the levels of a block stay in registers. totals: [row][16], added to.
+template <int kBits, int kDigits, int kRows>
+void digit_rows(const Plan& plan, const Block& block, const Digits& x, int64_t rows,
+                const Table<kBits + 2>& table, float* totals) {
+  alignas(64) int32_t sums[kDigits * kTile * kLanes];
+  const int64_t stride = byte_tiles(plan.group_size) * kDigits * kByteTile;
+  for (int64_t g = 0; g < plan.groups; ++g) {
+    const Group group = find_group(plan, block, g);
+    fetch_side(plan, group, 1);
+    const int32_t* const starts = x.starts + g * kDigits * kTile;
+    Ints sum[kDigits][kRows];
+    for (int d = 0; d < kDigits; ++d)
+      for (int r = 0; r < kRows; ++r) sum[d][r] = Ints{} + starts[d * kTile + r];
+    const int8_t* const tiles = x.tiles + g * stride;
+    decode<kBits>(group.planes, group.chunks, plan.block_bytes, [&](int64_t step, Shorts at, auto) {
+      const __m512i levels = (__m512i)table.find(at);
+      const int8_t* const from = tiles + step / kTile * kDigits * kByteTile + step % kTile * 4;
+      for (int d = 0; d < kDigits; ++d)
+        for (int r = 0; r < kRows; ++r)
+          sum[d][r] = (Ints)_mm512_dpbusd_epi32(
+              (__m512i)sum[d][r], levels,
+              _mm512_set1_epi32(load<int32_t>(from + d * kByteTile + r * kByteColumns)));
+    });
+    for (int d = 0; d < kDigits; ++d)
+      for (int r = 0; r < kRows; ++r) store(sums + (d * kTile + r) * kLanes, sum[d][r]);
+    scale_sums<kDigits, 1>(plan, &block, x, g, rows, sums, totals);
+  }
+}
+
 // x: of each sixteen rows; levels: [kBlocks][tiles of a group][16][64], for use in here; totals:
 // [tile of rows][kBlocks][16][16], cleared here. One step after the other: to unpack a group while
 // the one before is multiplied takes twice the memory, and longer.
@@ -217,6 +251,16 @@ void digit_blocks(const Plan& plan, const Block* blocks, const Digits* x, int64_
   std::memset(totals, 0, size_t(row_tiles * kBlocks * kTile * kLanes) * 4);
   alignas(64) int32_t sums[kBlocks * kDigits * kTile * kLanes];
   const Table<kBits + 2> table = shifted_levels<kBits>(plan, kLevelShift);
+  if constexpr (kHeldRows<kDigits> > 0) {
+    if (rows <= kHeldRows<kDigits>) {
+      for (int b = 0; b < kBlocks; ++b) {
+        float* const to = totals + b * kTile * kLanes;
+        if (rows <= 6) digit_rows<kBits, kDigits, 6>(plan, blocks[b], *x, rows, table, to);
+        else digit_rows<kBits, kDigits, kHeldRows<kDigits>>(plan, blocks[b], *x, rows, table, to);
+      }
+      return;
+    }
+  }
   const int64_t stride = byte_tiles(smaller(plan.group_size, plan.columns)) * kByteTile;
   for (int64_t g = 0; g < plan.groups; ++g) {
     unpack_levels<kBits, kBlocks>(plan, blocks, g, table, stride, levels);

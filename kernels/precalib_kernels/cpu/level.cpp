@@ -336,7 +336,7 @@ void choose(const Work& work) {
   if (work.call.rows <= kFewRows)
     return single ? choose_dot<kBits, 3>(work) : choose_dot<kBits, 2>(work);
 #if defined(__AVX512BF16__)
-  if (work.call.type == kBfloat16) {
+  if (work.call.type == kBfloat16 && work.call.rows > kHeldRows<2>) {
     // A group's sums are scaled for each row, its weights once.
     const int64_t group = work.plan.group_size;
     if (work.call.rows > (work.plan.uniform ? smaller(kDigitRows, group / 4)

@@ -155,7 +155,7 @@ inline void multiply_panel(const Panel& panel, int64_t rows, Step&& step) {
     float* const sums = kScaled ? totals : unscaled;
     multiply_pairs<kRowTiles, kBlocks, kScaled>(
         x + tile * tile_stride, tile_stride, panel.weights, kLanes * panel.columns,
-        panel.columns / kPairColumns, !kScaled || panel.first == 0, sums,
+        panel.columns / kPairColumns, rows - tile * kTile, !kScaled || panel.first == 0, sums,
         [&](auto&& multiply) __attribute__((always_inline)) {
           step(multiply, std::integral_constant<int, kRowTiles * kBlocks>{});
         });
