@@ -11,11 +11,11 @@ from collections.abc import Mapping
 class Blocks:
     """How one product is cut up.
 
-    block_n: rows of the weight per program, 64 or 128; 64 where a fused part has odd tiles.
-    block_m: rows of x per program.
-    warps:   of a program; two keep the tensor-core products of sm_80 on newer chips too.
-    stages:  steps of words and activations in flight.
-    waves:   programs wanted per multiprocessor; K is split until there are as many.
+    block_n:   rows of the weight per program, 64 or 128; 64 where a fused part has odd tiles.
+    block_m:   rows of x per program.
+    warps:     of a program; two keep the tensor-core products of sm_80 on newer chips too.
+    stages:    steps of words and activations in flight.
+    waves:     programs wanted per multiprocessor; K is split until there are as many.
     registers: most that a thread may take, None for the compiler's choice.
     """
 
