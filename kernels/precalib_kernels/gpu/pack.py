@@ -233,9 +233,9 @@ def two_grids(
     largest = torch.maximum(first.abs(), (first + top * step).abs()).maximum(16 * step.abs())
     of_scale = form.level_step * TINY / layout.level_limit  # a unit over its group's scale
     least = (largest * (LEAST_UNIT / of_scale)).half().clamp(min=TINY)  # float16's smallest
-    scales = torch.maximum(tensors["scales"], least)
+    raised = tensors["scales"].abs() < least
+    scales = torch.where(raised, least, tensors["scales"])
     zeros = tensors["zeros"] if form.zero_points else torch.zeros_like(scales)
-    raised = scales > tensors["scales"]
     if raised.any():
         base = reference.base_values(tensors, layout, input_size)
         zeros = torch.where(raised, zeros.clamp(max=top), zeros)

@@ -312,7 +312,8 @@ def group_unit(scale, LOG8: tl.constexpr, IN_PLACE: tl.constexpr):
     elif IN_PLACE:
         unit = scale.to(tl.float32)
     else:
-        unit = tl.maximum(scale.to(tl.float32), 2.0**-60)
+        factor = scale.to(tl.float32)
+        unit = tl.where(factor == 0, 2.0**-60, factor)
     return unit
 
 

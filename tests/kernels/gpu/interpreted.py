@@ -114,7 +114,7 @@ def in_place_slack(case: Case) -> tuple[Tensor, Tensor]:
     largest = torch.maximum(first.abs(), (first + top * step).abs()).maximum(16 * step)
     of_scale = form.level_step * TINY / chosen.level_limit
     least = (largest * LEAST_UNIT).maximum(torch.tensor(TINY * of_scale)) * 1.001
-    own = tensors["scales"] * of_scale
+    own = tensors["scales"].abs() * of_scale
     raised = reference.expand_groups(own < least, chosen, case.columns)
     unit = reference.expand_groups(own.maximum(least), chosen, case.columns)
     level = unit / (form.level_step * TINY)
@@ -277,6 +277,18 @@ def test_groups_of_scale_zero(make_case):
         case.tensors["scales"][row, list(groups)] = 0
     check_product(case, 3)
     check_product(case, 40)
+
+
+@pytest.mark.parametrize("chosen", [layout(4, "uniform", 32, 1), paper(4, 32, 16, "odd")])
+def test_negative_scales(make_case, chosen):
+    """Which our quantizer does not write, but the format does not forbid."""
+    case = make_case(chosen, [4], 160)
+    case.tensors["scales"][:, ::2] *= -1
+    for rows in (3, 40):
+        if form_of(chosen).in_place:
+            check_in_place(case, rows)
+        else:
+            check_product(case, rows)
 
 
 def test_no_rows(make_case):
