@@ -140,8 +140,7 @@ inline void fetch_ahead(const uint16_t* tile) {
 }
 
 // `rows` of x or more, that of whole tiles. sums: [tile of rows][kBlocks][16][16], added to unless
-// this is the first span. kFetch: all tiles
-// of a span do not fit into the first cache.
+// this is the first span. kFetch: all tiles of a span do not fit into the first cache.
 // step(multiply) is called for each 32 columns, to call multiply(after), which calls after(i) behind
 // the i-th product of tiles: what that does overlaps with them.
 template <int kRowTiles, int kBlocks, bool kFetch, class Step>

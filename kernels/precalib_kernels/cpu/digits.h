@@ -121,9 +121,7 @@ inline void multiply_digits(const int8_t* x, const uint8_t* levels, int64_t stri
             const int8_t* const from =
                 x + (t * kDigits + d) * kByteTile + first * kByteColumns + 4 * step;
             for (int r = 0; r < kAtOnce; ++r)
-              sum[r] = (Ints)_mm512_dpbusd_epi32(
-                  (__m512i)sum[r], weights,
-                  _mm512_set1_epi32(load<int32_t>(from + r * kByteColumns)));
+              sum[r] = add_dots(sum[r], weights, from + r * kByteColumns);
           }
         for (int r = 0; r < kAtOnce; ++r)
           store(sums + ((b * kDigits + d) * kTile + first + r) * kLanes, sum[r]);
@@ -231,9 +229,7 @@ void digit_rows(const Plan& plan, const Block& block, const Digits& x, int64_t r
       const int8_t* const from = tiles + step / kTile * kDigits * kByteTile + step % kTile * 4;
       for (int d = 0; d < kDigits; ++d)
         for (int r = 0; r < kRows; ++r)
-          sum[d][r] = (Ints)_mm512_dpbusd_epi32(
-              (__m512i)sum[d][r], levels,
-              _mm512_set1_epi32(load<int32_t>(from + d * kByteTile + r * kByteColumns)));
+          sum[d][r] = add_dots(sum[d][r], levels, from + d * kByteTile + r * kByteColumns);
     });
     for (int d = 0; d < kDigits; ++d)
       for (int r = 0; r < kRows; ++r) store(sums + (d * kTile + r) * kLanes, sum[d][r]);

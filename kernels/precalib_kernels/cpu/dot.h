@@ -47,9 +47,7 @@ void dot_block(const Plan& plan, const Block& block, const float* x, const int8_
       for (int r = 0; r < kRows; ++r)
         for (int d = 0; d < kDigits; ++d) {
           Ints& to = sum[i % kChains][r][d];
-          const int8_t* const from = inputs + (r * kDigits + d) * plan.columns + 4 * step;
-          to = (Ints)_mm512_dpbusd_epi32((__m512i)to, weights,
-                                         _mm512_set1_epi32(load<int32_t>(from)));
+          to = add_dots(to, weights, inputs + (r * kDigits + d) * plan.columns + 4 * step);
         }
     };
     decode<kBits>(group.planes, group.chunks, plan.block_bytes, add);

@@ -52,6 +52,12 @@ inline Fixed<kDigits> to_fixed(const float* x, int64_t count, At&& at) {
   return out;
 }
 
+// sum + levels, four to a lane, times four inputs.
+inline Ints add_dots(Ints sum, __m512i levels, const int8_t* inputs) {
+  const __m512i four = _mm512_set1_epi32(load<int32_t>(inputs));
+  return (Ints)_mm512_dpbusd_epi32((__m512i)sum, levels, four);
+}
+
 // A whole row. x: [columns] arranged; digits: [kDigits][columns]; groups: [groups].
 template <int kDigits>
 void to_fixed(const Plan& plan, const float* x, int8_t* digits, Fixed<kDigits>* groups) {

@@ -69,8 +69,7 @@ def compile_product(layout: Layout, blocks: Blocks, target: str, split: bool = T
         "BLOCK_M": blocks.block_m,
         "STAGES": blocks.stages,
     }
-    form, options = form_of(layout), {"maxnreg": blocks.registers} if blocks.registers else {}
-    return _compile(product_kernel, form, constants, target, blocks.warps, blocks.stages, **options)
+    return _compile(product_kernel, form_of(layout), constants, target, blocks.options)
 
 
 def compile_dequantize(layout: Layout, target: str) -> Compiled:
@@ -80,7 +79,7 @@ def compile_dequantize(layout: Layout, target: str) -> Compiled:
         "SCALED": layout.column_scale,
         "LEVEL_STEP": form.level_step,
     }
-    return _compile(dequantize_kernel, form, constants, target, 2, 3)
+    return _compile(dequantize_kernel, form, constants, target, {"num_warps": 2, "num_stages": 3})
 
 
 def compile_prepare(layout: Layout, block_m: int, block_k: int, target: str) -> Compiled:
@@ -97,7 +96,8 @@ def compile_prepare(layout: Layout, block_m: int, block_k: int, target: str) -> 
         "BLOCK_M": block_m,
         "BLOCK_K": block_k,
     }
-    return _compile(prepare_kernel, form, constants, target, prepare_warps(block_k), 3)
+    options = {"num_warps": prepare_warps(block_k), "num_stages": 3}
+    return _compile(prepare_kernel, form, constants, target, options)
 
 
 def compile_sparse(layout: Layout, blocks: SparseBlocks, target: str) -> Compiled:
@@ -106,7 +106,8 @@ def compile_sparse(layout: Layout, blocks: SparseBlocks, target: str) -> Compile
         "GROUP": layout.group_size,
         "COUNT": layout.salient_count,
     }
-    return _compile(sparse_kernel, form_of(layout), constants, target, blocks.warps, 3)
+    options = {"num_warps": blocks.warps, "num_stages": 3}
+    return _compile(sparse_kernel, form_of(layout), constants, target, options)
 
 
 def compile_vllm(block_m: int, block_n: int, block_k: int, target: str) -> Compiled:
@@ -132,7 +133,8 @@ def compile_vllm(block_m: int, block_n: int, block_k: int, target: str) -> Compi
     # strides of 1 are constants to Triton, as they would be when it is launched
     ones = {"stride_ak": 1, "stride_bn": 1, "stride_cn": 1}
     signature |= dict.fromkeys(ones, "constexpr")
-    return _built(ASTSource(kernel, signature, constants | ones, aligned), target, 4, 3)
+    source = ASTSource(kernel, signature, constants | ones, aligned)
+    return _built(source, target, {"num_warps": 4, "num_stages": 3})
 
 
 def _compile(
@@ -140,9 +142,7 @@ def _compile(
     form: Form,
     constants: dict[str, Any],
     target: str,
-    warps: int,
-    stages: int,
-    **options: int,
+    options: dict[str, int],
 ) -> Compiled:
     pointers = POINTERS | {"scales": "u8" if form.log8 else "fp16"}
     signature, aligned = {}, {}
@@ -154,12 +154,11 @@ def _compile(
             aligned[(i,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "i32"
-    source = ASTSource(kernel, signature, constants, aligned)
-    return _built(source, target, warps, stages, **options)
+    return _built(ASTSource(kernel, signature, constants, aligned), target, options)
 
 
-def _built(source: ASTSource, target: str, warps: int, stages: int, **others: int) -> Compiled:
-    options = {"num_warps": warps, "num_stages": stages} | others
+def _built(source: ASTSource, target: str, options: dict[str, int]) -> Compiled:
+    warps = options["num_warps"]
     if target.startswith("gfx"):
         made = triton.compile(source, target=GPUTarget("hip", target, 64), options=options)
         text = made.asm["amdgcn"]

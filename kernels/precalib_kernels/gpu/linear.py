@@ -133,8 +133,7 @@ def product(
         shares=shares, counters=counters, rows=rows, outputs=y.shape[1],
         padded_rows=padded_rows, steps=steps,
         BIAS=bias is not None, SPLIT=share > 1, BLOCK_N=block_n, BLOCK_M=blocks.block_m,
-        STAGES=blocks.stages, num_warps=blocks.warps, num_stages=blocks.stages,
-        **specialization(form), **({"maxnreg": blocks.registers} if blocks.registers else {}),
+        STAGES=blocks.stages, **blocks.options, **specialization(form),
     )  # fmt: skip
     return y
 
@@ -193,9 +192,10 @@ def warm_up_rows() -> list[int]:
     return [*rows, least]
 
 
+@functools.lru_cache(maxsize=64)
 def specialization(form: Form, assembler: bool | None = None) -> dict[str, Any]:
     """Compile-time arguments of both kernels that decode words."""
-    use = not torch.version.hip and not interpreted() if assembler is None else assembler
+    use = family() != "hip" and not interpreted() if assembler is None else assembler
     return {
         "BITS": form.bits,
         "MODE": form.mode,

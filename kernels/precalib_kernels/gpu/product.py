@@ -159,7 +159,6 @@ def product_kernel(
         about = tiles + tile * (BLOCK_N // 64) * 4
         plane = part * blocks + block
         n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    if RUNNING:
         total *= unit_ratio(unit, one_unit(n, LOG8), LOG8, ASM != "")[:, None]
     total *= tl.load(row_unit + n)[:, None]
     if SLOTS > 0:

@@ -26,6 +26,12 @@ class Blocks:
     waves: int
     registers: int | None = None
 
+    @property
+    def options(self) -> dict[str, int]:
+        """What Triton's compiler takes of it."""
+        limit = {} if self.registers is None else {"maxnreg": self.registers}
+        return {"num_warps": self.warps, "num_stages": self.stages, **limit}
+
 
 # By family, which is an architecture, or "cuda" for NVIDIA's others: the largest M each entry
 # serves. Beyond the last the weight is dequantized for a plain product.
