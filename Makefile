@@ -86,7 +86,7 @@ bench-cpu: $(STAMP) ## products and serving on this CPU, beside bfloat16 and oth
 
 sanitize: $(STAMP) ## tests of the compiled CPU kernels under AddressSanitizer and UBSan
 	@LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
-	  $(BIN)/python tests/kernels/sanitized.py
+	  $(BIN)/python tests/kernels/rebuilt.py --sanitize --software-tiles
 
 bench-speed: $(STAMP) ## seconds to quantize, recipe by recipe
 	@$(BIN)/python benchmarks/quantize_speed.py

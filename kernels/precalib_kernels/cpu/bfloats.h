@@ -72,6 +72,30 @@ inline void to_spans(const Plan& plan, int64_t span, const uint16_t* x, const fl
   }
 }
 
+// Levels in bfloat16, which holds them exactly, by index.
+template <int kBits>
+class BfloatLevels {
+ public:
+  explicit BfloatLevels(const Plan& plan) : low_(table(plan, 0)), high_(table(plan, 1)) {}
+
+  // Of a step: in each row's lane the levels of the first and third segment, and of the others.
+  std::pair<Shorts, Shorts> find(Shorts index) const {
+    const Shorts low = (Shorts)low_.find(index), high = (Shorts)high_.find(index);
+    return {select(Shorts{} + 0xff, low, high << 8), select(Shorts{} + 0xff, low >> 8, high)};
+  }
+
+ private:
+  static Table<kBits + 2> table(const Plan& plan, int byte) {
+    int8_t bytes[128];
+    for (int i = 0; i < 128; ++i) {
+      const float level = plan.levels[i];
+      bytes[i] = int8_t(load<uint32_t>(&level) >> (16 + 8 * byte));
+    }
+    return Table<kBits + 2>(bytes);
+  }
+  Table<kBits + 2> low_, high_;
+};
+
 // The salient weights of a group of a block, on their way to their places among the others.
 class Replacements {
  public:

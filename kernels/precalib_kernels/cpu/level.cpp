@@ -3,6 +3,7 @@
 
 #include "digits.h"
 #include "dot.h"
+#include "held.h"
 #include "levels.h"
 #include "merge.h"
 #include "plain.h"
@@ -127,6 +128,55 @@ int64_t chunk_size(const Work& work, int64_t most) {
   return share < 1 ? 1 : smaller(share, most);
 }
 
+#if defined(__AVX512VNNI__) && defined(__AVX512VBMI__)
+
+// What the salient weights of a chunk add to its sums, in a pass of its own.
+class SalientSums {
+ public:
+  SalientSums(const Plan& plan, int64_t chunk_pairs, int64_t row_tiles)
+      : plan_(plan), span_(kSalientColumns / plan.group_size + 1), block_size_(row_tiles * kSize),
+        sums_(plan.salient_count ? chunk_pairs * 2 * block_size_ : 0),
+        changes_(span_ * plan.salient_count) {}
+
+  // columns(block, tile): inputs of the tile's rows of x, [column][16].
+  template <class Columns>
+  void find(const Chunk& chunk, int64_t rows, Columns&& columns) {
+    if (!plan_.salient_count) return;
+    std::memset(sums_.data, 0, size_t(chunk.count * 2 * block_size_) * sizeof(float));
+    // A span's inputs stay in the first cache for all blocks.
+    for (int64_t g = 0; g < plan_.groups; g += span_)
+      chunk.for_each<1>([&]<int>(int64_t p, const Block* block, int b) {
+        const int64_t end = smaller(g + span_, plan_.groups);
+        find_changes(plan_, *block, g, end, changes_.data);
+        for (int64_t t = 0; t * kTile < rows; ++t)
+          add_changes(changes_.data, (end - g) * plan_.salient_count, columns(*block, t),
+                      at(p, b, t));
+      });
+  }
+
+  // totals: of blocks of pair p from b on, [tile of rows][kBlocks][16][16].
+  template <int kBlocks>
+  void add(int64_t p, int b, int64_t rows, float* totals) const {
+    if (!plan_.salient_count) return;
+    for (int64_t t = 0; t * kTile < rows; ++t)
+      for (int c = 0; c < kBlocks; ++c)
+        add_turned(at(p, b + c, t), smaller(kTile, rows - t * kTile),
+                   totals + (t * kBlocks + c) * kSize);
+  }
+
+ private:
+  static constexpr int64_t kSize = kTile * kLanes;
+  float* at(int64_t p, int b, int64_t tile) const {
+    return sums_.data + (2 * p + b) * block_size_ + tile * kSize;
+  }
+  const Plan& plan_;
+  const int64_t span_, block_size_;
+  const Buffer<float> sums_;
+  const Buffer<Change> changes_;
+};
+
+#endif
+
 template <int kBits>
 void run_plain(const Work& work) {
   const Plan& plan = work.plan;
@@ -223,15 +273,13 @@ void run_digits(const Work& work) {
   const int64_t slab = smaller(kDigitSlab, call.rows);
   const int64_t row_tiles = (slab + kTile - 1) / kTile;
   const int64_t pairs = count_pairs(plan), chunk_pairs = chunk_size(work, kChunkPairs);
-  const int64_t span = kSalientColumns / plan.group_size + 1;
   DigitMemory<kDigits> x(plan, work.variants * row_tiles);
 #pragma omp parallel if (!work.alone)
   {
     const Tiles registers(call.rows);
     Chunk chunk(chunk_pairs);
     Buffer<float> arranged(kTile * plan.group_size), sums(chunk_pairs * 2 * row_tiles * kSize);
-    Buffer<float> salient(plan.salient_count ? chunk_pairs * 2 * row_tiles * kSize : 0);
-    Buffer<Change> changes(span * plan.salient_count);
+    SalientSums salient(plan, chunk_pairs, row_tiles);
     Buffer<uint8_t> levels(2 * byte_tiles(smaller(plan.group_size, plan.columns)) * kByteTile);
     for (int64_t first = 0; first < call.rows; first += slab) {
       const int64_t rows = smaller(slab, call.rows - first);
@@ -252,25 +300,11 @@ void run_digits(const Work& work) {
           digit_blocks<kBits, kDigits, kBlocks>(plan, blocks, inputs(*blocks), rows, levels.data,
                                                 sums.data + at_block(p, b));
         });
-        if (plan.salient_count) {
-          std::memset(salient.data, 0, size_t(at_block(chunk.count, 0)) * sizeof(float));
-          // A span's inputs stay in the first cache for all blocks.
-          for (int64_t g = 0; g < plan.groups; g += span)
-            chunk.template for_each<1>([&]<int>(int64_t p, const Block* block, int b) {
-              const int64_t end = smaller(g + span, plan.groups);
-              find_changes(plan, *block, g, end, changes.data);
-              for (int64_t t = 0; t * kTile < rows; ++t)
-                add_changes(changes.data, (end - g) * plan.salient_count,
-                            inputs(*block)[t].columns, salient.data + at_block(p, b) + t * kSize);
-            });
-        }
+        salient.find(chunk, rows,
+                     [&](const Block& block, int64_t t) { return inputs(block)[t].columns; });
         chunk.template for_each<kMost>([&]<int kBlocks>(int64_t p, const Block* blocks, int b) {
           float* const to = sums.data + at_block(p, b);
-          if (plan.salient_count)
-            for (int64_t t = 0; t * kTile < rows; ++t)
-              for (int c = 0; c < kBlocks; ++c)
-                add_turned(salient.data + at_block(p, b + c) + t * kSize,
-                           smaller(kTile, rows - t * kTile), to + (t * kBlocks + c) * kSize);
+          salient.add<kBlocks>(p, b, rows, to);
           store_tiles<kBlocks>(work, blocks, first, rows, to);
         });
       }
@@ -282,6 +316,36 @@ void run_digits(const Work& work) {
 
 #if defined(__AVX512BF16__)
 
+// Rows of x in bfloat16, times column scales, in the tiles of `to_spans`.
+class BfloatInputs {
+ public:
+  BfloatInputs(const Work& work, int64_t span, int64_t slab)
+      : work_(work), span_(span), size_(slab * work.plan.columns), x_(work.variants * size_),
+        scales_(work.plan.column_scale ? work.variants * work.plan.columns : 0) {
+    for (int64_t v = 0; work.plan.column_scale && v < work.variants; ++v)
+      arrange_scales(work.plan, work.column_scale(v), scales_.data + v * work.plan.columns);
+  }
+
+  // Rows [first, first + rows), by all threads of a team.
+  void set(int64_t first, int64_t rows) {
+    const Plan& plan = work_.plan;
+#pragma omp for
+    for (int64_t i = 0; i < work_.variants * rows; ++i) {
+      const int64_t variant = i / rows, row = i % rows;
+      to_spans(plan, span_, (const uint16_t*)work_.call.x + (first + row) * plan.columns,
+               plan.column_scale ? scales_.data + variant * plan.columns : nullptr, row, rows,
+               x_.data + variant * size_);
+    }
+  }
+  const uint16_t* of(int64_t variant) const { return x_.data + variant * size_; }
+
+ private:
+  const Work& work_;
+  const int64_t span_, size_;
+  const Buffer<uint16_t> x_;
+  const Buffer<float> scales_;
+};
+
 template <class Way>
 void run_bfloats(const Work& work) {
   const Plan& plan = work.plan;
@@ -289,10 +353,7 @@ void run_bfloats(const Work& work) {
   const int64_t pairs = count_pairs(plan);
   const int64_t chunk_pairs = chunk_size(work, Way::kScaled ? kMergePairs : kLevelPairs);
   const int64_t span = Way::span_columns(plan);
-  Buffer<uint16_t> x(work.variants * slab * plan.columns);
-  Buffer<float> scales(plan.column_scale ? work.variants * plan.columns : 0);
-  for (int64_t v = 0; plan.column_scale && v < work.variants; ++v)
-    arrange_scales(plan, work.column_scale(v), scales.data + v * plan.columns);
+  BfloatInputs x(work, span, slab);
 #pragma omp parallel if (!work.alone)
   {
     const Tiles registers(work.call.rows);
@@ -302,20 +363,13 @@ void run_bfloats(const Work& work) {
     Chunk chunk(chunk_pairs);
     for (int64_t first = 0; first < work.call.rows; first += slab) {
       const int64_t rows = smaller(slab, work.call.rows - first);
-#pragma omp for
-      for (int64_t i = 0; i < work.variants * rows; ++i) {
-        const int64_t variant = i / rows, row = i % rows;
-        to_spans(plan, span, (const uint16_t*)work.call.x + (first + row) * plan.columns,
-                 plan.column_scale ? scales.data + variant * plan.columns : nullptr, row, rows,
-                 x.data + variant * slab * plan.columns);
-      }
+      x.set(first, rows);
 #pragma omp for
       for (int64_t at = 0; at < pairs; at += chunk_pairs) {
         chunk.find(work, at);
         int64_t count = 0;
         chunk.for_each<2>([&]<int kBlocks>(int64_t p, const Block* blocks, int) {
-          shares.data[count++] = {blocks, kBlocks,
-                                  x.data + work.variant(*blocks) * slab * plan.columns,
+          shares.data[count++] = {blocks, kBlocks, x.of(work.variant(*blocks)),
                                   totals.data + 2 * p * slab * kLanes};
         });
         multiply_shares<Way>(plan, shares.data, count, rows, weights.data);
@@ -326,6 +380,53 @@ void run_bfloats(const Work& work) {
     }
   }
 }
+
+#if !defined(__AMX_BF16__)
+
+template <int kBits>
+void run_held(const Work& work) {
+  constexpr int64_t kSize = kTile * kLanes;
+  const Plan& plan = work.plan;
+  const int64_t rows = work.call.rows;
+  const int64_t pairs = count_pairs(plan), chunk_pairs = chunk_size(work, kChunkPairs);
+  BfloatInputs x(work, smaller(plan.group_size, plan.columns), kTile);
+  const Buffer<float> columns(work.variants * plan.columns * kTile);
+  const Buffer<float> input_sums(work.variants * plan.groups * kTile);
+#pragma omp parallel if (!work.alone)
+  {
+    const BfloatLevels<kBits> levels(plan);
+    Chunk chunk(chunk_pairs);
+    Buffer<float> totals(chunk_pairs * 2 * kSize);
+    SalientSums salient(plan, chunk_pairs, 1);
+    x.set(0, rows);
+#pragma omp for
+    for (int64_t i = 0; i < work.variants * plan.groups; ++i)
+      part_columns(plan, x.of(i / plan.groups), i % plan.groups,
+                   columns.data + i / plan.groups * plan.columns * kTile,
+                   input_sums.data + i * kTile);
+#pragma omp for
+    for (int64_t at = 0; at < pairs; at += chunk_pairs) {
+      chunk.find(work, at);
+      chunk.for_each<1>([&]<int>(int64_t p, const Block* block, int b) {
+        const int64_t variant = work.variant(*block);
+        const float* const sums = input_sums.data + variant * plan.groups * kTile;
+        float* const to = totals.data + (2 * p + b) * kSize;
+        if (rows <= 12) held_block<kBits, 12>(plan, *block, x.of(variant), sums, levels, to);
+        else held_block<kBits, kTile>(plan, *block, x.of(variant), sums, levels, to);
+      });
+      salient.find(chunk, rows, [&](const Block& block, int64_t) {
+        return columns.data + work.variant(block) * plan.columns * kTile;
+      });
+      chunk.for_each<2>([&]<int kBlocks>(int64_t p, const Block* blocks, int) {
+        float* const to = totals.data + 2 * p * kSize;
+        salient.add<kBlocks>(p, 0, rows, to);
+        store_tiles<kBlocks>(work, blocks, 0, rows, to);
+      });
+    }
+  }
+}
+
+#endif
 
 #endif
 
@@ -338,9 +439,12 @@ void choose(const Work& work) {
 #if defined(__AVX512BF16__)
   if (work.call.type == kBfloat16 && work.call.rows > kHeldRows<2>) {
     // A group's sums are scaled for each row, its weights once.
-    const int64_t group = work.plan.group_size;
-    if (work.call.rows > (work.plan.uniform ? smaller(kDigitRows, group / 4)
-                                            : smaller(kLevelRows, group * 3 / 4)))
+    const int64_t rows = work.call.rows, group = work.plan.group_size;
+#if !defined(__AMX_BF16__)
+    if (rows <= kTile) return run_held<kBits>(work);
+#endif
+    if (rows > (work.plan.uniform ? smaller(kDigitRows, group / 4)
+                                  : smaller(kLevelRows, group * 3 / 4)))
       return run_bfloats<Merge<kBits>>(work);
     if (!work.plan.uniform) return run_bfloats<Levels<kBits>>(work);
   }

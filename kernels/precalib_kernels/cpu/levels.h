@@ -19,8 +19,7 @@ class Levels {
   static constexpr bool kScaled = false;
   static int64_t span_columns(const Plan& plan) { return smaller(plan.group_size, plan.columns); }
 
-  explicit Levels(const Plan& plan)
-      : plan_(plan), low_(bytes(plan, 0).data), high_(bytes(plan, 1).data), salient_(plan) {}
+  explicit Levels(const Plan& plan) : plan_(plan), levels_(plan), salient_(plan) {}
 
   struct Begun {
     Floats scale;
@@ -37,11 +36,10 @@ class Levels {
   }
 
   auto writer(const Begun&) const {
-    return [low_bytes = low_, high_bytes = high_](Shorts index, uint16_t* out)
-               __attribute__((always_inline)) {
-      const Shorts low = (Shorts)low_bytes.find(index), high = (Shorts)high_bytes.find(index);
-      store(out, select(Shorts{} + 0xff, low, high << 8));
-      store(out + 2 * kLanes, select(Shorts{} + 0xff, low >> 8, high));
+    return [levels = levels_](Shorts index, uint16_t* out) __attribute__((always_inline)) {
+      const auto [even, odd] = levels.find(index);
+      store(out, even);
+      store(out + 2 * kLanes, odd);
     };
   }
 
@@ -53,21 +51,8 @@ class Levels {
   }
 
  private:
-  struct Bytes128 {
-    int8_t data[128];
-  };
-  // Of the levels in bfloat16.
-  static Bytes128 bytes(const Plan& plan, int which) {
-    Bytes128 out;
-    for (int i = 0; i < 128; ++i) {
-      const float level = plan.levels[i];
-      out.data[i] = int8_t(load<uint32_t>(&level) >> (16 + 8 * which));
-    }
-    return out;
-  }
-
   const Plan& plan_;
-  const Table<kBits + 2> low_, high_;
+  const BfloatLevels<kBits> levels_;
   Replacements salient_;
 };
 
