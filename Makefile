@@ -9,7 +9,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 # Python files that are scripts, not part of the distribution.
 SCRIPTS := setup.py $(wildcard deploy/*.py) benchmarks/quality.py benchmarks/outside_peers.py benchmarks/texts.py \
-  benchmarks/cpu_linear.py benchmarks/cpu_serving.py
+  benchmarks/cpu_accuracy.py benchmarks/cpu_linear.py benchmarks/cpu_serving.py
 PIP = $(BIN)/python -m pip install --progress-bar off
 PIP_PROGRESS := awk '/^(Collecting|Processing) / && ++n % 20 == 0 {print "install:   " n " found"} \
   /^Installing collected/ {print "install:   writing .venv"} {fflush()}'

@@ -21,23 +21,27 @@ import torch
 from torch import Tensor
 
 from offline_quantize.recipes import RECIPES
-from precalib_kernels.cpu import op
+from precalib_kernels.cpu import library, op
 from precalib_kernels.cpu.plan import Plan
 
 Operators = dict[str, Callable[[Tensor], Tensor]]
 
 
 def packed_operators(size: int) -> Operators:
-    """Ours: both default recipes, and groups of 64 with 3 salient weights (4.7 %)."""
+    """Ours: both default recipes, and groups of 64 with 3 salient weights (4.7 %); a recipe again
+    with inputs in 8 bits, where this machine can.
+    """
     four = RECIPES["balanced-4"].layout
     layouts = {
         "balanced-4": four,
         "balanced-3": RECIPES["balanced-3"].layout,
         "4 bits, g 64, 4.7 %": dataclasses.replace(four, group_size=64, salient_count=3),
     }
+    plans = {name: Plan(layout, size, (size,)) for name, layout in layouts.items()}
+    if library.INT8_LEVEL in library.machine_levels():
+        plans["balanced-4, 8-bit inputs"] = Plan(four, size, (size,), int8_inputs=True)
     operators: Operators = {}
-    for name, layout in layouts.items():
-        plan = Plan(layout, size, (size,))
+    for name, plan in plans.items():
         packed = torch.randint(0, 64, (plan.nbytes,), dtype=torch.uint8)
         finite_values(packed, plan)
         print(f"# {name}: {plan.nbytes / (2 * size * size):.3f} of the memory of bfloat16")

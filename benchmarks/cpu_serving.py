@@ -24,12 +24,16 @@ from typing import Any
 
 import torch
 
+from precalib_kernels.cpu import library
+
 STREAMS = (1, 16)
 PACKED = {
     "balanced-4": ("--recipe", "balanced-4"),
     "balanced-4, head balanced-5": ("--recipe", "balanced-4", "--head", "balanced-5"),
     "balanced-3": ("--recipe", "balanced-3"),
 }
+INT8 = "8-bit activations"
+INT8_OF = ("balanced-4", "balanced-4, head balanced-5")  # measured a second time with INT8
 STEP_ROUNDS = 3
 MARK = "precalib: "  # before what a server answers; vLLM prints, too
 HEAD = "precalib output head"
@@ -108,7 +112,7 @@ def write_w4a16(source: Path, directory: Path, group: int = 64) -> None:
     (directory / "config.json").write_text(json.dumps(config))
 
 
-def serve(model: str, tokens: int) -> None:
+def serve(model: str, tokens: int, int8: bool) -> None:
     """In a process of its own: answers each line of numbers of streams by a line of JSON.
 
     The answer is tokens per second; to a negative number, milliseconds of a step by what.
@@ -121,6 +125,7 @@ def serve(model: str, tokens: int) -> None:
         max_model_len=256,
         max_num_seqs=max(STREAMS),
         skip_tokenizer_init=True,
+        additional_config={"precalib": {"activations": "int8"}} if int8 else {},
     )
     sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
 
@@ -183,9 +188,12 @@ def parts(profile: torch.profiler.profile) -> dict[str, float]:
 class Server:
     """A process that serves one model and waits to be asked."""
 
-    def __init__(self, model: Path, tokens: int, threads: int, log: Path) -> None:
+    def __init__(
+        self, model: Path, tokens: int, threads: int, log: Path, *, int8: bool = False
+    ) -> None:
         self.model, self.log = model, log
         command = [sys.executable, __file__, str(model), "--tokens", str(tokens), "--serve"]
+        command += ["--int8"] if int8 else []
         with log.open("w") as errors:
             self.process = subprocess.Popen(
                 command,
@@ -227,8 +235,12 @@ def compare(source: Path, work: Path, options: argparse.Namespace) -> None:
     ways["W4A16"] = work / "w4a16"
     if not ways["W4A16"].exists():
         write_w4a16(source, ways["W4A16"])
+    if library.INT8_LEVEL in library.machine_levels():
+        ways |= {f"{way}, {INT8}": ways[way] for way in INT8_OF}
     servers = {
-        way: Server(path, options.tokens, options.threads, work / f"{way}.log")
+        way: Server(
+            path, options.tokens, options.threads, work / f"{way}.log", int8=way.endswith(INT8)
+        )
         for way, path in ways.items()
     }
     rates: dict[tuple[str, int], list[float]] = {(way, n): [] for way in ways for n in STREAMS}
@@ -279,9 +291,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--work", type=Path)
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--int8", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
-        serve(str(options.model), options.tokens)
+        serve(str(options.model), options.tokens, options.int8)
         return
     with tempfile.TemporaryDirectory() as scratch:
         work = options.work or Path(scratch)

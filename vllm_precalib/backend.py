@@ -22,6 +22,7 @@ class Task:
     part_sizes: rows of the matrices fused into the layer, in order.
     dtype:      type of the activations and of the result.
     device:     torch's name for the kind of device, "cpu" or "cuda".
+    int8_activations: whether products are to round activations to 8 bits.
     """
 
     layout: Layout
@@ -29,12 +30,14 @@ class Task:
     part_sizes: tuple[int, ...]
     dtype: torch.dtype
     device: str
+    int8_activations: bool = False
 
 
 class Backend(ABC):
     """How one layer computes. What it keeps between calls are parameters of the layer."""
 
     name: ClassVar[str]
+    int8_activations: ClassVar[bool] = False  # whether it can round activations to 8 bits
 
     def __init__(self, task: Task) -> None:
         self.task = task

@@ -115,8 +115,14 @@ def choose(
     refused: list[str] = []
     for backend in table:
         if wanted in (None, backend.name):
-            if (reason := backend.can_run(task)) is None:
+            if task.int8_activations and not backend.int8_activations:
+                reason: str | None = "has no 8-bit activations"
+            else:
+                reason = backend.can_run(task)
+            if reason is None:
                 why = "asked for" if wanted else "; ".join(["first that can run", *refused])
+                if task.int8_activations:
+                    why += "; activations in 8 bits, as asked for"
                 logger.info_once(
                     "precalib computes layout %s with backend %s (%s)",
                     layout_name,

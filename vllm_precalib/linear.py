@@ -66,7 +66,7 @@ class PrecalibLinearMethod(LinearMethodBase):
         self.prefix = prefix
         self.module = module
         config = get_current_vllm_config()
-        self.wanted_backend = _wanted_backend(config.additional_config)
+        self.wanted_backend, self.int8_activations = _options(config.additional_config)
         self.dummy = config.load_config.load_format == "dummy"
 
     def create_weights(
@@ -91,6 +91,7 @@ class PrecalibLinearMethod(LinearMethodBase):
             tuple(output_partition_sizes),
             params_dtype,
             current_platform.device_type,
+            self.int8_activations,
         )
         self.backend = choose(self.task, self.wanted_backend, self.prefix, self.module.layout_name)
         self.guard = FillGuard(
@@ -193,15 +194,17 @@ class KeptLinearMethod(UnquantizedLinearMethod):
         return weight.split(self.part_sizes)
 
 
-def _wanted_backend(additional_config: Any) -> str | None:
-    """The backend named by --additional-config '{"precalib": {"backend": NAME}}', if any.
+def _options(additional_config: Any) -> tuple[str | None, bool]:
+    """Backend, and whether activations become 8 bits: "precalib" of --additional-config.
 
     vLLM hashes additional_config into the key of its compile cache, so two backends never share
     compiled code. Raises ServingError for anything else under "precalib".
     """
     ours = additional_config.get("precalib", {}) if isinstance(additional_config, dict) else {}
-    if not isinstance(ours, dict) or set(ours) - {"backend"}:
+    known = isinstance(ours, dict) and not set(ours) - {"backend", "activations"}
+    if not known or ours.get("activations", "int8") != "int8":
         raise ServingError(
-            f'additional_config: "precalib" is {ours!r}, but only {{"backend": NAME}} is known'
+            f'additional_config: "precalib" is {ours!r}, but only {{"backend": NAME, '
+            '"activations": "int8"} is known'
         )
-    return ours.get("backend")
+    return ours.get("backend"), "activations" in ours

@@ -17,10 +17,13 @@ class NativeBackend(Backend):
     """About the memory of the file, and faster than dense weights where memory is the limit."""
 
     name = "native"
+    int8_activations = True
 
     def __init__(self, task: Task) -> None:
         super().__init__(task)
-        self.plan = Plan(task.layout, task.input_size, task.part_sizes)
+        self.plan = Plan(
+            task.layout, task.input_size, task.part_sizes, int8_inputs=task.int8_activations
+        )
         self.outputs = sum(task.part_sizes)
 
     @staticmethod
@@ -32,6 +35,8 @@ class NativeBackend(Backend):
             levels = library.machine_levels()
         except BuildError as error:
             return str(error)
+        if task.int8_activations and library.INT8_LEVEL not in levels:
+            return "8-bit activations need AVX-512 with VNNI and VBMI"
         return None if levels else "needs AVX2, FMA and F16C"
 
     def prepare(self, tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:

@@ -42,6 +42,7 @@ LAYOUTS = {
     "far positions": Layout(bits=3, group_size=544, salient_count=5, salient_grid="min-max"),
 }
 ROUNDING = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+ROUND_TO_8_BITS = library.LEVELS[library.LEVELS.index(library.INT8_LEVEL) :]
 DIGITS = {torch.float32: 127 * 65793 - 2, torch.float16: 127 * 257 - 1}
 
 
@@ -55,12 +56,13 @@ class Case:
     packed: torch.Tensor
     base: torch.Tensor  # without column scale, float64
     scale: torch.Tensor  # of the columns, a row per output, float64
+    int8_inputs: bool = False
 
     def linear(self, x, level, bias=None):
         return op.linear(x, *self.arguments(level, bias))
 
     def arguments(self, level, bias=None):
-        plan = op.plan_tensor(Plan(self.layout, self.columns, self.parts))
+        plan = op.plan_tensor(Plan(self.layout, self.columns, self.parts, self.int8_inputs))
         return self.packed, plan, bias, sum(self.parts), library.LEVELS.index(level)
 
 
@@ -88,6 +90,8 @@ def make_case(make_packed):
 
 def rounds_to_bfloat(case, x, level):
     """Whether inputs times column scale, and salient weights at least, become bfloat16."""
+    if case.int8_inputs:
+        return False
     rows = 9 if case.layout.uniform or level == "avx512_bf16" else 5
     return x.dtype == torch.bfloat16 and len(x) >= rows and level in ("avx512_bf16", "amx")
 
@@ -99,6 +103,10 @@ def error_bound(case, x, expected, level):
     float32, or of inputs and weights in bfloat16; and inputs in fixed point, whose error is half a
     step of their group's largest.
     """
+    single = x.dtype == torch.float32
+    steps = DIGITS[torch.float32 if single else torch.float16]
+    if case.int8_inputs and level in ROUND_TO_8_BITS:
+        steps = 127
     u = ROUNDING[x.dtype]
     each = ROUNDING[torch.float32] * math.sqrt(case.columns)
     if rounds_to_bfloat(case, x, level):
@@ -109,9 +117,7 @@ def error_bound(case, x, expected, level):
     bound = u * expected.abs() + 4 * each * size
     for first in range(0, case.columns, case.layout.group_size):
         group = slice(first, first + case.layout.group_size)
-        step = scaled[..., group].abs().amax(-1) / DIGITS.get(
-            torch.float32 if u == ROUNDING[torch.float32] else torch.float16
-        )
+        step = scaled[..., group].abs().amax(-1) / steps
         bound += step / 2 * case.base[:, group].abs().sum(-1)
     return bound
 
@@ -153,6 +159,21 @@ def test_products_are_those_of_the_reference(make_case, name, level):
             x = torch.randn((rows, case.columns), generator=generator).to(dtype)
             bias = torch.randn(54, generator=generator).to(dtype)
             assert_right(case, x, level, bias)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("name", ["balanced-4", "balanced-3", "five bits, uniform", "signs"])
+def test_products_with_inputs_of_8_bits(make_case, name, level):
+    """Off by at most half a step of 127, and by more than 16 bits would be."""
+    exact = make_case(LAYOUTS[name])
+    case = dataclasses.replace(exact, int8_inputs=True)
+    rounds = level in ROUND_TO_8_BITS
+    for rows in (1, 3, 4, 6, 7, 12, 16, 39, 80):
+        for dtype in ROUNDING:
+            x = torch.randn(rows, case.columns).to(dtype)
+            assert_right(case, x, level)
+            if dtype == torch.float32:
+                assert torch.equal(case.linear(x, level), exact.linear(x, level)) != rounds
 
 
 @pytest.mark.parametrize("level", LEVELS)

@@ -1,9 +1,12 @@
 """The choice of a backend, and that each means what the reference means."""
 
+import dataclasses
+
 import pytest
 import torch
 from vllm.model_executor.layers.linear import ReplicatedLinear
 
+from precalib_kernels.cpu import library
 from precalib_kernels.errors import ServingError
 from precalib_kernels.reference import dequantize
 from vllm_precalib import backends
@@ -18,6 +21,10 @@ from vllm_precalib.backends import (
 )
 from vllm_precalib.config import PrecalibConfig
 from vllm_precalib.native import NativeBackend
+
+rounding = pytest.mark.skipif(
+    library.INT8_LEVEL not in library.machine_levels(), reason="needs AVX-512 with VNNI and VBMI"
+)
 
 
 class Fussy(ReferenceBackend):
@@ -71,7 +78,39 @@ def test_an_unknown_backend_is_refused_with_the_known_ones(task):
         choose(task, "turbo", "a.fc", "row")
 
 
-@pytest.mark.parametrize("ours", ["dense", {"backends": "dense"}])
+@rounding
+def test_activations_in_8_bits_are_for_who_can_round_them(task, logged, monkeypatch):
+    rounded = dataclasses.replace(task, int8_activations=True)
+    assert choose(rounded, None, "fc", "rounded").plan.int8_inputs
+    (_, text), *_ = logged
+    assert text.endswith("native (first that can run; activations in 8 bits, as asked for)")
+    with pytest.raises(ServingError, match=r"\(dense: has no 8-bit activations\)$"):
+        choose(rounded, "dense", "fc", "row")
+    monkeypatch.setattr(library, "machine_levels", lambda: ("avx2", "avx512"))
+    with pytest.raises(ServingError, match=r"native: 8-bit activations need AVX-512 with VNNI"):
+        choose(rounded, None, "fc", "row")
+
+
+@rounding
+def test_activations_in_8_bits_change_a_product_a_little(tiny, config_of, rank):
+    tensors = tiny.random_packed(tiny.ROW, 32, 160)
+    x = torch.randn(3, 160)
+    results = []
+    for ours in ({}, {"activations": "int8"}):
+        with rank(additional_config={"precalib": ours}):
+            layer = ReplicatedLinear(
+                160, 32, False, quant_config=config_of("fc"), prefix="fc", return_bias=False
+            )
+        for name, tensor in tensors.items():
+            getattr(layer, name).weight_loader(getattr(layer, name), tensor)
+        layer.quant_method.process_weights_after_loading(layer)
+        results.append(layer(x))
+    exact, rounded = results
+    error = (rounded - exact).norm() / exact.norm()
+    assert 1e-4 < float(error) < 0.02
+
+
+@pytest.mark.parametrize("ours", ["dense", {"backends": "dense"}, {"activations": "int4"}])
 def test_anything_else_in_additional_config_is_refused(config_of, rank, ours):
     with (
         rank(additional_config={"precalib": ours}),

@@ -20,7 +20,7 @@ constexpr int64_t kHeldRows = 0;
 constexpr int kLevelShift = 128;  // VPDPBUSD takes unsigned levels; sums start at what that adds
 // Up to so many rows levels are multiplied where they are unpacked: sums and table fit into registers.
 template <int kDigits>
-constexpr int64_t kHeldRows = kDigits == 2 ? 8 : 6;
+constexpr int64_t kHeldRows = kDigits == 1 ? 16 : kDigits == 2 ? 8 : 6;
 #endif
 
 inline int64_t byte_tiles(int64_t columns) { return (columns + kByteColumns - 1) / kByteColumns; }
@@ -72,25 +72,29 @@ void set_digits(const Plan& plan, const float* x, int64_t group, int64_t rows, c
 template <int kDigits, int kBlocks>
 inline void multiply_digits(const int8_t* x, const uint8_t* levels, int64_t stride, int64_t count,
                             int64_t, const int32_t*, int32_t*) {
-  static_assert(kDigits == 2 || (kDigits == 3 && kBlocks == 1));
+  static_assert(kDigits < 3 || kBlocks == 1);
   in_order();
   _tile_zero(0);
-  _tile_zero(1);
+  if constexpr (kDigits * kBlocks > 1) _tile_zero(1);
   if constexpr (kDigits * kBlocks > 2) _tile_zero(2);
   if constexpr (kDigits * kBlocks > 3) _tile_zero(3);
   for (int64_t t = 0; t < count; ++t, x += kDigits * kByteTile, levels += kByteTile) {
     _tile_loadd(6, levels, 64);
     _tile_loadd(4, x, 64);
     _tile_dpbssd(0, 4, 6);
-    _tile_loadd(5, x + kByteTile, 64);
-    _tile_dpbssd(1, 5, 6);
-    if constexpr (kDigits == 3) {
+    if constexpr (kDigits > 1) {
+      _tile_loadd(5, x + kByteTile, 64);
+      _tile_dpbssd(1, 5, 6);
+    }
+    if constexpr (kDigits > 2) {
       _tile_loadd(3, x + 2 * kByteTile, 64);
       _tile_dpbssd(2, 3, 6);
-    } else if constexpr (kBlocks == 2) {
+    }
+    if constexpr (kBlocks > 1) {
       _tile_loadd(7, levels + stride, 64);
-      _tile_dpbssd(2, 4, 7);
-      _tile_dpbssd(3, 5, 7);
+      if constexpr (kDigits == 1) _tile_dpbssd(1, 4, 7);
+      if constexpr (kDigits == 2) _tile_dpbssd(2, 4, 7);
+      if constexpr (kDigits == 2) _tile_dpbssd(3, 5, 7);
     }
   }
 }
@@ -99,7 +103,7 @@ inline void multiply_digits(const int8_t* x, const uint8_t* levels, int64_t stri
 template <int kDigits, int kBlocks>
 inline void store_digits(int32_t* sums) {
   _tile_stored(0, sums, 64);
-  _tile_stored(1, sums + 256, 64);
+  if constexpr (kDigits * kBlocks > 1) _tile_stored(1, sums + 256, 64);
   if constexpr (kDigits * kBlocks > 2) _tile_stored(2, sums + 512, 64);
   if constexpr (kDigits * kBlocks > 3) _tile_stored(3, sums + 768, 64);
 }
@@ -110,22 +114,33 @@ template <int kDigits, int kBlocks>
 inline void multiply_digits(const int8_t* x, const uint8_t* levels, int64_t stride, int64_t count,
                             int64_t rows, const int32_t* starts, int32_t* sums) {
   constexpr int kAtOnce = 8;
-  for (int b = 0; b < kBlocks; ++b)
-    for (int d = 0; d < kDigits; ++d)
-      for (int64_t first = 0; first < rows; first += kAtOnce) {
-        Ints sum[kAtOnce];
-        for (int r = 0; r < kAtOnce; ++r) sum[r] = Ints{} + starts[d * kTile + first + r];
-        for (int64_t t = 0; t < count; ++t)
-          for (int step = 0; step < kTile; ++step) {
-            const __m512i weights = load<__m512i>(levels + b * stride + t * kByteTile + step * 64);
-            const int8_t* const from =
-                x + (t * kDigits + d) * kByteTile + first * kByteColumns + 4 * step;
-            for (int r = 0; r < kAtOnce; ++r)
-              sum[r] = add_dots(sum[r], weights, from + r * kByteColumns);
-          }
+  for (int d = 0; d < kDigits; ++d)
+    for (int64_t first = 0; first < rows; first += kAtOnce) {
+      Ints sum[kBlocks][kAtOnce];
+#pragma GCC unroll 16
+      for (int b = 0; b < kBlocks; ++b)
+#pragma GCC unroll 16
+        for (int r = 0; r < kAtOnce; ++r) sum[b][r] = Ints{} + starts[d * kTile + first + r];
+      for (int64_t t = 0; t < count; ++t)
+        for (int step = 0; step < kTile; ++step) {
+          const int8_t* const from =
+              x + (t * kDigits + d) * kByteTile + first * kByteColumns + 4 * step;
+          __m512i weights[kBlocks];
+#pragma GCC unroll 16
+          for (int b = 0; b < kBlocks; ++b)
+            weights[b] = load<__m512i>(levels + b * stride + t * kByteTile + step * 64);
+#pragma GCC unroll 16
+          for (int r = 0; r < kAtOnce; ++r)
+#pragma GCC unroll 16
+            for (int b = 0; b < kBlocks; ++b)
+              sum[b][r] = add_dots(sum[b][r], weights[b], from + r * kByteColumns);
+        }
+#pragma GCC unroll 16
+      for (int b = 0; b < kBlocks; ++b)
+#pragma GCC unroll 16
         for (int r = 0; r < kAtOnce; ++r)
-          store(sums + ((b * kDigits + d) * kTile + first + r) * kLanes, sum[r]);
-      }
+          store(sums + ((b * kDigits + d) * kTile + first + r) * kLanes, sum[b][r]);
+    }
 }
 
 template <int kDigits, int kBlocks>
@@ -169,30 +184,40 @@ inline void scale_sums(const Plan& plan, const Block* blocks, const Digits& x, i
   }
 }
 
-// Few rows: the levels of a block stay in registers. totals: [row][16], added to.
+// Few rows: the levels of a block stay in registers. totals: [kRows][16], added to.
 template <int kBits, int kDigits, int kRows>
-void digit_rows(const Plan& plan, const Block& block, const Digits& x, int64_t rows,
+void digit_rows(const Plan& plan, const Block& block, const Digits& x,
                 const Table<kBits + 2>& table, float* totals) {
-  alignas(64) int32_t sums[kDigits * kTile * kLanes];
   const int64_t stride = byte_tiles(plan.group_size) * kDigits * kByteTile;
   for (int64_t g = 0; g < plan.groups; ++g) {
     const Group group = find_group(plan, block, g);
     fetch_side(plan, group, 1);
     const int32_t* const starts = x.starts + g * kDigits * kTile;
     Ints sum[kDigits][kRows];
+#pragma GCC unroll 16
     for (int d = 0; d < kDigits; ++d)
+#pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) sum[d][r] = Ints{} + starts[d * kTile + r];
     const int8_t* const tiles = x.tiles + g * stride;
     decode<kBits>(group.planes, group.chunks, plan.block_bytes, [&](int64_t step, Shorts at, auto) {
       const __m512i levels = (__m512i)table.find(at);
       const int8_t* const from = tiles + step / kTile * kDigits * kByteTile + step % kTile * 4;
+#pragma GCC unroll 16
       for (int d = 0; d < kDigits; ++d)
+#pragma GCC unroll 16
         for (int r = 0; r < kRows; ++r)
           sum[d][r] = add_dots(sum[d][r], levels, from + d * kByteTile + r * kByteColumns);
     });
-    for (int d = 0; d < kDigits; ++d)
-      for (int r = 0; r < kRows; ++r) store(sums + (d * kTile + r) * kLanes, sum[d][r]);
-    scale_sums<kDigits, 1>(plan, &block, x, g, rows, sums, totals);
+    const Floats scale = group_scales(plan, block, group), zero = group_zeros(plan, group);
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      Floats dot = to_floats(sum[0][r]);
+#pragma GCC unroll 16
+      for (int d = 1; d < kDigits; ++d) dot = dot * 256 + to_floats(sum[d][r]);
+      dot -= zero * x.totals[g * kTile + r];
+      float* const to = totals + r * kLanes;
+      store(to, load<Floats>(to) + dot * (scale * x.units[g * kTile + r]));
+    }
   }
 }
 
@@ -209,9 +234,15 @@ void digit_blocks(const Plan& plan, const Block* blocks, const Digits* x, int64_
   if constexpr (kHeldRows<kDigits> > 0) {
     if (rows <= kHeldRows<kDigits>) {
       for (int b = 0; b < kBlocks; ++b) {
-        float* const to = totals + b * kTile * kLanes;
-        if (rows <= 6) digit_rows<kBits, kDigits, 6>(plan, blocks[b], *x, rows, table, to);
-        else digit_rows<kBits, kDigits, kHeldRows<kDigits>>(plan, blocks[b], *x, rows, table, to);
+        const auto multiply = [&]<int kRows>() {
+          digit_rows<kBits, kDigits, kRows>(plan, blocks[b], *x, table,
+                                            totals + b * kTile * kLanes);
+        };
+        constexpr int kMost = kHeldRows<kDigits>;
+        if (rows <= 6) multiply.template operator()<6>();
+        else if (rows <= 8) multiply.template operator()<(kMost < 8 ? kMost : 8)>();
+        else if (rows <= 12) multiply.template operator()<(kMost < 12 ? kMost : 12)>();
+        else multiply.template operator()<kMost>();
       }
       return;
     }

@@ -1,5 +1,6 @@
 // Inputs in fixed point: kDigits signed base-256 digits in units of their group's largest magnitude,
-// which is finer than the same values in bfloat16 (two digits) or about float32 (three).
+// which is finer than the same values in bfloat16 (two digits) or about float32 (three). One digit is
+// coarser, and only for who asks for it.
 #pragma once
 
 #include "inputs.h"
@@ -21,7 +22,9 @@ struct Fixed {
 template <int kDigits, class At>
 inline Fixed<kDigits> to_fixed(const float* x, int64_t count, At&& at) {
   // All digits at 127, less what rounding may add.
-  constexpr float kLargest = kDigits == 2 ? 127 * 257 - 1 : 127 * 65793 - 2;
+  constexpr float kLargest = kDigits == 1   ? 127
+                             : kDigits == 2 ? 127 * 257 - 1
+                                            : 127 * 65793 - 2;
   Ints peaks = {};  // magnitudes of floats are in the order of their bits, not-a-number last
   for (int64_t k = 0; k < count; k += kLanes) {
     const Ints magnitude = (Ints)load<Floats>(x + k) & 0x7fffffff;

@@ -134,15 +134,15 @@ int64_t chunk_size(const Work& work, int64_t most) {
 class SalientSums {
  public:
   SalientSums(const Plan& plan, int64_t chunk_pairs, int64_t row_tiles)
-      : plan_(plan), span_(kSalientColumns / plan.group_size + 1), block_size_(row_tiles * kSize),
-        sums_(plan.salient_count ? chunk_pairs * 2 * block_size_ : 0),
+      : plan_(plan), row_tiles_(row_tiles), span_(kSalientColumns / plan.group_size + 1),
+        sums_(plan.salient_count ? 2 * chunk_pairs * row_tiles * kSize : 0),
         changes_(span_ * plan.salient_count) {}
 
   // columns(block, tile): inputs of the tile's rows of x, [column][16].
   template <class Columns>
   void find(const Chunk& chunk, int64_t rows, Columns&& columns) {
     if (!plan_.salient_count) return;
-    std::memset(sums_.data, 0, size_t(chunk.count * 2 * block_size_) * sizeof(float));
+    std::memset(sums_.data, 0, size_t(2 * chunk.count * row_tiles_ * kSize) * sizeof(float));
     // A span's inputs stay in the first cache for all blocks.
     for (int64_t g = 0; g < plan_.groups; g += span_)
       chunk.for_each<1>([&]<int>(int64_t p, const Block* block, int b) {
@@ -167,10 +167,10 @@ class SalientSums {
  private:
   static constexpr int64_t kSize = kTile * kLanes;
   float* at(int64_t p, int b, int64_t tile) const {
-    return sums_.data + (2 * p + b) * block_size_ + tile * kSize;
+    return sums_.data + ((2 * p + b) * row_tiles_ + tile) * kSize;
   }
   const Plan& plan_;
-  const int64_t span_, block_size_;
+  const int64_t row_tiles_, span_;
   const Buffer<float> sums_;
   const Buffer<Change> changes_;
 };
@@ -266,7 +266,7 @@ class DigitMemory {
 
 template <int kBits, int kDigits>
 void run_digits(const Work& work) {
-  constexpr int kMost = kDigits == 2 ? 2 : 1;  // blocks whose sums fit into tiles
+  constexpr int kMost = kDigits < 3 ? 2 : 1;  // blocks whose sums fit into tiles
   constexpr int64_t kSize = kTile * kLanes;    // sums of a block and a tile of rows
   const Call& call = work.call;
   const Plan& plan = work.plan;
@@ -434,6 +434,8 @@ template <int kBits>
 void choose(const Work& work) {
 #if defined(__AVX512VNNI__) && defined(__AVX512VBMI__)
   const bool single = work.call.type == kFloat32;
+  if (work.plan.int8_inputs)
+    return work.call.rows <= kFewRows ? choose_dot<kBits, 1>(work) : run_digits<kBits, 1>(work);
   if (work.call.rows <= kFewRows)
     return single ? choose_dot<kBits, 3>(work) : choose_dot<kBits, 2>(work);
 #if defined(__AVX512BF16__)

@@ -29,6 +29,7 @@ _ADDED = {
 }
 _LINK: tuple[str, ...] = ()
 LEVELS = tuple(_ADDED)  # each has all instructions of those before it
+INT8_LEVEL = "avx512_vnni"  # the first that can round inputs to 8 bits
 # what `Torch` in op.cpp needs of libtorch
 TORCH_FUNCTIONS = (
     "aoti_torch_get_data_ptr",

@@ -17,7 +17,7 @@ struct Plan {
   int64_t part_count;
   const int64_t* part_rows;
   int64_t bits, salient_count, position_bytes, salient_mask;
-  int64_t log_scales, uniform, column_scale;
+  int64_t log_scales, uniform, column_scale, int8_inputs;
   int64_t block_bytes;  // bit planes of a block
   int64_t side_bytes;   // scales, zeros and salient weights of a group of a block
   int64_t side_offset, row_offset, column_offset, packed_bytes;

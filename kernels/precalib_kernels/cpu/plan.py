@@ -35,8 +35,9 @@ class PlanStruct(ctypes.Structure):
             (name, ctypes.c_int64)
             for name in (
                 *("bits", "salient_count", "position_bytes", "salient_mask"),
-                *("log_scales", "uniform", "column_scale", "block_bytes", "side_bytes"),
-                *("side_offset", "row_offset", "column_offset", "packed_bytes"),
+                *("log_scales", "uniform", "column_scale", "int8_inputs"),
+                *("block_bytes", "side_bytes", "side_offset", "row_offset"),
+                *("column_offset", "packed_bytes"),
             )
         ),
         ("levels", ctypes.c_int8 * 128),
@@ -48,12 +49,15 @@ class PlanStruct(ctypes.Structure):
 class Plan:
     """Sizes and places of a packed form.
 
-    part_sizes: rows of the fused parts; each is padded to whole blocks.
+    part_sizes:  rows of the fused parts; each is padded to whole blocks.
+    int8_inputs: whether products may round inputs to 8 bits, of a group's largest; from level
+                 avx512_vnni on they do.
     """
 
     layout: Layout
     columns: int
     part_sizes: tuple[int, ...]
+    int8_inputs: bool = False
 
     @property
     def blocks(self) -> int:
@@ -118,6 +122,7 @@ class Plan:
             log_scales=layout.scale == "log8",
             uniform=layout.uniform,
             column_scale=layout.column_scale,
+            int8_inputs=self.int8_inputs,
             block_bytes=self.block_bytes,
             side_bytes=self.side_bytes,
             side_offset=side,
