@@ -1,9 +1,11 @@
 """Tokens per second of a model served by vLLM on the CPU: bfloat16, packed, W4A16.
 
     python benchmarks/cpu_serving.py MODEL [--rounds 9] [--threads 1] [--tokens 48] [--work DIR]
+        [--ways balanced-4 W4A16 ...]
     python benchmarks/cpu_serving.py --llama-layers 16   # random weights, sizes of Llama-3.2-1B
 
 Every way is a process of its own; all stay, and one after another measures while the others wait.
+One takes about 3 GB and what the model's weights do: --ways takes fewer.
 vLLM compiles each, as it does unless it is told otherwise, which takes a minute or two.
 Reported are medians of the ratios to bfloat16 in the same round. W4A16 is round-to-nearest in
 groups of 64 in compressed-tensors' format, which vLLM computes with 8-bit activations on processors
@@ -32,8 +34,9 @@ PACKED = {
     "balanced-4, head balanced-5": ("--recipe", "balanced-4", "--head", "balanced-5"),
     "balanced-3": ("--recipe", "balanced-3"),
 }
-INT8 = "8-bit activations"
-INT8_OF = ("balanced-4", "balanced-4, head balanced-5")  # measured a second time with INT8
+W4A16 = "W4A16"
+INT8 = ", 8-bit activations"  # behind the name of a packed way
+WAYS = (*PACKED, W4A16, "balanced-4" + INT8, "balanced-4, head balanced-5" + INT8)
 STEP_ROUNDS = 3
 MARK = "precalib: "  # before what a server answers; vLLM prints, too
 HEAD = "precalib output head"
@@ -50,7 +53,7 @@ PARTS = {  # of a step, and names of the operators in which torch's profiler fin
 }
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_CPU_KVCACHE_SPACE": "2",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
     "HF_HUB_OFFLINE": "1",
 }
@@ -224,19 +227,25 @@ class Server:
         raise SystemExit(f"{self.model} cannot be served: {self.log.read_text()[-3000:]}")
 
 
+def default_ways() -> list[str]:
+    """All that this machine has instructions for."""
+    rounding = library.INT8_LEVEL in library.machine_levels()
+    return [way for way in WAYS if rounding or not way.endswith(INT8)]
+
+
 def compare(source: Path, work: Path, options: argparse.Namespace) -> None:
     ways = {"bfloat16": source}
-    for name, flags in PACKED.items():
-        ways[name] = work / name
-        if not ways[name].exists():
+    for way in options.ways:
+        name = way.removesuffix(INT8)
+        ways[way] = work / name
+        if ways[way].exists():
+            continue
+        if way == W4A16:
+            write_w4a16(source, ways[way])
+        else:
             script = Path(sys.executable).with_name("precalib")
-            command = [script, "quantize", source, ways[name], *flags]
+            command = [script, "quantize", source, ways[way], *PACKED[name]]
             subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL)
-    ways["W4A16"] = work / "w4a16"
-    if not ways["W4A16"].exists():
-        write_w4a16(source, ways["W4A16"])
-    if library.INT8_LEVEL in library.machine_levels():
-        ways |= {f"{way}, {INT8}": ways[way] for way in INT8_OF}
     servers = {
         way: Server(
             path, options.tokens, options.threads, work / f"{way}.log", int8=way.endswith(INT8)
@@ -290,6 +299,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--work", type=Path)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=default_ways())
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--int8", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()

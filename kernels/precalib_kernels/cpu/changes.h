@@ -10,8 +10,8 @@ namespace {
 
 // A salient weight of each row of a block.
 struct Change {
-  alignas(64) float by[kLanes];       // what it differs by from the base weight in its place
-  alignas(64) int32_t at[kLanes];     // its column's beginning in Digits::columns
+  alignas(64) float by[kLanes];    // what it differs by from the base weight in its place
+  alignas(64) int32_t at[kLanes];  // where its column of x begins
 };
 
 // The salient weights of some groups. A pass of its own: what is read back at once takes longer.

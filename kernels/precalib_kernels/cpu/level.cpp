@@ -19,7 +19,7 @@ constexpr int64_t kLevelRows = 48;        // as levels if not; less with small g
 constexpr int64_t kChunkPairs = 8;        // pairs of blocks whose sums are held at a time
 constexpr int64_t kLevelPairs = 2;        // the same where levels become bfloat16,
 constexpr int64_t kMergePairs = 8;        // or weights
-constexpr int64_t kSalientColumns = 192;  // about: columns of float32 inputs in the first cache
+constexpr int64_t kSalientSpan = 1024;    // about: columns of inputs that stay in the caches
 constexpr int64_t kThreadWork = 1 << 19;  // products for which one thread is enough
 
 // A call, and what all of its ways to compute share.
@@ -134,7 +134,7 @@ int64_t chunk_size(const Work& work, int64_t most) {
 class SalientSums {
  public:
   SalientSums(const Plan& plan, int64_t chunk_pairs, int64_t row_tiles)
-      : plan_(plan), row_tiles_(row_tiles), span_(kSalientColumns / plan.group_size + 1),
+      : plan_(plan), row_tiles_(row_tiles), span_(kSalientSpan / plan.group_size + 1),
         sums_(plan.salient_count ? 2 * chunk_pairs * row_tiles * kSize : 0),
         changes_(span_ * plan.salient_count) {}
 
@@ -143,7 +143,7 @@ class SalientSums {
   void find(const Chunk& chunk, int64_t rows, Columns&& columns) {
     if (!plan_.salient_count) return;
     std::memset(sums_.data, 0, size_t(2 * chunk.count * row_tiles_ * kSize) * sizeof(float));
-    // A span's inputs stay in the first cache for all blocks.
+    // A span of inputs serves all blocks before the next.
     for (int64_t g = 0; g < plan_.groups; g += span_)
       chunk.for_each<1>([&]<int>(int64_t p, const Block* block, int b) {
         const int64_t end = smaller(g + span_, plan_.groups);
