@@ -21,9 +21,12 @@ import vllm
 from safetensors.torch import save_file
 from vllm.lora.request import LoRARequest
 
+from precalib_kernels.cpu import library
+
 PROMPTS = [[5, 17, 101, 44, 3, 150], [199, 1, 64], list(range(20, 70))]
 TOKENS = 8
 DENSE = {"additional_config": {"precalib": {"backend": "dense"}}}
+INT8 = {"additional_config": {"precalib": {"activations": "int8"}}}
 REFERENCE = {"additional_config": {"precalib": {"backend": "reference"}}}
 
 Answers = list[list[tuple[int, float]]]  # per prompt, greedy tokens with their log-probability
@@ -145,6 +148,13 @@ def case_phi3(folder: Path) -> dict[str, Any]:
     result = {"first": (answers(llm), truth(first))}
     reload(llm, second)
     return {**result, "reloaded": (answers(llm), truth(second))}
+
+
+def case_int8_activations(folder: Path) -> dict[str, Any]:
+    if library.INT8_LEVEL not in library.machine_levels():
+        return {}
+    checkpoint = llama(folder, 13)
+    return {"first": (answers(start(checkpoint.packed, **INT8)), truth(checkpoint))}
 
 
 def case_half_precision(folder: Path) -> dict[str, Any]:
@@ -272,6 +282,7 @@ SUITES = {
         case_llama_reference,
         case_qwen2,
         case_phi3,
+        case_int8_activations,
         case_half_precision,
         case_dummy,
         case_lora,

@@ -42,6 +42,15 @@ def test_the_method_is_found_in_config_json(case):
     assert case("eager", "llama")["quantization"] == "precalib"
 
 
+def test_activations_of_8_bits_change_answers_a_little(case):
+    result = case("eager", "int8_activations")
+    if not result:
+        pytest.skip("needs AVX-512 with VNNI and VBMI")
+    pairs = zip(*result["first"], strict=True)
+    errors = [abs(served[0][1] - true[0][1]) for served, true in pairs]  # of the likeliest token
+    assert LOGPROB_TOLERANCE < max(errors) < 0.05
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_is_exactly_the_unpacked_model(case, dtype):
     assert_same(case("eager", "half_precision")[dtype], tolerance=0)
