@@ -19,8 +19,9 @@ constexpr int64_t kHeldRows = 0;
 #else
 constexpr int kLevelShift = 128;  // VPDPBUSD takes unsigned levels; sums start at what that adds
 // Up to so many rows levels are multiplied where they are unpacked: sums and table fit into registers.
+// With one digit that is a tile, and more rows are a tile after the other.
 template <int kDigits>
-constexpr int64_t kHeldRows = kDigits == 1 ? 16 : kDigits == 2 ? 8 : 6;
+constexpr int64_t kHeldRows = kDigits == 1 ? kTile : kDigits == 2 ? 8 : 6;
 #endif
 
 inline int64_t byte_tiles(int64_t columns) { return (columns + kByteColumns - 1) / kByteColumns; }
@@ -184,7 +185,7 @@ inline void scale_sums(const Plan& plan, const Block* blocks, const Digits& x, i
   }
 }
 
-// Few rows: the levels of a block stay in registers. totals: [kRows][16], added to.
+// A block times up to kRows rows; its levels stay in registers. totals: [kRows][16], added to.
 template <int kBits, int kDigits, int kRows>
 void digit_rows(const Plan& plan, const Block& block, const Digits& x,
                 const Table<kBits + 2>& table, float* totals) {
@@ -232,18 +233,20 @@ void digit_blocks(const Plan& plan, const Block* blocks, const Digits* x, int64_
   alignas(64) int32_t sums[kBlocks * kDigits * kTile * kLanes];
   const Table<kBits + 2> table = shifted_levels<kBits>(plan, kLevelShift);
   if constexpr (kHeldRows<kDigits> > 0) {
-    if (rows <= kHeldRows<kDigits>) {
-      for (int b = 0; b < kBlocks; ++b) {
-        const auto multiply = [&]<int kRows>() {
-          digit_rows<kBits, kDigits, kRows>(plan, blocks[b], *x, table,
-                                            totals + b * kTile * kLanes);
-        };
-        constexpr int kMost = kHeldRows<kDigits>;
-        if (rows <= 6) multiply.template operator()<6>();
-        else if (rows <= 8) multiply.template operator()<(kMost < 8 ? kMost : 8)>();
-        else if (rows <= 12) multiply.template operator()<(kMost < 12 ? kMost : 12)>();
-        else multiply.template operator()<kMost>();
-      }
+    constexpr int kMost = kHeldRows<kDigits>;
+    if (rows <= kMost || kMost == kTile) {
+      for (int b = 0; b < kBlocks; ++b)
+        for (int64_t t = 0; t < row_tiles; ++t) {
+          const auto multiply = [&]<int kRows>() {
+            digit_rows<kBits, kDigits, kRows>(plan, blocks[b], x[t], table,
+                                              totals + (t * kBlocks + b) * kTile * kLanes);
+          };
+          const int64_t there = rows - t * kTile;
+          if (there <= 6) multiply.template operator()<6>();
+          else if (there <= 8) multiply.template operator()<(kMost < 8 ? kMost : 8)>();
+          else if (there <= 12) multiply.template operator()<(kMost < 12 ? kMost : 12)>();
+          else multiply.template operator()<kMost>();
+        }
       return;
     }
   }

@@ -1,5 +1,5 @@
-// Tens of rows of x in bfloat16 without AMX: levels, which bfloat16 holds exactly, are multiplied in
-// the registers where they are unpacked, and a group's products are scaled and added up. Salient
+// Up to sixteen rows of x in bfloat16 without AMX: levels, which bfloat16 holds exactly, are multiplied
+// in the registers where they are unpacked, and a group's products are scaled and added up. Salient
 // weights are added from inputs that lie column by column.
 #pragma once
 
@@ -33,8 +33,8 @@ inline void part_columns(const Plan& plan, const uint16_t* x, int64_t group, flo
   store(sums, sum);
 }
 
-// The products of a group and up to kRows rows of x, scaled. tiles: of these rows; input_sums: of
-// the group by row; totals: [row][16], added to.
+// The products of a group and up to kRows rows of x, scaled. tiles: of these rows; input_sums: of the
+// group, by row; totals: [row][16], added to.
 template <int kBits, int kRows>
 [[gnu::noinline]] void held_group(const Plan& plan, const Group& group, const uint16_t* tiles,
                                   const BfloatLevels<kBits>& levels, Floats scale, Floats zero,
