@@ -42,13 +42,18 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--tokens", type=int, default=8192)
     options = parser.parse_args()
+    if not library.machine_levels():
+        parser.error("the kernels need AVX2")
     windows = text_windows(load_tokenizer(options.original), [options.text], options.tokens)
     reference = refer(load_original(options.original, torch.bfloat16, "cpu"), windows)
     checkpoint = open_packed(options.packed)
     model = load_packed(options.packed, torch.bfloat16, "cpu")
     print(f"# {options.packed.name}, level {library.machine_levels()[-1]}, {len(windows)} windows")
     print("| products | KL | 95 % | perplexity |\n|---|--:|--:|--:|")
-    for name, int8_inputs in (("dense", None), ("native", False), ("native, int8", True)):
+    ways = {"dense": None, "native": False}
+    if library.INT8_LEVEL in library.machine_levels():
+        ways["native, int8"] = True
+    for name, int8_inputs in ways.items():
         if int8_inputs is not None:
             for module in checkpoint.config.modules:
                 layer = model.get_submodule(module)
