@@ -235,7 +235,7 @@ def default_ways() -> list[str]:
 
 def compare(source: Path, work: Path, options: argparse.Namespace) -> None:
     ways = {"bfloat16": source}
-    for way in options.ways:
+    for way in options.ways or default_ways():
         name = way.removesuffix(INT8)
         ways[way] = work / name
         if ways[way].exists():
@@ -299,7 +299,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--work", type=Path)
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=default_ways())
+    parser.add_argument("--ways", nargs="+", choices=WAYS)
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--int8", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -7,6 +7,7 @@ watch: see `make sanitize`. Tiles in software stand for those of AMX on a machin
 `avx512_bf16` but no AMX; elsewhere that option changes nothing.
 """
 
+import argparse
 import sys
 import zlib
 from pathlib import Path
@@ -33,14 +34,14 @@ def with_sanitizers() -> None:
 
 
 if __name__ == "__main__":
-    options = sys.argv[1:]
-    for name, change in {
-        "--software-tiles": with_software_tiles,
-        "--sanitize": with_sanitizers,
-    }.items():
-        if name in options:
-            options.remove(name)
-            change()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--sanitize", action="store_true")
+    parser.add_argument("--software-tiles", action="store_true")
+    chosen, options = parser.parse_known_args()
+    if chosen.software_tiles:
+        with_software_tiles()
+    if chosen.sanitize:
+        with_sanitizers()
     library.machine_levels.cache_clear()
     library.load.cache_clear()
     sys.exit(pytest.main([str(HERE / "test_cpu.py"), "-q", "-p", "no:cacheprovider", *options]))

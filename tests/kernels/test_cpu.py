@@ -217,7 +217,7 @@ def test_scales_of_zero(make_case, name, level):
 
 
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("rows", [1, 6, 40])
+@pytest.mark.parametrize("rows", [1, 6, 12, 40])
 def test_what_is_not_finite_stays_so(make_case, level, rows):
     case = make_case(LAYOUTS["balanced-4"])
     for bad in (math.nan, math.inf):
@@ -231,7 +231,7 @@ def test_what_is_not_finite_stays_so(make_case, level, rows):
 @pytest.mark.parametrize("level", LEVELS)
 def test_inputs_of_nothing_and_of_next_to_nothing(make_case, level):
     case = make_case(LAYOUTS["balanced-4"])
-    for rows in (1, 6, 40):
+    for rows in (1, 6, 12, 40):
         zero = torch.zeros(rows, case.columns, dtype=torch.bfloat16)
         assert not bool(case.linear(zero, level).any())
         tiny = torch.full((rows, case.columns), 1e-38)

@@ -22,10 +22,6 @@ from vllm_precalib.backends import (
 from vllm_precalib.config import PrecalibConfig
 from vllm_precalib.native import NativeBackend
 
-rounding = pytest.mark.skipif(
-    library.INT8_LEVEL not in library.machine_levels(), reason="needs AVX-512 with VNNI and VBMI"
-)
-
 
 class Fussy(ReferenceBackend):
     """Runs on nothing that exists."""
@@ -78,9 +74,22 @@ def test_an_unknown_backend_is_refused_with_the_known_ones(task):
         choose(task, "turbo", "a.fc", "row")
 
 
-@rounding
-def test_activations_in_8_bits_are_for_who_can_round_them(task, logged, monkeypatch):
+@pytest.fixture
+def rounded(task):
     rounded = dataclasses.replace(task, int8_activations=True)
+    if reason := NativeBackend.can_run(rounded):
+        pytest.skip(reason)
+    return rounded
+
+
+def load(layer, tensors):
+    """Through vLLM's weight loaders."""
+    for name, tensor in tensors.items():
+        getattr(layer, name).weight_loader(getattr(layer, name), tensor)
+    layer.quant_method.process_weights_after_loading(layer)
+
+
+def test_activations_in_8_bits_are_for_who_can_round_them(rounded, logged, monkeypatch):
     assert choose(rounded, None, "fc", "rounded").plan.int8_inputs
     (_, text), *_ = logged
     assert text.endswith("native (first that can run; activations in 8 bits, as asked for)")
@@ -91,7 +100,7 @@ def test_activations_in_8_bits_are_for_who_can_round_them(task, logged, monkeypa
         choose(rounded, None, "fc", "row")
 
 
-@rounding
+@pytest.mark.usefixtures("rounded")
 def test_activations_in_8_bits_change_a_product_a_little(tiny, config_of, rank):
     tensors = tiny.random_packed(tiny.ROW, 32, 160)
     x = torch.randn(3, 160)
@@ -101,9 +110,7 @@ def test_activations_in_8_bits_change_a_product_a_little(tiny, config_of, rank):
             layer = ReplicatedLinear(
                 160, 32, False, quant_config=config_of("fc"), prefix="fc", return_bias=False
             )
-        for name, tensor in tensors.items():
-            getattr(layer, name).weight_loader(getattr(layer, name), tensor)
-        layer.quant_method.process_weights_after_loading(layer)
+        load(layer, tensors)
         results.append(layer(x))
     exact, rounded = results
     error = (rounded - exact).norm() / exact.norm()
@@ -162,9 +169,7 @@ def test_each_backend_keeps_only_its_own_form(tiny, config_of, rank):
     for backend in ("native", "dense", "reference"):
         with rank(additional_config={"precalib": {"backend": backend}}):
             layer = ReplicatedLinear(160, 32, False, quant_config=config_of("fc"), prefix="fc")
-        for name, tensor in tensors.items():
-            getattr(layer, name).weight_loader(getattr(layer, name), tensor)
-        layer.quant_method.process_weights_after_loading(layer)
+        load(layer, tensors)
         kept[backend] = {name for name, _ in layer.named_parameters()}
     native = {"qweight", "plan"}
     assert kept == {"native": native, "dense": {"weight"}, "reference": set(tensors)}
@@ -194,9 +199,7 @@ def test_a_backend_of_its_own_in_memory_form_is_one_class(tiny, config_of, rank,
         layer = ReplicatedLinear(
             160, 32, False, quant_config=config_of("fc"), prefix="fc", return_bias=False
         )
-    for name, tensor in tensors.items():
-        getattr(layer, name).weight_loader(getattr(layer, name), tensor)
-    layer.quant_method.process_weights_after_loading(layer)
+    load(layer, tensors)
     assert {name for name, _ in layer.named_parameters()} == {"qweight", "factor"}
     weight = dequantize(tensors, tiny.ROW, 160)
     torch.testing.assert_close(layer(torch.eye(160)), weight.T)

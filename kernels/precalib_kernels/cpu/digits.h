@@ -176,9 +176,8 @@ inline void scale_sums(const Plan& plan, const Block* blocks, const Digits& x, i
     for (int64_t r = 0; r < rows; ++r) {
       const int32_t* const from = sums + (b * kDigits * kTile + r) * kLanes;
       float* const to = totals + (b * kTile + r) * kLanes;
-      Floats dot = to_floats(load<Ints>(from));
-      for (int d = 1; d < kDigits; ++d)
-        dot = dot * 256 + to_floats(load<Ints>(from + d * kTile * kLanes));
+      Floats dot = join_digits<kDigits>(
+          [&](int d) { return load<Ints>(from + d * kTile * kLanes); });
       if (uniform) dot -= zero * digit_totals[r];
       store(to, load<Floats>(to) + dot * (scale * units[r]));
     }
@@ -212,10 +211,8 @@ void digit_rows(const Plan& plan, const Block& block, const Digits& x,
     const Floats scale = group_scales(plan, block, group), zero = group_zeros(plan, group);
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
-      Floats dot = to_floats(sum[0][r]);
-#pragma GCC unroll 16
-      for (int d = 1; d < kDigits; ++d) dot = dot * 256 + to_floats(sum[d][r]);
-      dot -= zero * x.totals[g * kTile + r];
+      const Floats dot = join_digits<kDigits>([&](int d) { return sum[d][r]; }) -
+                         zero * x.totals[g * kTile + r];
       float* const to = totals + r * kLanes;
       store(to, load<Floats>(to) + dot * (scale * x.units[g * kTile + r]));
     }
@@ -243,8 +240,8 @@ void digit_blocks(const Plan& plan, const Block* blocks, const Digits* x, int64_
           };
           const int64_t there = rows - t * kTile;
           if (there <= 6) multiply.template operator()<6>();
-          else if (there <= 8) multiply.template operator()<(kMost < 8 ? kMost : 8)>();
-          else if (there <= 12) multiply.template operator()<(kMost < 12 ? kMost : 12)>();
+          else if (there <= 8) multiply.template operator()<smaller(8, kMost)>();
+          else if (there <= 12) multiply.template operator()<smaller(12, kMost)>();
           else multiply.template operator()<kMost>();
         }
       return;

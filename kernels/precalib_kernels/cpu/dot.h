@@ -55,12 +55,11 @@ void dot_block(const Plan& plan, const Block& block, const float* x, const int8_
     const Floats zero = group_zeros(plan, group);
     for (int r = 0; r < kRows; ++r) {
       const Fixed<kDigits>& fixed = groups[r * plan.groups + g];
-      Floats dot = {};
-      for (int d = 0; d < kDigits; ++d) {
+      const Floats dot = join_digits<kDigits>([&](int d) {
         Ints digit = sum[0][r][d];
         for (int c = 1; c < kChains; ++c) digit += sum[c][r][d];
-        dot = dot * 256 + to_floats(digit);
-      }
+        return digit;
+      });
       total[r] += (dot - zero * fixed.total) * (scale * fixed.unit);
     }
     for (int64_t j = 0; j < plan.salient_count; ++j) {

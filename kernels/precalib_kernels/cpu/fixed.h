@@ -61,6 +61,15 @@ inline Ints add_dots(Ints sum, __m512i levels, const int8_t* inputs) {
   return (Ints)_mm512_dpbusd_epi32((__m512i)sum, levels, four);
 }
 
+// Sums of all digits as one. digit(d): of the d-th.
+template <int kDigits, class Digit>
+inline Floats join_digits(Digit&& digit) {
+  Floats sum = to_floats(digit(0));
+#pragma GCC unroll 4
+  for (int d = 1; d < kDigits; ++d) sum = sum * 256 + to_floats(digit(d));
+  return sum;
+}
+
 // A whole row. x: [columns] arranged; digits: [kDigits][columns]; groups: [groups].
 template <int kDigits>
 void to_fixed(const Plan& plan, const float* x, int8_t* digits, Fixed<kDigits>* groups) {

@@ -55,7 +55,7 @@ struct Buffer {
 // Into the first cache, for soon.
 inline void fetch(const uint8_t* from) { _mm_prefetch((const char*)from, _MM_HINT_T0); }
 
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Bits of a where mask is set, of b elsewhere.
 template <class T>
