@@ -27,7 +27,7 @@ from precalib_kernels.layout import Layout
 
 POINTERS = {
     "x": "bf16", "y": "bf16", "out": "bf16", "bias": "bf16", "weight": "bf16",
-    "column_scale": "fp16", "words": "i16", "zeros": "u8", "carries": "i16", "positions": "u8",
+    "column_scale": "fp16", "words": "i16", "group_data": "i32", "positions": "u8",
     "values": "fp16", "lines": "fp16", "row_unit": "fp32", "salient_unit": "fp32", "table": "u8",
     "constants": "i16", "tiles": "i32", "dots": "fp16", "by_column": "fp16", "start": "fp32",
     "sums": "fp32", "inverse": "fp32", "shares": "fp32", "counters": "i32",
@@ -144,7 +144,7 @@ def _compile(
     target: str,
     options: dict[str, int],
 ) -> Compiled:
-    pointers = POINTERS | {"scales": "u8" if form.log8 else "fp16"}
+    pointers = POINTERS
     signature, aligned = {}, {}
     for i, name in enumerate(kernel.arg_names):
         if name in constants:

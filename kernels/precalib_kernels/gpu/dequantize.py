@@ -4,16 +4,14 @@ import triton
 import triton.language as tl
 
 from precalib_kernels.gpu.halves import chain_classes, chain_halves, nibble_tile, split_tiles
-from precalib_kernels.gpu.product import group_lines, group_scale
+from precalib_kernels.gpu.product import group_lines, group_scale, scale_of
 
 
 @triton.jit(do_not_specialize=["first_tile", "columns"])
 def dequantize_kernel(
     weight,  # out: [rows, columns], any float type; row 0 is that of first_tile
     words,
-    scales,
-    zeros,
-    carries,
+    group_data,
     positions,
     values,
     lines,
@@ -66,7 +64,7 @@ def dequantize_kernel(
         carry = n
         line = ()
         if MODE == "trellis":
-            carry = tl.load(carries + first_group * padded_rows + n)
+            carry = (tl.load(group_data + first_group * padded_rows + n) >> 16).to(tl.int16)
         if IN_PLACE:
             carry = chain_classes(here, padded_rows * 16, chain, CODES, ASM)
             line = group_lines(lines, first_group * padded_rows + n, padded_rows, GROUP, MODE)
@@ -81,10 +79,10 @@ def dequantize_kernel(
             level = halves[dot].to(tl.float32) - OFFSET
             if MODE == "uniform" and dot % 2 == 1:
                 level *= 0.0625
+            data = tl.load(group_data + group * padded_rows + n)
             if ZEROS:
-                zero = tl.load(zeros + group * padded_rows + n).to(tl.float32) / LEVEL_STEP
-                level -= zero[:, None]
-            scale = group_scale(tl.load(scales + group * padded_rows + n), LOG8)
+                level -= ((data >> 16).to(tl.float32) / LEVEL_STEP)[:, None]
+            scale = group_scale(scale_of(data, LOG8), LOG8)
             value = level * (scale * unit)[:, None]
             column = dot_column(step * (STEP // 16) + chain * 4 * J + dot, r, GROUP, MODE, J)
             for slot in tl.static_range(SLOTS):

@@ -96,9 +96,7 @@ class Form:
 
     def bits_per_weight(self, input_size: int) -> float:
         """Bits read per weight of a long row: words and what a group has besides."""
-        side = 8 if self.log8 else 16
-        side += 8 if self.zero_points else 0
-        side += 16 * (self.mode == "trellis") + 32 * self.in_place
+        side = 32 + 32 * self.in_place
         columns = self.steps(input_size) * self.step
         words = 256 * self.stored_tiles / self.step
         return (words + (side + 24 * self.slots) / self.group) * columns / input_size

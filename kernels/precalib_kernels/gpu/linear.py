@@ -20,11 +20,7 @@ PANEL_WEIGHTS = 1 << 25  # dequantized at a time for a plain product: 64 MiB of 
 def names(layout: Layout) -> list[str]:
     """Names of the in-memory form's arrays in the order in which the operators take them."""
     form = form_of(layout)
-    chosen = ["qweight", "scales", "row_unit", "tiles", "table", "constants"]
-    if form.zero_points:
-        chosen.append("zeros")
-    if form.mode == "trellis":
-        chosen.append("carry")
+    chosen = ["qweight", "group_data", "row_unit", "tiles", "table", "constants"]
     if form.in_place:
         chosen.append("salient_lines")
     if form.slots:
@@ -224,9 +220,7 @@ def _arguments(arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
     absent = arrays["qweight"]
     return {
         "words": arrays["qweight"],
-        "scales": arrays["scales"],
-        "zeros": arrays.get("zeros", absent),
-        "carries": arrays.get("carry", absent),
+        "group_data": arrays["group_data"],
         "positions": arrays.get("salient_positions", absent),
         "values": arrays.get("salient_values", absent),
         "lines": arrays.get("salient_lines", absent),

@@ -31,7 +31,7 @@ def in_memory(
     tensors: as named by `Layout.tensors`; column_scale has a row per part.
 
     R is the number of rows with every part padded to 64, G and K count whole steps:
-    qweight [steps, tiles, R, 16] int16; scales [G, R]; zeros [G, R] uint8; carry [G, R] int16;
+    qweight [steps, tiles, R, 16] int16; group_data [G, R] int32;
     salient_positions [S / 4, R, 4] uint8 and salient_values [S / 4, R, 4] float16, S being the
     slots of whole rounds; row_unit, salient_unit [R] float32;
     column_scale [parts, K] float16; table uint8 and constants [4, 16] int16 for the
@@ -75,15 +75,11 @@ def _empty(form: Form, input_size: int, rows: int, device: torch.device) -> dict
     new = functools.partial(torch.zeros, device=device)
     result = {
         "qweight": new((steps, form.stored_tiles, rows, DOT), dtype=torch.int16),
-        "scales": new((groups, rows), dtype=torch.uint8 if form.log8 else torch.float16),
+        "group_data": new((groups, rows), dtype=torch.int32),
         "row_unit": new(rows, dtype=torch.float32),
     }
-    if form.zero_points:
-        result["zeros"] = new((groups, rows), dtype=torch.uint8)
-    if form.mode == "trellis":
-        result["carry"] = new((groups, rows), dtype=torch.int16)
     if form.in_place:
-        result["scales"].fill_(1)  # none is zero, see product.group_unit
+        result["group_data"].fill_(0x3C00)  # float16's one: no scale is zero, see group_unit
         result["salient_lines"] = new((groups, rows, 2), dtype=torch.float16)
     if form.slots:
         fours = form.rounds(input_size) * PICKS // 4
@@ -111,14 +107,10 @@ def _fill(
         salient = pad(salient, (0, columns - input_size))
     fields, carry = stored_codes(pad(codes, (0, columns - input_size)), form)
     result["qweight"][:, :, rows] = pack_words(fields, form, salient)
-    result["scales"][:groups, rows] = tensors["scales"].T
+    result["group_data"][:groups, rows] = group_data(tensors, carry, groups).T
     unit = tensors["row_scale"][:, 0].float() if form.log8 else torch.ones_like(codes[:, 0]).float()
     nothing = (tensors["scales"] == (255 if form.log8 else 0)).all(1)  # see product.group_unit
     result["row_unit"][rows] = unit * form.level_step / layout.level_limit * ~nothing
-    if form.zero_points:
-        result["zeros"][:groups, rows] = tensors["zeros"].T
-    if carry is not None:
-        result["carry"][:, rows] = carry.T
     if form.slots:
         base = reference.base_values(tensors, layout, input_size)
         positions, values, salient_unit = salient_slots(tensors, base, layout, input_size, where)
@@ -126,6 +118,20 @@ def _fill(
             filled = pad(slots.flatten(1), (0, 4 * len(result[name]) - slots[0].numel()))
             result[name][:, rows] = filled.view(len(filled), -1, 4).transpose(0, 1)
         result["salient_unit"][rows] = salient_unit * PICKED_SCALE
+
+
+def group_data(tensors: Mapping[str, Tensor], carry: Tensor | None, groups: int) -> Tensor:
+    """What the kernels need of every group in one word, int32 [N, G].
+
+    Low half: the stored scale, a byte or a float16. High half: the zero point, or with a trellis
+    what comes before the first codes. One word is loaded asynchronously, which narrower types
+    cannot be, and the kernels would wait for memory in every step.
+    """
+    scales = tensors["scales"]
+    low = scales.int() if scales.dtype == torch.uint8 else scales.view(torch.int16).int() & 0xFFFF
+    if carry is not None:
+        return low | carry[:, :groups].int() << 16
+    return low | tensors["zeros"].int() << 16 if "zeros" in tensors else low
 
 
 def stored_codes(codes: Tensor, form: Form) -> tuple[Tensor, Tensor | None]:

@@ -27,9 +27,7 @@ def product_kernel(
     y,  # out: [rows, outputs]
     bias,  # [outputs], or anything
     words,  # int16 [steps, TILES, padded_rows, 16]
-    scales,  # uint8 or float16 [groups, padded_rows]
-    zeros,  # uint8 [groups, padded_rows]
-    carries,  # int16 [groups, padded_rows]
+    group_data,  # int32 [groups, padded_rows], see `pack.group_data`
     positions,  # uint8 [rounds * PICKS / 4, padded_rows, 4]
     values,  # float16 [rounds * PICKS / 4, padded_rows, 4]
     lines,  # float16 [groups, padded_rows, 2]
@@ -109,13 +107,14 @@ def product_kernel(
         here = words + step * TILES * padded_rows * 16
         held = split_tiles(here, padded_rows * 16, BITS, SPARE)
         step_dots = dots + step * (STEP * BLOCK_M)
-        partial = total
+        partial, data = total, n
         for chain in tl.static_range(STEP // 64 // J):
             group = step * GROUPS + chain * J * 64 // GROUP
             carry = n
             line = ()
-            if MODE == "trellis":
-                carry = tl.load(carries + group * padded_rows + n)
+            if MODE == "trellis":  # a chain is a group
+                data = tl.load(group_data + group * padded_rows + n)
+                carry = (data >> 16).to(tl.int16)
             if IN_PLACE:
                 carry = chain_classes(here, padded_rows * 16, chain, CODES, ASM)
                 line = group_lines(lines, group * padded_rows + n, padded_rows, GROUP, MODE)
@@ -129,18 +128,19 @@ def product_kernel(
                 first_column = (chain * PIECES + piece) * DEPTH
                 current = step * GROUPS + first_column // GROUP
                 if first_column % GROUP == 0:
+                    if MODE != "trellis":
+                        data = tl.load(group_data + current * padded_rows + n)
                     begin = tl.zeros((BLOCK_M,), tl.float32)
                     if OFFSET != 0:
                         begin = tl.load(start + current * BLOCK_M + m)
                     if RUNNING:
-                        scale = tl.load(scales + current * padded_rows + n)
-                        before, unit = unit, group_unit(scale, LOG8, IN_PLACE)
+                        before, unit = unit, group_unit(scale_of(data, LOG8), LOG8, IN_PLACE)
                         ratio = unit_ratio(before, unit, LOG8, ASM != "")
                         partial = total * ratio[:, None] + begin[None, :]
                     else:
                         partial = tl.broadcast_to(begin[None, :], (BLOCK_N, BLOCK_M))
                     if ZEROS:
-                        zero = tl.load(zeros + current * padded_rows + n).to(tl.float32)
+                        zero = (data >> 16).to(tl.float32)
                         sum = tl.load(sums + current * BLOCK_M + m)
                         partial -= zero[:, None] * sum[None, :]
                 ready = tl.load(step_dots + first_column * BLOCK_M)
@@ -150,8 +150,7 @@ def product_kernel(
                     if RUNNING:
                         total = partial
                     else:
-                        scale = tl.load(scales + current * padded_rows + n)
-                        total += partial * group_scale(scale, LOG8)[:, None]
+                        total += partial * group_scale(scale_of(data, LOG8), LOG8)[:, None]
     if RUNNING:  # registers are short
         tile, split = again(tile, "ctaid.x", ASM), again(split, "ctaid.y", ASM)
         block, blocks = again(block, "ctaid.z", ASM), again(blocks, "nctaid.z", ASM)
@@ -202,8 +201,15 @@ def product_kernel(
         arrived = tl.atomic_add(counters + block * tl.num_programs(0) + tile, 1, sem="acq_rel")
         if arrived == splits - 1:
             total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-            for other in tl.range(splits):
-                total += tl.load(shares + other * plane_size, cache_modifier=".cg")
+            TOGETHER: tl.constexpr = 4 if BLOCK_M < 64 else 1  # loaded at a time, for latency
+            for first in tl.range(0, splits, TOGETHER):
+                few = ()
+                for i in tl.static_range(TOGETHER):
+                    here = inner < tl.where(first + i < splits, tile_size, 0)
+                    at = shares + (first + i) * plane_size
+                    few = few + (tl.load(at, here, 0.0, cache_modifier=".cg"),)
+                for i in tl.static_range(TOGETHER):
+                    total += few[i]
             _store(y, bias, inverse, about, total, part, block, blocks, rows, outputs, BIAS)
     else:
         _store(y, bias, inverse, about, total, part, block, blocks, rows, outputs, BIAS)
@@ -339,6 +345,16 @@ def unit_ratio(a, b, LOG8: tl.constexpr, ASSEMBLER: tl.constexpr):
     else:
         result = a / b
     return result
+
+
+@triton.jit
+def scale_of(data, LOG8: tl.constexpr):
+    """The stored scale in a group's data."""
+    if LOG8:
+        scale = data & 0xFF
+    else:
+        scale = data.to(tl.int16).to(tl.float16, bitcast=True)
+    return scale
 
 
 @triton.jit

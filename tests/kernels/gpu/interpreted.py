@@ -1,9 +1,10 @@
 """Numerics of the Triton kernels, run by `test_numerics.py` in a process of its own.
 
 Triton decides when it is imported whether kernels are interpreted, so this file cannot share a
-process with other tests. Errors are measured against Σ|x·w|: a float16 activation is off by at
-most 2**-12 of itself (2**-11 in tiny ones), a salient weight by 2**-11 of what it adds to its base
-weight, all sums are float32, and the result is rounded once to its own type.
+process with other tests. Without TRITON_INTERPRET they run on a GPU. Errors are measured against
+Σ|x·w|: a float16 activation is off by at most 2**-12 of itself (2**-11 in tiny ones), a salient
+weight by 2**-11 of what it adds to its base weight, all sums are float32, and the result is rounded
+once to its own type.
 """
 
 import dataclasses
@@ -21,7 +22,10 @@ from precalib_kernels.gpu.pack import LEAST_UNIT, in_memory
 from precalib_kernels.gpu.table import Blocks
 from precalib_kernels.layout import Layout
 
-EPS = {torch.float32: 0.0, torch.float16: 2**-11, torch.bfloat16: 2**-7}  # it cuts bfloat16 off
+ON_GPU = not linear.interpreted() and torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+EPS = {torch.float32: 0.0, torch.float16: 2**-11, torch.bfloat16: 2**-8 if ON_GPU else 2**-7}
+# The interpreter cuts bfloat16 off instead of rounding it.
 TABLES = {2: (-100, -30, 31, 100), 3: (-128, -90, -40, 0, 10, 50, 90, 127)}
 TABLES[4] = (-128, -95, -70, -50, -36, -22, -12, -1, 0, 10, 21, 33, 47, 64, 88, 127)
 
@@ -46,7 +50,8 @@ class Case:
 
     @property
     def packed(self) -> list[Tensor]:
-        arrays = in_memory(self.tensors, self.layout, self.columns, self.parts)
+        tensors = {name: tensor.to(DEVICE) for name, tensor in self.tensors.items()}
+        arrays = in_memory(tensors, self.layout, self.columns, self.parts)
         return [arrays[name] for name in linear.names(self.layout)]
 
     def weight(self) -> Tensor:
@@ -72,13 +77,15 @@ def check_product(case: Case, rows: int, dtype=torch.float32, bias=False, blocks
     if x is None:
         x = torch.randn((rows, case.columns), generator=generator).to(dtype)
     shift = torch.randn(sum(case.parts), generator=generator).to(dtype) if bias else None
+    there, bias_there = x.to(DEVICE), None if shift is None else shift.to(DEVICE)
     if blocks is None:
         text = case.layout.to_text()
-        y = linear.gpu_linear(x, case.packed, shift, case.parts, text)
+        y = linear.gpu_linear(there, case.packed, bias_there, case.parts, text)
     else:
         arrays = dict(zip(linear.names(case.layout), case.packed, strict=True))
-        y = linear.product(x, arrays, shift, case.layout, case.parts, blocks)
+        y = linear.product(there, arrays, bias_there, case.layout, case.parts, blocks)
     assert y.dtype == dtype
+    y = y.cpu()
     weight = case.weight()
     exact = x.double() @ weight.T + (0 if shift is None else shift.double())
     base, added = (x.double().abs() @ part.T for part in sizes(case))
@@ -134,9 +141,10 @@ def check_in_place(case: Case, rows: int = 3) -> None:
     text, (slack, size) = case.layout.to_text(), in_place_slack(case)
     assert form_of(case.layout).in_place
     weight = linear.gpu_dequantize(case.packed, case.columns, case.parts, text, torch.float32)
+    weight = weight.cpu()
     assert ((weight.double() - case.weight()).abs() <= slack).all()
     x = torch.randn(rows, case.columns, generator=torch.Generator().manual_seed(rows))
-    y = linear.gpu_linear(x, case.packed, None, case.parts, text).double()
+    y = linear.gpu_linear(x.to(DEVICE), case.packed, None, case.parts, text).cpu().double()
     allowed = slack + 2**-11 * (case.weight().abs() + 2 * slack) + 2**-20 * size
     allowed = x.double().abs() @ allowed.T
     assert ((y - x.double() @ case.weight().T).abs() <= allowed).all()
@@ -157,7 +165,7 @@ def test_every_form_is_the_reference(make_case, bits, mode, group):
     case = make_case(layout(bits, mode, group, 2), [17, 1], 160)
     weight = linear.gpu_dequantize(
         case.packed, 160, case.parts, case.layout.to_text(), torch.float32
-    )
+    ).cpu()
     base, added = sizes(case)
     assert ((weight.double() - case.weight()).abs() <= 2**-20 * base + 2**-11 * added + 1e-9).all()
     check_product(case, 3)
@@ -293,7 +301,9 @@ def test_negative_scales(make_case, chosen):
 
 def test_no_rows(make_case):
     case = make_case(layout(4, "uniform", 128, 0), [8], 64)
-    y = linear.gpu_linear(torch.empty(0, 64), case.packed, None, [8], case.layout.to_text())
+    y = linear.gpu_linear(
+        torch.empty(0, 64, device=DEVICE), case.packed, None, [8], case.layout.to_text()
+    )
     assert y.shape == (0, 8)
 
 
@@ -302,6 +312,7 @@ def test_all_of_these_layouts_are_accepted():
 
 
 def test_the_backend_of_the_plugin(make_case):
+    pytest.importorskip("vllm")
     from vllm_precalib.backend import Task
     from vllm_precalib.triton_backend import TritonBackend
 
@@ -309,10 +320,11 @@ def test_the_backend_of_the_plugin(make_case):
     task = Task(case.layout, 160, (17, 1), torch.bfloat16, "cuda")
     backend = TritonBackend(task)
     layer = torch.nn.Module()
-    for name, tensor in backend.prepare(case.tensors, "fc").items():
+    tensors = {name: tensor.to(DEVICE) for name, tensor in case.tensors.items()}
+    for name, tensor in backend.prepare(tensors, "fc").items():
         layer.register_parameter(name, torch.nn.Parameter(tensor, requires_grad=False))
     backend.finish(layer)
     x = torch.randn(2, 3, 160)
-    y = backend.apply(layer, x, None)
+    y = backend.apply(layer, x.to(DEVICE), None).cpu()
     assert y.shape == (2, 3, 18)
     torch.testing.assert_close(y.double(), x.double() @ case.weight().T, rtol=0.02, atol=0.05)

@@ -112,7 +112,7 @@ def decoded(arrays, form, steps: int) -> torch.Tensor:
                     inputs.append(classes[r] << 2 * chain & ONES)
                     inputs += [registers(line.repeat(2))[0] for line in lines.flatten()]
                 if form.mode == "trellis":
-                    inputs.append((int(arrays["carry"][group, 0]) & 0xFFFF) * 0x10001)
+                    inputs.append((int(arrays["group_data"][group, 0]) >> 16 & 0xFFFF) * 0x10001)
                 inputs += [words[chain + j][r] for j in range(tiles)]
                 assert len(constraints(form).split(",")) == 4 * tiles + len(inputs)
                 halves.append(run(text, 4 * tiles, inputs))
