@@ -41,7 +41,7 @@ from offline_quantize.tensorfile import (
     tensor_bytes,
     write_at,
 )
-from precalib_kernels.errors import FormatError, OutputError, SourceError
+from precalib_kernels.errors import FormatError, OutputError, SourceError, UnfitError
 
 MARGIN_BYTES = 64 << 20  # manifest, journal and the file system's own needs
 
@@ -175,9 +175,11 @@ def write_shards(
 
     jobs: tensors worked on at once, each on one thread, so that results do not depend on it.
 
-    Raises what a task raises. If that tells of unfit data, which no later run could mend, all that
-    was written is removed.
+    Raises what a task raises. An UnfitError does not stop the others, so that all are found in one
+    run; it comes at the end and has the text of each by key. If an error tells of unfit data, which
+    no later run could mend, all that was written is removed.
     """
+    unfit: dict[str, str] = {}
     journal = _Journal(target / JOURNAL)
     pending: dict[str, list[Task]] = {file: [] for file in shards}
     for task in tasks:
@@ -187,7 +189,9 @@ def write_shards(
     try:
         with ThreadPoolExecutor(jobs) as pool:
             for file, layout in shards.items():
-                _write_shard(target / file, layout, pending[file], pool, journal, progress)
+                _write_shard(target / file, layout, pending[file], pool, journal, unfit, progress)
+        if unfit:
+            raise UnfitError("; ".join(unfit[key] for key in sorted(unfit)), unfit)
     except (SourceError, FormatError) as error:
         if not isinstance(error.__cause__, OSError):
             _discard(target, shards)
@@ -303,8 +307,10 @@ def _write_shard(
     tasks: Sequence[Task],
     pool: ThreadPoolExecutor,
     journal: _Journal,
+    unfit: dict[str, str],
     progress: Progress,
 ) -> None:
+    """Fill one weight file and publish it, unless a tensor is unfit, here or in an earlier one."""
     written = partial(path)
     if path.exists():  # published by an earlier run; its bytes are looked at like all others
         path.replace(written)
@@ -317,7 +323,10 @@ def _write_shard(
         def work(task: Task) -> None:
             progress.begin(task.key)
             if not (known and _is_written(descriptor, layout, task, journal)):
-                _run(descriptor, layout, task, journal)
+                try:
+                    _run(descriptor, layout, task, journal)
+                except UnfitError as error:
+                    unfit[task.key] = str(error)
             progress.advance(task.nbytes)
 
         futures = [pool.submit(work, task) for task in tasks]
@@ -333,7 +342,8 @@ def _write_shard(
     finally:
         os.close(descriptor)
     journal.sync()
-    publish(path)
+    if not unfit:
+        publish(path)
 
 
 def _run(descriptor: int, layout: FileLayout, task: Task, journal: _Journal) -> None:

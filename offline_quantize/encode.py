@@ -13,10 +13,10 @@ from torch import Tensor
 from offline_quantize import grids, salience
 from offline_quantize.balance import column_scale
 from offline_quantize.recipes import Recipe
-from offline_quantize.statistics import Statistics
+from offline_quantize.statistics import Statistics, power_of_two
 from offline_quantize.trellis import trellis_search
 from precalib_kernels import reference
-from precalib_kernels.errors import SourceError
+from precalib_kernels.errors import SourceError, UnfitError
 from precalib_kernels.layout import Layout, pack_bits
 from precalib_kernels.salient import pack_salient
 
@@ -37,14 +37,54 @@ def encode(weight: Tensor, recipe: Recipe, where: str) -> Encoded:
     weight: [N, K], bfloat16, float16 or float32.
     where:  file and tensor, for errors.
 
-    Raises SourceError for NaN or infinite weights, and for weights too large for float16 scales.
+    Raises SourceError for NaN or infinite weights, and UnfitError for weights too large for float16
+    scales or whose error is far above what the recipe gives (`expected_if_ruined`).
     """
+    encoded = _encode(weight, recipe, where)
+    error, largest = encoded.statistics.relative_error, encoded.statistics.largest
+    expected = expected_if_ruined(weight, recipe, error)
+    if expected is not None:
+        small = f"; its largest weight, {largest:.2g}, is too small for float16 scales"
+        raise UnfitError(
+            f"{where}: quantizing it leaves a relative error of {error:.2g} where its recipe gives "
+            f"{expected:.2g} and zeros 1{small if largest < 2**-14 else ''}"
+        )
+    return encoded
+
+
+def expected_if_ruined(weight: Tensor, recipe: Recipe, error: float) -> float | None:
+    """The relative error that the recipe should leave in a weight, if `error` is far above it.
+
+    Expected is what the recipe leaves in the same weight times the power of two that brings it to
+    size 1. That changes no relative error unless scales leave float16's range, so a shape that
+    suits a recipe badly is no fault: 4-bit codes leave .004 - .03 in normal, Laplace and Student-t
+    weights, but up to .44 without salient weights where 99 % are zero. Far above is three times
+    that and more than 4 * 4**-bits (normal weights get 1.0 - 1.3 * 4**-bits, rounded to nearest
+    2.6 - 4); and 1 always, since zeros would be as good.
+
+    weight: [N, K], finite;  error: relative, squared.
+    """
+    floor = 4 * 4.0**-recipe.layout.bits  # below it no weight is encoded twice
+    if error <= floor:
+        return None
+    low, high = (float(bound) for bound in weight.aminmax())
+    weight = weight.float() * power_of_two(max(high, -low))
+    expected = _encode(weight, recipe, "size 1").statistics.relative_error
+    return None if error <= max(3 * expected, floor) and error < 1 else expected
+
+
+def _encode(weight: Tensor, recipe: Recipe, where: str) -> Encoded:
     layout = recipe.layout
     rows, columns = weight.shape
     low, high = (float(bound) for bound in weight.aminmax()) if weight.numel() else (0.0, 0.0)
-    if not math.isfinite(high - low):
+    if not (math.isfinite(low) and math.isfinite(high)):
         raise non_finite(weight, where)
     scale = column_scale(weight, recipe.balance) if layout.column_scale else None
+    if max(high, -low) >= 2**14:
+        reach = float((weight if scale is None else weight / scale).abs().max())
+        if reach >= 2**24:  # no scale holds it, and products of it would leave float32
+            name = "row_scale" if layout.scale == "log8" else "scales"
+            raise UnfitError(f"{where}: weights are too large for float16 '{name}'")
     penalty = 0.0
     if layout.salient_count and recipe.rule == "tensor":
         penalty = salience.penalty_for_share(weight, recipe.alpha)
@@ -60,10 +100,7 @@ def encode(weight: Tensor, recipe: Recipe, where: str) -> Encoded:
         packed, values, counts = encode_rows(block, recipe, scale, penalty)
         for name, part in packed.items():
             if part.dtype == torch.float16 and not bool(part.isfinite().all()):
-                raise SourceError(
-                    f"{where}: weights are too large for float16 '{name}'; "
-                    "keep this tensor with --keep"
-                )
+                raise UnfitError(f"{where}: weights are too large for float16 '{name}'")
             tensors[name][start : start + step] = part
         statistics.add(block, values, *counts)
     return Encoded(tensors, statistics)

@@ -4,8 +4,9 @@ import contextlib
 import dataclasses
 import functools
 import math
+import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offline_quantize import assembly
+from offline_quantize import assembly, selection
 from offline_quantize.encode import encode
 from offline_quantize.files import MANIFEST
 from offline_quantize.packed import read_manifest
 from offline_quantize.plan import Packing, Plan
 from offline_quantize.tensorfile import read_tensor
+from precalib_kernels.errors import UnfitError
 from precalib_kernels.layout import FORMAT_VERSION, eq13_bits
+
+SHOWN = 20  # tensors named with their errors, of those that cannot be quantized
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +45,7 @@ def quantize(
     """Carry out a plan. The same plan gives the same bytes, whatever `jobs` and interruptions.
 
     Raises PrecalibError; the target then holds at most an unfinished run, which `resume` continues.
+    An UnfitError names all weights that must be kept, and leaves nothing in the target.
     """
     start = time.monotonic()
     root = plan.source.root
@@ -49,7 +54,11 @@ def quantize(
         return Outcome(read_manifest(target), None)
     fingerprint = plan.fingerprint(torch.device(device).type)
     with assembly.own_target(target, fingerprint):
-        reports = assembly.write_shards(target, plan.shards, _tasks(plan, device), jobs, progress)
+        tasks = _tasks(plan, device)
+        try:
+            reports = assembly.write_shards(target, plan.shards, tasks, jobs, progress)
+        except UnfitError as error:
+            raise _refusal(plan, error.faults) from None
         carried = {name: root / name for name in plan.source.others}
         build = functools.partial(_manifest, plan, reports, fingerprint)
         assembly.finish(target, carried, plan.small, build, plan.shards, progress)
@@ -93,6 +102,50 @@ def _pack(path: Path, packing: Packing, device: str) -> tuple[dict[str, Tensor],
         encoded = encode(weight, packing.recipe, f"{path}: tensor '{packing.origin}'")
     tensors = {f"{packing.module}.{k}": v.cpu() for k, v in encoded.tensors.items()}
     return tensors, encoded.statistics.summary()
+
+
+def _refusal(plan: Plan, faults: Mapping[str, str]) -> UnfitError:
+    """What is wrong with the weights of these names, and the options that leave them out."""
+    texts = [faults[name] for name in plan.packings if name in faults]
+    one = len(texts) == 1
+    remedies = []
+    if any(plan.packings[name].origin != name for name in faults):
+        remedies.append("leave out --head")  # it has no tensor of its own to keep
+    if pattern := _keep_pattern(plan, faults):
+        remedies.append(f"keep {'it' if one else 'them'} with --keep '{pattern}'")
+    remedy = " and ".join(remedies)
+    if one:
+        return UnfitError(f"{texts[0]}; {remedy}", faults)
+    lines = [f"{plan.source.root}: {len(texts)} tensors cannot be quantized; {remedy}"]
+    lines += texts[:SHOWN]
+    if len(texts) > SHOWN:
+        lines.append(f"and {len(texts) - SHOWN} more")
+    return UnfitError("\n  ".join(lines), faults)
+
+
+def _keep_pattern(plan: Plan, names: Iterable[str]) -> str:
+    """Pattern of the modules of these weights and of those that vLLM fuses with them; "" for none.
+
+    A kind of module that is among them in all layers takes one term, so many make a short pattern.
+    """
+    sourced = [p for p in plan.packings.values() if p.name == p.origin]
+    every = [packing.module for packing in sourced]
+    wanted = {packing.module for packing in sourced if packing.name in set(names)}
+    for parts in selection.fused_siblings(every):
+        if wanted.intersection(parts):
+            wanted.update(parts)
+    kinds: dict[str, list[str]] = {}  # modules that differ in numbers alone
+    for module in every:
+        kinds.setdefault(re.sub(r"\d+", "0", module), []).append(module)
+    terms = []
+    for kind, modules in kinds.items():
+        if len(modules) > 1 and wanted.issuperset(modules):
+            terms.append(re.escape(kind).replace("0", r"\d+"))
+        else:
+            terms += [re.escape(module) for module in modules if module in wanted]
+    if len(terms) < 2:
+        return "".join(f"^{term}$" for term in terms)
+    return f"^({'|'.join(terms)})$"
 
 
 def _job(fingerprint: Mapping[str, Any]) -> dict[str, Any]:

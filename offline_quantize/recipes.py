@@ -60,6 +60,14 @@ class Recipe:
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return fields | {"layout": self.layout.to_dict()}
 
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> "Recipe":
+        """Inverse of `to_dict`. Raises FormatError or RecipeError for anything else."""
+        try:
+            return cls(**{**fields, "layout": Layout.from_dict(fields["layout"])})
+        except (KeyError, TypeError) as error:
+            raise FormatError(f"recipe {fields}: {error}") from error
+
 
 def _balanced(bits: int, salient_count: int, salient_bits: int) -> Recipe:
     layout = Layout(

@@ -9,14 +9,32 @@ from torch import Tensor
 BINS = 256
 
 
+def power_of_two(largest: float) -> float:
+    """The factor that brings magnitudes up to `largest` to about 1 and rounds nothing.
+
+    float32 holds it and its inverse: it lies between 2**-126 and 2**126.
+    """
+    return 2.0 ** -max(-126, min(math.frexp(largest)[1], 126))
+
+
+def relative_error(original: Tensor, quantized: Tensor) -> float:
+    """‖W − Ŵ‖² / ‖W‖² of float32 tensors of any size; 0 for an original of zeros alone."""
+    unit = power_of_two(float(original.abs().max())) if original.numel() else 1.0
+    signal = float((original * unit).square_().sum())
+    noise = float((original - quantized).mul_(unit).square_().sum())
+    return noise / signal if signal else 0.0
+
+
 class Statistics:
     """Accumulates over blocks of rows.
 
-    Histograms have 256 equal bins over ± the largest original magnitude.
+    largest: the largest original magnitude. Histograms have 256 equal bins over ± it.
     """
 
     def __init__(self, largest: float) -> None:
         self.largest = largest
+        self.unit = power_of_two(largest)  # without it squares underflow or overflow
+        self.width = 2 * largest * self.unit / BINS
         self.weights = 0
         self.salient = 0
         self.overflow = 0
@@ -30,10 +48,16 @@ class Statistics:
         self.weights += original.numel()
         self.salient += salient
         self.overflow += overflow
+        original, quantized = original * self.unit, quantized * self.unit
         self.signal += float(original.square().sum())
         self.noise += float((original - quantized).square_().sum())
         self.before += self._histogram(original)
         self.after += self._histogram(quantized)
+
+    @property
+    def relative_error(self) -> float:
+        """‖W − Ŵ‖² / ‖W‖²; 0 for an original of zeros alone."""
+        return self.noise / self.signal if self.signal else 0.0
 
     def summary(self) -> dict[str, Any]:
         """relative_error: ‖W − Ŵ‖² / ‖W‖².  kl: KL(original ‖ quantized) of the histograms, in
@@ -42,7 +66,7 @@ class Statistics:
         that found no place in their group and were quantized as ordinary ones.
         """
         return {
-            "relative_error": self.noise / self.signal if self.signal else 0.0,
+            "relative_error": self.relative_error,
             "kl": _divergence(self.before, self.after),
             "entropy_before": _entropy(self.before),
             "entropy_after": _entropy(self.after),
@@ -51,8 +75,8 @@ class Statistics:
         }
 
     def _histogram(self, values: Tensor) -> Tensor:
-        width = 2 * self.largest / BINS
-        index = (values / width if width else values).floor().add_(BINS // 2).clamp_(0, BINS - 1)
+        index = values / self.width if self.width else values
+        index = index.floor().add_(BINS // 2).clamp_(0, BINS - 1)
         return torch.bincount(index.int().flatten(), minlength=BINS)
 
 

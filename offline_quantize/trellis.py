@@ -35,7 +35,8 @@ def trellis_search(
 def search(weights: Tensor, unit: Tensor, forced: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
     """Codes and level values [n, group_size] of n groups, by the fastest search there is.
 
-    unit: [n], levels per weight unit.
+    unit: [n], levels per weight unit. A product of weight and unit that is not a number counts as
+          zero, so any input gives codes that exist.
     """
     native = _native() if weights.device.type == "cpu" else None
     if native is None:
@@ -76,6 +77,7 @@ def search_torch(
     value = torch.stack([subset[r] for subset, r in zip(subsets, rank, strict=True)]).float()
 
     scaled = (weights * unit[:, None]).T.contiguous()  # [g, n]
+    scaled.masked_fill_(scaled.isnan(), 0.0)
     point = scaled.round().clamp_(-limit, limit).add_(limit).int()
     error = torch.stack([scaled - subset[point] for subset in value], 1).square_()  # [g, 4, n]
     given = forced.T

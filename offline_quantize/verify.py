@@ -7,6 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from offline_quantize.assembly import Progress, digest
+from offline_quantize.encode import expected_if_ruined
+from offline_quantize.files import MANIFEST
 from offline_quantize.packed import (
     AGAIN,
     PackedCheckpoint,
@@ -14,7 +16,9 @@ from offline_quantize.packed import (
     origin_of,
     read_manifest,
 )
+from offline_quantize.recipes import Recipe
 from offline_quantize.source import open_checkpoint
+from offline_quantize.statistics import relative_error
 from offline_quantize.tensorfile import Entry, read_pieces, read_tensor
 from precalib_kernels.errors import PrecalibError
 
@@ -38,8 +42,8 @@ def verify(directory: Path, against: Path | None, progress: Progress) -> Iterato
     """Yield one sentence per fault; nothing for a sound checkpoint.
 
     Checks the size and hash of every file, the structure and value ranges of every packed tensor,
-    and with `against` (the source checkpoint) that every relative error is the recorded one and
-    that every other tensor has the source's bytes.
+    and with `against` (the source checkpoint) that every relative error is the recorded one and as
+    small as its recipe makes it, and that every other tensor has the source's bytes.
 
     Raises PrecalibError when the checkpoint or the source cannot be read at all.
     """
@@ -67,8 +71,7 @@ def verify(directory: Path, against: Path | None, progress: Progress) -> Iterato
             yield f"{source.root}: tensor '{name}' is missing; this is not the source"
             continue
         original = read_tensor(*originals[name])
-        recorded = manifest["tensors"].get(module, {}).get("relative_error", -1.0)
-        yield from _error_faults(f"{directory}: {module}", original, weight, recorded)
+        yield from _error_faults(f"{directory}: {module}", original, weight, module, manifest)
         progress.advance(originals[name][2].nbytes)
     if source is not None:
         yield from _kept_faults(packed, originals, progress)
@@ -90,17 +93,31 @@ def _table_faults(packed: PackedCheckpoint, manifest: dict[str, Any]) -> Iterato
             yield f"{packed.root}: tensor '{name}' is missing; {AGAIN}"
 
 
-def _error_faults(where: str, original: Tensor, weight: Tensor, recorded: float) -> Iterator[str]:
+def _error_faults(
+    where: str, original: Tensor, weight: Tensor, module: str, manifest: dict[str, Any]
+) -> Iterator[str]:
     if original.shape != weight.shape:
         yield f"{where}: the source weight has shape {list(original.shape)}; this is not the source"
         return
-    original = original.float()
-    signal = float(original.square().sum())
-    error = float((original - weight).square().sum()) / signal if signal else 0.0
+    error = relative_error(original.float(), weight)
+    entry = manifest["tensors"].get(module, {})
+    recorded = entry.get("relative_error", -1.0)
     if not abs(error - recorded) <= ERROR_TOLERANCE * max(error, recorded, 1e-9):
         yield (
             f"{where}: relative error {error:.6g} instead of the recorded {recorded:.6g}; "
             "this is not the source, or the weight is damaged"
+        )
+        return
+    try:
+        recipe = Recipe.from_dict(manifest["job"]["recipes"][entry["recipe"]])
+    except (KeyError, TypeError, PrecalibError):
+        yield f"{where}: its recipe is missing or damaged in {MANIFEST}; {AGAIN}"
+        return
+    expected = expected_if_ruined(original, recipe, error)
+    if expected is not None:
+        yield (
+            f"{where}: relative error {error:.3g} where its recipe gives {expected:.3g}; {AGAIN}, "
+            "and keep this weight with --keep if it stays as large"
         )
 
 

@@ -1,5 +1,7 @@
 """The one family of errors users meet: what is wrong, where, and what to do."""
 
+from collections.abc import Mapping
+
 
 class PrecalibError(Exception):
     """Base of every error precalib raises on purpose; its text is written for the user."""
@@ -11,6 +13,17 @@ class FormatError(PrecalibError):
 
 class SourceError(PrecalibError):
     """A checkpoint that cannot be quantized as it stands."""
+
+
+class UnfitError(SourceError):
+    """Weights that a recipe cannot hold; the run is worth nothing unless they are kept.
+
+    faults: what is wrong with each of several tensors, by name; empty where one raised it.
+    """
+
+    def __init__(self, text: str, faults: Mapping[str, str] | None = None) -> None:
+        super().__init__(text)
+        self.faults = dict(faults or {})
 
 
 class RecipeError(PrecalibError):

@@ -24,7 +24,13 @@ from offline_quantize.plan import Options, make_plan
 from offline_quantize.quantize import quantize
 from offline_quantize.source import open_checkpoint
 from offline_quantize.verify import verify
-from precalib_kernels.errors import FormatError, OutputError, PrecalibError, SourceError
+from precalib_kernels.errors import (
+    FormatError,
+    OutputError,
+    PrecalibError,
+    SourceError,
+    UnfitError,
+)
 
 
 class Killed(BaseException):
@@ -523,3 +529,27 @@ def test_another_run_of_dequantize_is_refused(source, tmp_path, disk):
 
 def test_partial_names():
     assert partial(Path("a/b.json")) == Path("a/b.json.partial")
+
+
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_an_interrupted_run_with_unfit_weights_fails_when_resumed(
+    checkpoint, weights, tmp_path, monkeypatch, jobs
+):
+    tensors = weights().llama()
+    for layer in (0, 1):
+        tensors[f"model.layers.{layer}.mlp.up_proj.weight"] *= 1e-15
+    source, target = checkpoint(tensors=tensors, shards=2), tmp_path / "target"
+
+    class Interrupting(Quiet):
+        def begin(self, name):
+            if name == "model.layers.1.input_layernorm.weight":
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(source, target, jobs=jobs, progress=Interrupting())
+    assert (target / JOB).exists()
+    assert not list(target.glob("*.safetensors"))  # nothing that looks finished
+    with pytest.raises(UnfitError, match="2 tensors cannot be quantized") as found:
+        run(source, target, jobs=jobs, resume=True)
+    assert set(found.value.faults) == {f"model.layers.{i}.mlp.up_proj.weight" for i in (0, 1)}
+    assert not target.exists()

@@ -35,3 +35,30 @@ def test_the_weight_stays_as_it_is(weights, dtype):
     before = weight.clone()
     column_scale(weight, 4)
     assert torch.equal(weight, before)
+
+
+@pytest.mark.parametrize("size", [1e-45, 1e-38, 1e-30, 1e-21, 1e-16])
+@pytest.mark.parametrize("count", [1, 2, 32])
+def test_columns_and_rows_that_are_nearly_zero_count_as_zeros(weights, size, count):
+    weight, zero = weights(torch.float32)(64, 64), weights(torch.float32)(64, 64)
+    weight[:, :count] *= 50 * size
+    weight[5] *= 50 * size
+    zero[:, :count] = 0
+    zero[5] = 0
+    assert torch.equal(column_scale(weight, 4), column_scale(zero, 4))
+
+
+def test_a_power_of_two_in_the_weight_changes_nothing(weights):
+    weight = weights(torch.float32)(64, 64)
+    for exponent in (-8, 20, 100):
+        assert torch.equal(column_scale(weight * 2.0**exponent, 4), column_scale(weight, 4))
+
+
+@pytest.mark.parametrize("size", [1e-7, 1e-9, 1e-12])
+def test_weights_below_float16_share_their_exponent_with_the_column_scale(weights, size):
+    weight = weights(torch.float32)(64, 64)
+    small = weight * size
+    scale = column_scale(small, 4)
+    row = (small / scale).abs().amax()
+    assert 2**-20 < row / scale.mean() < 2**7
+    assert (scale / scale.mean() - column_scale(weight, 4)).abs().max() < 0.1

@@ -9,7 +9,7 @@ from offline_quantize.balance import column_scale
 from offline_quantize.encode import encode
 from offline_quantize.recipes import RECIPES, adjust
 from precalib_kernels import reference
-from precalib_kernels.errors import SourceError
+from precalib_kernels.errors import SourceError, UnfitError
 
 
 def normal(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
@@ -129,3 +129,114 @@ def test_column_scale_evens_out_the_columns():
     assert float(spread.max() / spread.min()) < 1.3
     assert float(scale.log().mean()) == pytest.approx(0, abs=1e-3)
     assert torch.equal(column_scale(torch.zeros(4, 32), 16), torch.ones(1, 32))
+
+
+# relative error of a normal under plain rounding and with a trellis or salient weights
+ROUNDED = {2: 0.25, 3: 0.047, 4: 0.0105, 5: 0.0026}
+EVERYWHERE = (slice(None), slice(None))
+PLACES = {
+    "matrix": EVERYWHERE,
+    "row": (5, slice(None)),
+    "column": (slice(None), 7),
+    "two columns": (slice(None), [7, 200]),
+    "every other row": (slice(None, None, 2), slice(None)),
+    "every other column": (slice(None), slice(None, None, 2)),
+    "group": (5, slice(128, 256)),
+    "groups": (slice(None), slice(128, 256)),
+}
+SIZES = (1e-45, 1e-38, 1e-30, 1e-21, 1e-20, 1e-16, 1e-12, 1e-9, 1e-7, 1e-5, 1e-3, 1.0, 1e3, 1e4)
+
+
+def sized(place: str, size: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight of .02 with a part of another size, and where that part is not."""
+    weight, rest = normal(64, 384), torch.ones((64, 384), dtype=torch.bool)
+    weight[PLACES[place]] *= 50 * size
+    rest[PLACES[place]] = False
+    return weight, rest
+
+
+def squared(values: torch.Tensor) -> float:
+    return float(values.double().square().sum())
+
+
+@pytest.mark.parametrize("place", [place for place in PLACES if place != "matrix"])
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_part_of_any_size_leaves_the_others_as_good(name, place):
+    recipe = RECIPES[name]
+    bound = 3 * ROUNDED[recipe.layout.bits]
+    for size in SIZES:
+        if name.startswith("rtn") and size == 1e4:
+            continue  # their ranges end at 65504
+        weight, rest = sized(place, size)
+        encoded = encode(weight, recipe, "test")
+        error = reference.dequantize(encoded.tensors, recipe.layout, 384) - weight
+        assert squared(error) <= bound * squared(weight), size
+        if size < 0.01:
+            assert squared(error[rest]) <= bound / 2 * squared(weight[rest]), size
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_weight_of_any_size_is_coded_as_well_or_refused(name):
+    recipe = RECIPES[name]
+    smallest = 1e-12 if recipe.layout.column_scale else 1e-7  # that float16 scales hold
+    for size in SIZES:
+        weight, _ = sized("matrix", size)
+        if smallest <= size <= 1e3:
+            assert error(weight, recipe) <= 1.5 * ROUNDED[recipe.layout.bits], size
+        elif size < smallest:
+            with pytest.raises(
+                UnfitError, match=r"^x: .* error of 1 where .*too small for float16"
+            ):
+                encode(weight, recipe, "x")
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_largest_float32_is_refused(name):
+    weight = normal(8, 64)
+    weight[3, 5], weight[4, 6] = 3e38, -3e38
+    with pytest.raises(UnfitError, match="too large for float16"):
+        encode(weight, RECIPES[name], "x")
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_power_of_two_changes_nothing_but_float16_scales(name):
+    weight, recipe = heavy_tailed(40, 256), RECIPES[name]
+    one, other = (encode(w, recipe, "x") for w in (weight, weight / 4))
+    scaled = {"row_scale", "salient_scale", "salient_offset"}
+    scaled |= {"scales"} if recipe.layout.scale == "float16" else set()
+    for suffix, tensor in one.tensors.items():
+        expected = tensor / 4 if suffix in scaled else tensor
+        assert torch.equal(other.tensors[suffix], expected), suffix
+    assert one.statistics.summary() == other.statistics.summary()
+
+
+def sparse(share: float) -> torch.Tensor:
+    weight = normal(64, 384)
+    return weight * (torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)) < share)
+
+
+@pytest.mark.parametrize("options", [{}, {"bits": 2}, {"group_size": 32}, {"alpha": 0.0}], ids=str)
+@pytest.mark.parametrize("name", ["balanced-4", "paper-3", "rtn-3"])
+@pytest.mark.parametrize("weight", [
+    sparse(0.5), sparse(0.1), sparse(0.03), sparse(0.01), normal(64, 384).exp(),
+    normal(64, 384) / normal(64, 384, 1).abs().clamp_min(1e-4), normal(64, 2) @ normal(2, 384),
+    normal(64, 384).sign(), torch.full((64, 384), 0.7), torch.eye(384)[:64],
+    normal(64, 384) * torch.logspace(-3, 3, 384), torch.arange(384.0).repeat(64, 1),
+], ids="1/2 .1 3% 1% even cauchy low-rank signs constant one-hot uneven ramp".split())  # fmt: skip # noqa: SIM905
+def test_a_shape_that_suits_a_recipe_badly_is_no_fault(name, options, weight):
+    encode(weight, adjust(RECIPES[name], **options), "test")
+
+
+@pytest.mark.parametrize("damage", ["nan", "inf", "zero", "uneven"])
+@pytest.mark.parametrize("name", ["balanced-3", "balanced-4"])
+def test_a_ruined_column_scale_is_refused(monkeypatch, name, damage):
+    def ruined(weight, iterations):
+        scale = column_scale(weight, iterations)
+        if damage == "uneven":
+            return scale * torch.where(torch.arange(scale.numel()) % 64 == 0, 1000, 1)
+        scale[0, 5] = float(damage.replace("zero", "0"))
+        return scale
+
+    monkeypatch.setattr("offline_quantize.encode.column_scale", ruined)
+    with pytest.raises(UnfitError, match=r"^x: "):
+        encode(normal(64, 384), RECIPES[name], "x")

@@ -3,8 +3,8 @@ import json
 
 import pytest
 
-from offline_quantize.recipes import DEFAULT, RECIPES, adjust, find
-from precalib_kernels.errors import RecipeError
+from offline_quantize.recipes import DEFAULT, RECIPES, Recipe, adjust, find
+from precalib_kernels.errors import FormatError, RecipeError
 from precalib_kernels.layout import Layout, eq13_bits
 
 
@@ -59,3 +59,17 @@ def test_values_that_do_not_exist():
         adjust(find("paper-4"), clip=2)
     with pytest.raises(RecipeError, match=r"clip applies to min-max grids"):
         adjust(find("balanced-4"), clip=0.9)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_come_back_from_json(name):
+    recipe = find(name)
+    assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
+
+
+@pytest.mark.parametrize("change", [{"layout": {"bits": 9}}, {"layout": None}, {"new": 1}])
+def test_damaged_recipes(change):
+    with pytest.raises(FormatError):
+        Recipe.from_dict(find("rtn-4").to_dict() | change)
+    with pytest.raises(FormatError, match="layout"):
+        Recipe.from_dict({})

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from offline_quantize.statistics import Statistics
+from offline_quantize.statistics import Statistics, relative_error
 
 
 def summary(original, quantized, blocks=1, salient=0, overflow=0):
@@ -52,3 +52,18 @@ def test_zeros():
     zeros = torch.zeros(4, 32)
     found = summary(zeros, zeros)
     assert (found["relative_error"], found["kl"], found["entropy_before"]) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("size", [1e-38, 1e-30, 1e-20, 1.0, 1e19, 1e37])
+def test_weights_of_any_size(weights, size):
+    weight = 10 * weights(torch.float32)(64, 64)
+    noisy = weight + 0.01 * weights(torch.float32, seed=1)(64, 64)
+    expected = summary(weight, noisy)
+    assert summary(weight * size, noisy * size) == pytest.approx(expected, rel=0.02, abs=1e-3)
+    error = relative_error(weight * size, noisy * size)
+    assert error == pytest.approx(expected["relative_error"], rel=0.02)
+
+
+def test_relative_error_of_zeros_and_of_nothing():
+    assert relative_error(torch.zeros(2, 3), torch.zeros(2, 3)) == 0
+    assert relative_error(torch.zeros(0, 3), torch.zeros(0, 3)) == 0

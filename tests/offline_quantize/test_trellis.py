@@ -46,6 +46,22 @@ def test_degenerate_groups_agree_too():
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 5])
+def test_what_is_not_a_number_counts_as_zero(bits):
+    weights, unit, forced = inputs(40, 64)
+    chance = torch.rand(weights.shape, generator=torch.Generator().manual_seed(1))
+    zeroed = weights.masked_fill(chance < 0.2, 0.0)
+    weights = weights.masked_fill(chance < 0.2, torch.nan)
+    weights[7], unit[7], zeroed[7] = torch.inf, 0.0, 0.0
+    unit[8], zeroed[8] = torch.nan, 0.0
+    ours = trellis.search_native(weights, unit, forced, layout(bits, 64), build.load("trellis"))
+    theirs = trellis.search_torch(weights, unit, forced, layout(bits, 64))
+    finite = trellis.search_torch(zeroed, unit.nan_to_num(0.0), forced, layout(bits, 64))
+    for one, two, three in zip(ours, theirs, finite, strict=True):
+        assert torch.equal(one, two)
+        assert torch.equal(two, three)
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_no_path_is_better_than_the_one_found(seed):
     length = 7  # 4**7 paths, all tried

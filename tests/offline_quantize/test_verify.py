@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from offline_quantize.console import Quiet
+from offline_quantize.packed import open_packed
+from offline_quantize.statistics import relative_error
 from offline_quantize.verify import verify, workload
 
 MODULE = "model.layers.0.mlp.down_proj"
@@ -112,6 +114,44 @@ def test_scales_that_are_not_finite_are_found(rtn, value):
     rewrite(rtn, lambda tensors: tensors[f"{MODULE}.scales"].__setitem__((5, 1), value))
     (found,) = faults(rtn)
     assert f"tensor '{MODULE}.scales' holds a value that is not finite" in found
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(("recipe", "suffix"), [
+    ("balanced-4", "column_scale"), ("balanced-4", "row_scale"),
+    ("paper-4", "salient_scale"), ("paper-4", "salient_offset"),
+])  # fmt: skip
+def test_other_side_tensors_that_are_not_finite(source, quantize, recipe, suffix, value):
+    packed, name = quantize(source, "--recipe", recipe), f"{MODULE}.{suffix}"
+    rewrite(packed, lambda tensors: tensors[name].__setitem__((-1, -1), value))
+    for against in (None, source):
+        (found,) = faults(packed, against)
+        assert f"tensor '{name}' holds a value that is not finite" in found
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.5, 30.0])
+def test_a_ruined_weight_is_found_though_its_error_is_recorded(source, quantize, edit_json, factor):
+    packed = quantize(source)
+    rewrite(packed, lambda tensors: tensors[f"{MODULE}.column_scale"][:, ::2].mul_(factor))
+    original = load_file(source / FILE)[f"{MODULE}.weight"].float()
+    error = relative_error(original, open_packed(packed).weight(MODULE))
+    edit_json(
+        packed / "precalib.json",
+        lambda manifest: manifest["tensors"][MODULE].update(relative_error=error),
+    )
+    assert faults(packed) == []
+    (found,) = faults(packed, source)
+    assert re.search(
+        rf"{MODULE}: relative error {error:.3g} where its recipe gives 0\.00\d+;", found
+    )
+    assert "quantize the model again, and keep this weight with --keep" in found
+
+
+def test_a_recipe_that_is_not_recorded(packed, source, edit_json):
+    edit_json(packed / "precalib.json", lambda manifest: manifest["job"].pop("recipes") and None)
+    found = faults(packed, source)
+    assert len(found) == 14
+    assert "its recipe is missing or damaged in precalib.json; quantize the" in found[0]
 
 
 def test_wrong_shapes_and_types_are_found(rtn):

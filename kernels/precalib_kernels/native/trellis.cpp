@@ -48,7 +48,8 @@ struct Block {
   void load(const float* weights, const float* unit, const uint8_t* given, int lanes) {
     for (int l = 0; l < lanes; ++l)
       for (int k = 0; k < size; ++k) {
-        scaled[k][l] = weights[int64_t(l) * size + k] * unit[l];
+        const float x = weights[int64_t(l) * size + k] * unit[l];
+        scaled[k][l] = x == x ? x : 0.0f;  // what is not a number would index out of the tables
         forced[k][l] = given[int64_t(l) * size + k];
       }
   }
