@@ -38,20 +38,26 @@ def prepare_kernel(
     BY_COLUMN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
-    """Program (m, part) makes one row of x ready for one part."""
+    """Program (m, part) makes one row of x ready for one part.
+
+    WHOLE: whether one block holds a row, which is then loaded once.
+    """
     m = tl.program_id(0)
     part = tl.program_id(1)
     blocks = tl.num_programs(0) // BLOCK_M
     block = part * blocks + m // BLOCK_M
     lane = m % BLOCK_M
     k = tl.arange(0, BLOCK_K)
-    largest = tl.full((), 0.0, tl.float32)
-    for first in tl.range(0, padded, BLOCK_K):
-        values = _scaled(
-            x, column_scale, m, part, first + k, rows, columns, padded, row_stride, SCALED
-        )
-        largest = tl.maximum(largest, tl.max(tl.abs(values), 0))
+    values = _scaled(x, column_scale, m, part, k, rows, columns, padded, row_stride, SCALED)
+    largest = tl.max(tl.abs(values), 0)
+    if not WHOLE:
+        for first in tl.range(BLOCK_K, padded, BLOCK_K):
+            values = _scaled(
+                x, column_scale, m, part, first + k, rows, columns, padded, row_stride, SCALED
+            )
+            largest = tl.maximum(largest, tl.max(tl.abs(values), 0))
     # 2**14 <= largest * factor < 2**15; exponents are kept where factor and 1 / factor are normal
     exponent = (largest.to(tl.int32, bitcast=True) >> 23) & 0xFF
     exponent = tl.minimum(tl.maximum(268 - exponent, 1), 253)
@@ -62,9 +68,10 @@ def prepare_kernel(
     for first in tl.range(0, picked, BLOCK_K):
         column = first + k
         inside = column < padded
-        values = _scaled(
-            x, column_scale, m, part, column, rows, columns, padded, row_stride, SCALED
-        )
+        if not WHOLE:
+            values = _scaled(
+                x, column_scale, m, part, column, rows, columns, padded, row_stride, SCALED
+            )
         half = (values * factor).to(tl.float16)
         if BY_COLUMN:
             at = by_column + (block * picked + column) * BLOCK_M + lane

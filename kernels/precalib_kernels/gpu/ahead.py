@@ -69,7 +69,7 @@ def compile_product(layout: Layout, blocks: Blocks, target: str, split: bool = T
         "BLOCK_M": blocks.block_m,
         "STAGES": blocks.stages,
     }
-    return _compile(product_kernel, form_of(layout), constants, target, blocks.options)
+    return _compile(product_kernel, constants, target, blocks.options)
 
 
 def compile_dequantize(layout: Layout, target: str) -> Compiled:
@@ -79,7 +79,7 @@ def compile_dequantize(layout: Layout, target: str) -> Compiled:
         "SCALED": layout.column_scale,
         "LEVEL_STEP": form.level_step,
     }
-    return _compile(dequantize_kernel, form, constants, target, {"num_warps": 2, "num_stages": 3})
+    return _compile(dequantize_kernel, constants, target, {"num_warps": 2, "num_stages": 3})
 
 
 def compile_prepare(layout: Layout, block_m: int, block_k: int, target: str) -> Compiled:
@@ -95,9 +95,10 @@ def compile_prepare(layout: Layout, block_m: int, block_k: int, target: str) -> 
         "BY_COLUMN": form.slots > 0,
         "BLOCK_M": block_m,
         "BLOCK_K": block_k,
+        "WHOLE": True,
     }
     options = {"num_warps": prepare_warps(block_k), "num_stages": 3}
-    return _compile(prepare_kernel, form, constants, target, options)
+    return _compile(prepare_kernel, constants, target, options)
 
 
 def compile_sparse(layout: Layout, blocks: SparseBlocks, target: str) -> Compiled:
@@ -107,7 +108,7 @@ def compile_sparse(layout: Layout, blocks: SparseBlocks, target: str) -> Compile
         "COUNT": layout.salient_count,
     }
     options = {"num_warps": blocks.warps, "num_stages": 3}
-    return _compile(sparse_kernel, form_of(layout), constants, target, options)
+    return _compile(sparse_kernel, constants, target, options)
 
 
 def compile_vllm(block_m: int, block_n: int, block_k: int, target: str) -> Compiled:
@@ -139,7 +140,6 @@ def compile_vllm(block_m: int, block_n: int, block_k: int, target: str) -> Compi
 
 def _compile(
     kernel: Any,
-    form: Form,
     constants: dict[str, Any],
     target: str,
     options: dict[str, int],

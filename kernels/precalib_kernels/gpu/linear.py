@@ -121,7 +121,8 @@ def product(
         counters.numel(), rows, columns, whole, picked, x.stride(0),
         OFFSET=form.offset, LEVEL_STEP=form.level_step, GROUP=form.group, MODE=form.mode,
         J=form.chain_tiles, SCALED=layout.column_scale, BY_COLUMN=form.slots > 0,
-        BLOCK_M=blocks.block_m, BLOCK_K=block_k, num_warps=prepare_warps(block_k),
+        BLOCK_M=blocks.block_m, BLOCK_K=block_k, WHOLE=max(whole, picked) <= block_k,
+        num_warps=prepare_warps(block_k),
     )  # fmt: skip
     product_kernel[(tiles, share, row_blocks)](
         y, x if bias is None else bias, **_arguments(arrays),

@@ -350,11 +350,7 @@ def unit_ratio(a, b, LOG8: tl.constexpr, ASSEMBLER: tl.constexpr):
 @triton.jit
 def scale_of(data, LOG8: tl.constexpr):
     """The stored scale in a group's data."""
-    if LOG8:
-        scale = data & 0xFF
-    else:
-        scale = data.to(tl.int16).to(tl.float16, bitcast=True)
-    return scale
+    return data & 0xFF if LOG8 else data.to(tl.int16).to(tl.float16, bitcast=True)
 
 
 @triton.jit
