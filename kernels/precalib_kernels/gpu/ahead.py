@@ -17,7 +17,7 @@ from triton.compiler import ASTSource
 
 from precalib_kernels.gpu.activations import prepare_kernel
 from precalib_kernels.gpu.dequantize import dequantize_kernel
-from precalib_kernels.gpu.form import Form, form_of
+from precalib_kernels.gpu.form import form_of
 from precalib_kernels.gpu.linear import prepare_warps, specialization
 from precalib_kernels.gpu.product import product_kernel
 from precalib_kernels.gpu.sparse import specialization as sparse_specialization
