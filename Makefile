@@ -8,7 +8,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 # Python files that are scripts, not part of the distribution.
-SCRIPTS := setup.py $(wildcard deploy/*.py) benchmarks/quality.py benchmarks/outside_peers.py benchmarks/texts.py \
+SCRIPTS := setup.py $(wildcard deploy/*.py) $(wildcard benchmarks/gpu/*.py) benchmarks/quality.py benchmarks/outside_peers.py benchmarks/texts.py \
   benchmarks/cpu_accuracy.py benchmarks/cpu_linear.py benchmarks/cpu_serving.py
 PIP = $(BIN)/python -m pip install --progress-bar off
 PIP_PROGRESS := awk '/^(Collecting|Processing) / && ++n % 20 == 0 {print "install:   " n " found"} \
@@ -86,14 +86,14 @@ bench-cpu: $(STAMP) ## products and serving on this CPU, beside bfloat16 and oth
 
 sanitize: $(STAMP) ## tests of the compiled CPU kernels under AddressSanitizer and UBSan
 	@LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
-	  $(BIN)/python tests/kernels/rebuilt.py --sanitize --software-tiles
+	  $(BIN)/python tests/kernels/backends/x86/rebuilt.py --sanitize --software-tiles
 
 bench-speed: $(STAMP) ## seconds to quantize, recipe by recipe
 	@$(BIN)/python benchmarks/quantize_speed.py
 
 kernels-report: $(STAMP) ## compile every GPU kernel for every chip, fail on new spills, count costs (half an hour)
-	@TRITON_DEFAULT_FP_FUSION=1 $(BIN)/python -m precalib_kernels.static --check
-	@TRITON_DEFAULT_FP_FUSION=1 $(BIN)/python -m precalib_kernels.static
+	@TRITON_DEFAULT_FP_FUSION=1 $(BIN)/python benchmarks/gpu/cost_model.py --check
+	@TRITON_DEFAULT_FP_FUSION=1 $(BIN)/python benchmarks/gpu/cost_model.py
 
 clean: ## remove .venv, caches and the demo's output
 	rm -rf .venv demo-output build deploy/vllm-metapackage/build *.egg-info deploy/*/*.egg-info \

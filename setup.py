@@ -1,7 +1,7 @@
 """Compile the C++ libraries where there is a compiler; all else is in pyproject.toml.
 
-An installation carries them in `precalib_kernels/native/compiled`. An editable one, whose sources
-stay as they are, finds them in the user's cache. Without a compiler the first use tries again.
+An installation carries them in `precalib_kernels/toolchain/compiled`. An editable one, whose
+sources stay as they are, finds them in the user's cache. Without a compiler the first use tries again.
 """
 
 import shutil
@@ -14,14 +14,16 @@ import setuptools
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
-KERNELS = Path(__file__).resolve().parent / "kernels"
+ROOT = Path(__file__).resolve().parent
+KERNELS = ROOT / "kernels"
+VITERBI = ROOT / "offline_quantize" / "method" / "csrc" / "viterbi.cpp"
 sys.path.insert(0, str(KERNELS))  # pip builds where nothing but setuptools is installed
 
-from precalib_kernels.cpu import library  # noqa: E402
-from precalib_kernels.native import build  # noqa: E402
+from precalib_kernels.backends.x86 import library  # noqa: E402
+from precalib_kernels.toolchain import compile as build  # noqa: E402
 
 DEFINITIONS: dict[str, Callable[[], build.Library]] = {
-    "trellis": partial(build.definition, "trellis"),
+    "viterbi": partial(build.definition, VITERBI),
     "cpu": library.definition,
 }
 

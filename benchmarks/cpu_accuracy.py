@@ -3,7 +3,7 @@
     python benchmarks/cpu_accuracy.py PACKED ORIGINAL --text FILE [--tokens 8192]
 
 KL divergence per token and perplexity on a text, with linear layers computed three ways: weights
-dequantized to bfloat16 and torch's product, as `precalib eval` has it; backend `native`; the same
+dequantized to bfloat16 and torch's product, as `precalib eval` has it; backend `x86`; the same
 with `"activations": "int8"`.
 """
 
@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from offline_quantize.evaluation import compare, refer, text_windows
-from offline_quantize.models import load_original, load_packed, load_tokenizer
-from offline_quantize.packed import PackedCheckpoint, open_packed
-from precalib_kernels.cpu import library, op
-from precalib_kernels.cpu.pack import pack
-from precalib_kernels.cpu.plan import Plan
+from offline_quantize.checkpoint.packed import PackedCheckpoint, open_packed
+from offline_quantize.evaluation.kl import compare, refer, text_windows
+from offline_quantize.evaluation.models import load_original, load_packed, load_tokenizer
+from precalib_kernels.backends.x86 import library, op
+from precalib_kernels.backends.x86.memory_layout import X86Layout
+from precalib_kernels.backends.x86.repack import pack
 
 
 def native_product(
@@ -27,7 +27,7 @@ def native_product(
 ) -> Callable[[Tensor], Tensor]:
     """The module's product by the kernels."""
     rows, columns = checkpoint.shape(module)
-    plan = Plan(checkpoint.layout(module), columns, (rows,), int8_inputs)
+    plan = X86Layout(checkpoint.layout(module), columns, (rows,), int8_inputs)
     tensors = checkpoint.tensors(module)
     if "column_scale" in tensors:
         tensors["column_scale"] = tensors["column_scale"].view(1, columns)
@@ -50,9 +50,9 @@ def main() -> None:
     model = load_packed(options.packed, torch.bfloat16, "cpu")
     print(f"# {options.packed.name}, level {library.machine_levels()[-1]}, {len(windows)} windows")
     print("| products | KL | 95 % | perplexity |\n|---|--:|--:|--:|")
-    ways = {"dense": None, "native": False}
+    ways = {"dense": None, "x86": False}
     if library.INT8_LEVEL in library.machine_levels():
-        ways["native, int8"] = True
+        ways["x86, int8"] = True
     for name, int8_inputs in ways.items():
         if int8_inputs is not None:
             for module in checkpoint.config.modules:

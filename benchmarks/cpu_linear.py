@@ -20,9 +20,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from offline_quantize.recipes import RECIPES
-from precalib_kernels.cpu import library, op
-from precalib_kernels.cpu.plan import Plan
+from offline_quantize.method.recipes import RECIPES
+from precalib_kernels.backends.x86 import library, op
+from precalib_kernels.backends.x86.memory_layout import X86Layout
 
 Operators = dict[str, Callable[[Tensor], Tensor]]
 
@@ -37,9 +37,9 @@ def packed_operators(size: int) -> Operators:
         "balanced-3": RECIPES["balanced-3"].layout,
         "4 bits, g 64, 4.7 %": dataclasses.replace(four, group_size=64, salient_count=3),
     }
-    plans = {name: Plan(layout, size, (size,)) for name, layout in layouts.items()}
+    plans = {name: X86Layout(layout, size, (size,)) for name, layout in layouts.items()}
     if library.INT8_LEVEL in library.machine_levels():
-        plans["balanced-4, 8-bit inputs"] = Plan(four, size, (size,), int8_inputs=True)
+        plans["balanced-4, 8-bit inputs"] = X86Layout(four, size, (size,), int8_inputs=True)
     operators: Operators = {}
     for name, plan in plans.items():
         packed = torch.randint(0, 64, (plan.nbytes,), dtype=torch.uint8)
@@ -55,7 +55,7 @@ def _packed_product(x: Tensor, packed: Tensor, plan: Tensor, size: int) -> Tenso
     return op.linear(x, packed, plan, None, size, level=-1)
 
 
-def finite_values(packed: Tensor, plan: Plan) -> None:
+def finite_values(packed: Tensor, plan: X86Layout) -> None:
     """Bytes below 64 are codes, positions and scales already; floating point needs values."""
     _, rows, columns, end = plan.offsets
     packed[rows:columns].view(torch.float32).fill_(0.01)

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from precalib_kernels.cpu import library
+from precalib_kernels.backends.x86 import library
 
 STREAMS = (1, 16)
 PACKED = {

@@ -11,7 +11,7 @@ from peers import Peer
 from safetensors import safe_open
 from torch import Tensor
 
-from offline_quantize.packed import open_packed
+from offline_quantize.checkpoint.packed import open_packed
 from precalib_kernels.errors import SourceError
 
 # From the decoder's linear weights, by name, to (name, dequantized weight, stored bits). Other

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from offline_quantize.balance import column_scale
+from offline_quantize.method.sinkhorn import column_scale
 
 Peer = Callable[[Tensor], tuple[Tensor, int]]
 FLOAT16 = 16

@@ -29,17 +29,17 @@ from peers import Peer, peers
 from quality_report import insert_table, plot, ranked, table
 from torch import Tensor
 
-from offline_quantize.encode import encode
-from offline_quantize.evaluate import Original, Request
-from offline_quantize.evaluation import Reference, compare, text_windows
-from offline_quantize.files import read_json, write_json
-from offline_quantize.models import load_original, load_tokenizer
-from offline_quantize.plan import Options, make_plan
-from offline_quantize.recipes import RECIPES, Recipe
-from offline_quantize.source import Checkpoint, open_checkpoint
-from offline_quantize.tensorfile import read_tensor
+from offline_quantize.checkpoint.atomic_files import read_json, write_json
+from offline_quantize.checkpoint.safetensors_file import read_tensor
+from offline_quantize.checkpoint.source import Checkpoint, open_checkpoint
+from offline_quantize.evaluation.command import Original, Request
+from offline_quantize.evaluation.kl import Reference, compare, text_windows
+from offline_quantize.evaluation.models import load_original, load_tokenizer
+from offline_quantize.method.encode import encode
+from offline_quantize.method.recipes import RECIPES, Recipe
+from offline_quantize.planning.plan import Options, make_plan
 from precalib_kernels.errors import PrecalibError, RecipeError, SourceError
-from precalib_kernels.reference import dequantize
+from precalib_kernels.format.reference import dequantize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

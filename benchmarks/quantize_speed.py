@@ -109,15 +109,15 @@ def report(seconds: dict[tuple[str, str], list[float]]) -> None:
 
 
 def time_precalib(source: Path, recipe: str) -> float:
-    from offline_quantize.console import Quiet
-    from offline_quantize.plan import Options, make_plan
-    from offline_quantize.quantize import quantize
-    from offline_quantize.source import open_checkpoint
+    from offline_quantize.checkpoint.source import open_checkpoint
+    from offline_quantize.cli.console import NullProgress
+    from offline_quantize.commands.quantize import quantize
+    from offline_quantize.planning.plan import Options, make_plan
 
     with tempfile.TemporaryDirectory() as work:
         start = time.perf_counter()
         plan = make_plan(open_checkpoint(source), Options(recipe))
-        quantize(plan, Path(work) / "out", Quiet(), jobs=len(os.sched_getaffinity(0)))
+        quantize(plan, Path(work) / "out", NullProgress(), jobs=len(os.sched_getaffinity(0)))
         return time.perf_counter() - start
 
 
@@ -165,8 +165,8 @@ def time_auto_adpq(source: Path, _: str) -> float:
 def time_encoder(source: Path, recipe: str) -> float:
     import torch
 
-    from offline_quantize.encode import encode
-    from offline_quantize.recipes import RECIPES
+    from offline_quantize.method.encode import encode
+    from offline_quantize.method.recipes import RECIPES
 
     torch.set_num_threads(1)
     weights = layer_weights(source)

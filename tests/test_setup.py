@@ -11,8 +11,9 @@ from shutil import copy2, copytree, ignore_patterns
 
 import pytest
 
-from precalib_kernels.cpu import library
-from precalib_kernels.native import build
+from offline_quantize.method.trellis import SOURCE
+from precalib_kernels.backends.x86 import library
+from precalib_kernels.toolchain import compile as build
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.skipif(
@@ -21,7 +22,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def file_names():
-    return {made.file_name() for made in (build.definition("trellis"), library.definition())}
+    return {made.file_name() for made in (build.definition(SOURCE), library.definition())}
 
 
 @pytest.fixture
@@ -75,14 +76,14 @@ def hook(name, source, out):
 def libraries(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = [name for name in archive.namelist() if name.endswith(".so")]
-    assert all(name.startswith("precalib_kernels/native/compiled/") for name in names)
+    assert all(name.startswith("precalib_kernels/toolchain/compiled/") for name in names)
     return {Path(name).name for name in names}
 
 
 def test_a_wheel_built_with_a_compiler_holds_libraries_of_this_platform(source, compiler):
-    old = source / "build" / "lib" / "precalib_kernels" / "native" / "compiled"
+    old = source / "build" / "lib" / "precalib_kernels" / "build" / "compiled"
     old.mkdir(parents=True)
-    (old / "trellis-0123456789abcdef.so").write_text("of sources that have changed since")
+    (old / "viterbi-0123456789abcdef.so").write_text("of sources that have changed since")
     wheel, _ = pip_wheel(source)
     here = sysconfig.get_platform().replace("-", "_").replace(".", "_")
     assert wheel.name.endswith(f"-py3-none-{here}.whl")
@@ -117,6 +118,7 @@ def test_an_archive_of_sources_has_all_that_is_compiled(source, tmp_path):
     (made,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(made) as archive:
         held = {name.partition("/")[2] for name in archive.getnames()}
-    kernels = ROOT / "kernels"
-    wanted = [p for p in kernels.rglob("*") if p.suffix in (".cpp", ".h")]
+    folders = ("kernels", "offline_quantize")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*")]
+    wanted = [path for path in files if path.suffix in (".cpp", ".h")]
     assert {"setup.py", *(str(path.relative_to(ROOT)) for path in wanted)} <= held

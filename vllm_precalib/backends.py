@@ -1,6 +1,7 @@
 """The ways to compute with packed weights, best first, and the choice between them.
 
-To add one, write its class (`backend.py`) in a file of its own and put it into `BACKENDS`.
+To add one, write its class (`precalib_kernels.backends.base`) in a file of its own and put it
+into `BACKENDS`.
 """
 
 import itertools
@@ -9,13 +10,14 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from precalib_kernels import ops, reference
+from precalib_kernels import ops
+from precalib_kernels.backends.base import Backend, LinearSpec
+from precalib_kernels.backends.x86.backend import X86Backend
 from precalib_kernels.errors import ServingError
-from precalib_kernels.layout import Layout
-from vllm_precalib.backend import Backend, Task
+from precalib_kernels.format import reference
+from precalib_kernels.format.layout import Layout
 from vllm_precalib.compat import vllm_names
-from vllm_precalib.native import NativeBackend
-from vllm_precalib.stock import StockBackend
+from vllm_precalib.mixed_precision_backend import MixedPrecisionBackend
 from vllm_precalib.triton_backend import TritonBackend
 
 with vllm_names():
@@ -25,6 +27,7 @@ with vllm_names():
 
 logger = init_logger("vllm.precalib")
 
+FORMER_NAMES = {"native": "x86", "stock": "vllm_mixed_precision"}  # still understood
 CHUNK_WEIGHTS = 1 << 22  # weights unpacked at a time: their float32 and index form is large
 
 
@@ -33,26 +36,26 @@ class ReferenceBackend(Backend):
 
     name = "reference"
 
-    def __init__(self, task: Task) -> None:
-        super().__init__(task)
-        self.names = tuple(task.layout.tensors(sum(task.part_sizes), task.input_size))
-        self.layout_text = task.layout.to_text()
+    def __init__(self, spec: LinearSpec) -> None:
+        super().__init__(spec)
+        self.names = tuple(spec.layout.tensors(sum(spec.shard_sizes), spec.input_size))
+        self.layout_text = spec.layout.to_text()
 
     @staticmethod
-    def can_run(task: Task) -> str | None:  # noqa: ARG004
+    def can_run(spec: LinearSpec) -> str | None:  # noqa: ARG004
         """It always can."""
         return None
 
     def prepare(self, tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
         """The tensors as they are, once it is known that they can be unpacked."""
-        for _ in unpacked_rows(tensors, self.task, where):
+        for _ in unpacked_rows(tensors, self.spec, where):
             pass
         return dict(tensors)
 
     def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
         """One call of `precalib::linear`."""
         packed = [getattr(layer, name) for name in self.names]
-        return ops.linear(x, packed, bias, list(self.task.part_sizes), self.layout_text)
+        return ops.linear(x, packed, bias, list(self.spec.shard_sizes), self.layout_text)
 
 
 class DenseBackend(Backend):
@@ -60,20 +63,20 @@ class DenseBackend(Backend):
 
     name = "dense"
 
-    def __init__(self, task: Task) -> None:
-        super().__init__(task)
+    def __init__(self, spec: LinearSpec) -> None:
+        super().__init__(spec)
         self.unquantized = UnquantizedLinearMethod()
 
     @staticmethod
-    def can_run(task: Task) -> str | None:  # noqa: ARG004
+    def can_run(spec: LinearSpec) -> str | None:  # noqa: ARG004
         """It always can."""
         return None
 
     def prepare(self, tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
         """The weight [N, K] in the type of the activations."""
-        shape = sum(self.task.part_sizes), self.task.input_size
-        weight = torch.empty(shape, dtype=self.task.dtype, device=tensors["qweight"].device)
-        for rows, values in unpacked_rows(tensors, self.task, where):
+        shape = sum(self.spec.shard_sizes), self.spec.input_size
+        weight = torch.empty(shape, dtype=self.spec.dtype, device=tensors["qweight"].device)
+        for rows, values in unpacked_rows(tensors, self.spec, where):
             weight[rows] = values
         return {"weight": weight}
 
@@ -87,16 +90,16 @@ class DenseBackend(Backend):
 
 
 BACKENDS: tuple[type[Backend], ...] = (
-    NativeBackend,
+    X86Backend,
     TritonBackend,
-    StockBackend,
+    MixedPrecisionBackend,
     DenseBackend,
     ReferenceBackend,
 )
 
 
 def choose(
-    task: Task,
+    spec: LinearSpec,
     wanted: str | None,
     where: str,
     layout_name: str,
@@ -106,6 +109,7 @@ def choose(
 
     Raises ServingError if there is no such backend, or it cannot run, with the reasons.
     """
+    wanted = next((new for old, new in FORMER_NAMES.items() if old == wanted), wanted)
     names = [backend.name for backend in table]
     if wanted is not None and wanted not in names:
         raise ServingError(
@@ -115,13 +119,13 @@ def choose(
     refused: list[str] = []
     for backend in table:
         if wanted in (None, backend.name):
-            if task.int8_activations and not backend.int8_activations:
+            if spec.int8_activations and not backend.int8_activations:
                 reason: str | None = "has no 8-bit activations"
             else:
-                reason = backend.can_run(task)
+                reason = backend.can_run(spec)
             if reason is None:
                 why = "asked for" if wanted else "; ".join(["first that can run", *refused])
-                if task.int8_activations:
+                if spec.int8_activations:
                     why += "; activations in 8 bits, as asked for"
                 logger.info_once(
                     "precalib computes layout %s with backend %s (%s)",
@@ -129,7 +133,7 @@ def choose(
                     backend.name,
                     why,
                 )
-                return backend(task)
+                return backend(spec)
             refused.append(f"{backend.name}: {reason}")
     raise ServingError(f"{where}: no backend can run this layer ({'; '.join(refused)})")
 
@@ -137,23 +141,23 @@ def choose(
 def describe() -> Iterator[tuple[str, str | None]]:
     """Name of every backend, with the reason why it cannot run an ordinary layer here, or None."""
     layout = Layout(bits=4, group_size=128)
-    task = Task(layout, 4096, (4096,), torch.bfloat16, current_platform.device_type)
-    return ((backend.name, backend.can_run(task)) for backend in BACKENDS)
+    spec = LinearSpec(layout, 4096, (4096,), torch.bfloat16, current_platform.device_type)
+    return ((backend.name, backend.can_run(spec)) for backend in BACKENDS)
 
 
 def unpacked_rows(
-    tensors: Mapping[str, Tensor], task: Task, where: str
+    tensors: Mapping[str, Tensor], spec: LinearSpec, where: str
 ) -> Iterator[tuple[slice, Tensor]]:
     """Ŵ in float32 a few rows at a time, which keeps the peak memory of unpacking low.
 
     Raises FormatError that begins with `where` for positions out of range.
     """
-    step = max(1, CHUNK_WEIGHTS // task.input_size)
-    ends = itertools.accumulate(task.part_sizes, initial=0)
-    for part, (start, end) in enumerate(itertools.pairwise(ends)):
+    step = max(1, CHUNK_WEIGHTS // spec.input_size)
+    ends = itertools.accumulate(spec.shard_sizes, initial=0)
+    for shard, (start, end) in enumerate(itertools.pairwise(ends)):
         for row in range(start, end, step):
             rows = slice(row, min(row + step, end))
             chunk = {name: tensor[rows] for name, tensor in tensors.items()}
-            if task.layout.column_scale:
-                chunk["column_scale"] = tensors["column_scale"][part : part + 1]
-            yield rows, reference.dequantize(chunk, task.layout, task.input_size, where=where)
+            if spec.layout.column_scale:
+                chunk["column_scale"] = tensors["column_scale"][shard : shard + 1]
+            yield rows, reference.dequantize(chunk, spec.layout, spec.input_size, where=where)

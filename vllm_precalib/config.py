@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 
-from precalib_kernels.config import QUANT_METHOD, CheckpointConfig
 from precalib_kernels.errors import ServingError
-from precalib_kernels.layout import Layout
+from precalib_kernels.format.checkpoint_config import QUANT_METHOD, CheckpointConfig
 from vllm_precalib.compat import vllm_names
+from vllm_precalib.packed_module import PackedModule
 
 with vllm_names():
     from vllm.model_executor.layers.quantization import register_quantization_config
@@ -16,20 +16,6 @@ with vllm_names():
         QuantizationConfig,
         QuantizeMethodBase,
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class PackedModule:
-    """What the checkpoint says about one packed layer.
-
-    layout:      how it is stored.
-    layout_name: what the checkpoint calls that layout.
-    parts:       the modules it is stored as: one, or one for each matrix vLLM fuses into it.
-    """
-
-    layout: Layout
-    layout_name: str
-    parts: tuple[str, ...]
 
 
 class PrecalibConfig(QuantizationConfig):
@@ -85,19 +71,19 @@ class PrecalibConfig(QuantizationConfig):
         if prefix in modules:
             return PackedModule(layouts[modules[prefix]], modules[prefix], (prefix,))
         parent, dot, fused = prefix.rpartition(".")
-        parts = tuple(parent + dot + part for part in self.packed_modules_mapping.get(fused, ()))
-        packed = [part for part in parts if part in modules]
+        shards = tuple(parent + dot + shard for shard in self.packed_modules_mapping.get(fused, ()))
+        packed = [shard for shard in shards if shard in modules]
         if not packed:
             return None
         name = modules[packed[0]]
-        if packed != list(parts) or any(layouts[modules[p]] != layouts[name] for p in parts):
-            stored = ", ".join(f"{part} ({modules.get(part, 'kept')})" for part in parts)
+        if packed != list(shards) or any(layouts[modules[p]] != layouts[name] for p in shards):
+            stored = ", ".join(f"{shard} ({modules.get(shard, 'kept')})" for shard in shards)
             raise ServingError(
                 f"{prefix}: vLLM fuses its parts into one matrix, so they must be stored alike, "
                 f"but they are not: {stored}; quantize the model again with one recipe for all "
                 "of them, or --keep all of them"
             )
-        return PackedModule(layouts[name], name, parts)
+        return PackedModule(layouts[name], name, shards)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """The method for one layer; None leaves a layer that is not linear to vLLM.
@@ -105,7 +91,7 @@ class PrecalibConfig(QuantizationConfig):
         Raises ServingError for a packed layer of a kind that cannot be served.
         """
         # imported here so that a vLLM without these names can still serve other models
-        from vllm_precalib.linear import quant_method
+        from vllm_precalib.linear_method import quant_method
 
         return quant_method(self, layer, prefix)
 

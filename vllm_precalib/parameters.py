@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from precalib_kernels.layout import TensorSpec
+from precalib_kernels.format.layout import TensorSpec
 from vllm_precalib.compat import vllm_names
 
 with vllm_names():
@@ -19,9 +19,9 @@ with vllm_names():
 
 
 class ColumnScaleParameter(PerTensorScaleParameter):
-    """column_scale of a layer: one row per fused part, [parts, input size of this rank].
+    """column_scale of a layer: one row per fused shard, [shards, input size of this rank].
 
-    vLLM already puts what belongs to a part into that part's row; what is new is that a layer
+    vLLM already puts what belongs to a shard into that shard's row; what is new is that a layer
     sharded along its input takes a slice of the columns.
     """
 
@@ -32,14 +32,14 @@ class ColumnScaleParameter(PerTensorScaleParameter):
 
 
 def packed_parameter(
-    name: str, spec: TensorSpec, part_count: int, loader: Callable[..., None]
+    name: str, spec: TensorSpec, shard_count: int, loader: Callable[..., None]
 ) -> BasevLLMParameter:
-    """An unfilled parameter for the packed tensor `name` of a layer fused from `part_count` parts.
+    """An unfilled parameter: the packed tensor `name` of a layer fused from `shard_count` shards.
 
     spec: shape and type on this rank, as `Layout.tensors` gives them for the whole layer.
     """
     if name == "column_scale":
-        data = torch.empty(part_count, spec.shape[1], dtype=spec.dtype)
+        data = torch.empty(shard_count, spec.shape[1], dtype=spec.dtype)
         return ColumnScaleParameter(data=data, weight_loader=loader)
     data = torch.empty(spec.shape, dtype=spec.dtype)
     if name in ("row_scale", "salient_scale", "salient_offset"):  # [N, 1]

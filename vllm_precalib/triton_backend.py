@@ -5,17 +5,17 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import Tensor
 
-from precalib_kernels.gpu import linear
-from precalib_kernels.gpu.form import form_of, reason_against
-from precalib_kernels.gpu.pack import in_memory
-from vllm_precalib.backend import Backend, Task
+from precalib_kernels.backends.base import Backend, LinearSpec
+from precalib_kernels.backends.triton import op
+from precalib_kernels.backends.triton.memory_layout import reason_against, triton_layout
+from precalib_kernels.backends.triton.repack import repack
 from vllm_precalib.compat import vllm_names
 
 with vllm_names():
     from vllm.platforms import current_platform
     from vllm.triton_utils import HAS_TRITON
 
-_warm: set[tuple[str, Task, torch.device]] = set()  # kinds of layers whose kernels are compiled
+_warm: set[tuple[str, LinearSpec, torch.device]] = set()  # layers whose kernels are compiled
 
 MIN_CAPABILITY = 80  # NVIDIA: tensor-core products of 16 columns and asynchronous copies
 
@@ -25,34 +25,34 @@ class TritonBackend(Backend):
 
     name = "triton"
 
-    def __init__(self, task: Task) -> None:
-        super().__init__(task)
-        self.names = linear.names(task.layout)
-        self.layout_text = task.layout.to_text()
-        self.part_sizes = list(task.part_sizes)
+    def __init__(self, spec: LinearSpec) -> None:
+        super().__init__(spec)
+        self.names = op.array_order(spec.layout)
+        self.layout_text = spec.layout.to_text()
+        self.shard_sizes = list(spec.shard_sizes)
 
     @staticmethod
-    def can_run(task: Task) -> str | None:
+    def can_run(spec: LinearSpec) -> str | None:
         """It needs a GPU, Triton, half-precision activations and a layout with a kernel."""
-        if task.device != "cuda":
-            return f"computes on GPUs, not on {task.device}"
+        if spec.device != "cuda":
+            return f"computes on GPUs, not on {spec.device}"
         if not HAS_TRITON:
             return "Triton is not installed or has no driver"
         if current_platform.is_cuda() and not current_platform.has_device_capability(
             MIN_CAPABILITY
         ):
             return "needs compute capability 8.0"
-        if task.dtype not in (torch.bfloat16, torch.float16):
-            return f"computes in bfloat16 and float16, not in {task.dtype}"
-        reason = reason_against(task.layout)
-        if reason is None and form_of(task.layout).in_place and _flushes_subnormals():
+        if spec.dtype not in (torch.bfloat16, torch.float16):
+            return f"computes in bfloat16 and float16, not in {spec.dtype}"
+        reason = reason_against(spec.layout)
+        if reason is None and triton_layout(spec.layout).in_place and _flushes_subnormals():
             return "its salient weights are subnormal numbers of fp16, which MI200 takes for zero"
         return reason
 
     def prepare(self, tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
-        """The arrays of `precalib_kernels.gpu.form`."""
-        arrays = in_memory(
-            tensors, self.task.layout, self.task.input_size, self.task.part_sizes, where
+        """The arrays of `precalib_kernels.backends.triton.memory_layout`."""
+        arrays = repack(
+            tensors, self.spec.layout, self.spec.input_size, self.spec.shard_sizes, where
         )
         return {name: arrays[name] for name in self.names}
 
@@ -60,12 +60,12 @@ class TritonBackend(Backend):
         """Compile every kernel that serving can reach, so that none is compiled later."""
         arrays = [layer.get_parameter(name).data for name in self.names]
         if arrays[0].is_cuda:
-            warm_up(self.task, tuple(arrays))
+            warm_up(self.spec, tuple(arrays))
 
     def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
         """One call of `precalib::gpu_linear`."""
         packed = [layer.get_parameter(name) for name in self.names]
-        return torch.ops.precalib.gpu_linear(x, packed, bias, self.part_sizes, self.layout_text)
+        return torch.ops.precalib.gpu_linear(x, packed, bias, self.shard_sizes, self.layout_text)
 
 
 def _flushes_subnormals() -> bool:
@@ -77,23 +77,23 @@ def _flushes_subnormals() -> bool:
     return on_gfx90a()
 
 
-def warm_up(task: Task, arrays: tuple[Tensor, ...]) -> None:
+def warm_up(spec: LinearSpec, arrays: tuple[Tensor, ...]) -> None:
     """Run the operator once for every kernel, for the first layer of its kind in this process."""
-    device, parts, layout = arrays[0].device, list(task.part_sizes), task.layout.to_text()
-    for x, bias in first_inputs(TritonBackend.name, task, device, linear.warm_up_rows()):
-        linear.gpu_linear(x, list(arrays), bias, parts, layout)
+    device, parts, layout = arrays[0].device, list(spec.shard_sizes), spec.layout.to_text()
+    for x, bias in first_inputs(TritonBackend.name, spec, device, op.warm_up_rows()):
+        op.gpu_linear(x, list(arrays), bias, parts, layout)
 
 
 def first_inputs(
-    backend: str, task: Task, device: torch.device, row_counts: Iterable[int]
+    backend: str, spec: LinearSpec, device: torch.device, row_counts: Iterable[int]
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Inputs of so many rows, without and with bias, for the first layer of its kind; else none."""
-    kind = backend, task, device
+    kind = backend, spec, device
     if kind in _warm:
         return
     _warm.add(kind)
-    bias = torch.zeros(sum(task.part_sizes), dtype=task.dtype, device=device)
+    bias = torch.zeros(sum(spec.shard_sizes), dtype=spec.dtype, device=device)
     for rows in row_counts:
-        x = torch.zeros((rows, task.input_size), dtype=task.dtype, device=device)
+        x = torch.zeros((rows, spec.input_size), dtype=spec.dtype, device=device)
         yield x, None
         yield x, bias

@@ -31,11 +31,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(Path(__file__).parent)]
 import measure  # noqa: E402
 import torch  # noqa: E402
 import triton  # noqa: E402
+from cost_model import LAYOUTS, SHAPES  # noqa: E402
 
-from precalib_kernels.gpu import linear  # noqa: E402
-from precalib_kernels.gpu.form import form_of  # noqa: E402
-from precalib_kernels.gpu.table import TABLE, Blocks, blocks_for  # noqa: E402
-from precalib_kernels.static import LAYOUTS, SHAPES  # noqa: E402
+from precalib_kernels.backends.triton import op  # noqa: E402
+from precalib_kernels.backends.triton.launch_configs import TABLE, Blocks, blocks_for  # noqa: E402
+from precalib_kernels.backends.triton.memory_layout import triton_layout  # noqa: E402
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 ROUNDS = 9
@@ -93,12 +93,12 @@ def compile_entry(name: str, m: int, blocks: Blocks | None) -> None:
     arrays = measure.packed_arrays(LAYOUTS[name], 256, 512)
     x = torch.randn(m, 512, dtype=torch.bfloat16, device="cuda")
     if blocks is None:
-        linear.gpu_linear(x, arrays, None, [256], LAYOUTS[name].to_text())
+        op.gpu_linear(x, arrays, None, [256], LAYOUTS[name].to_text())
     else:
-        named = dict(zip(linear.names(LAYOUTS[name]), arrays, strict=True))
+        named = dict(zip(op.array_order(LAYOUTS[name]), arrays, strict=True))
         for split in (0, 1000):  # without and with a split of K
             entry = dataclasses.replace(blocks, waves=split)
-            linear.product(x, named, None, LAYOUTS[name], [256], entry)
+            op.product(x, named, None, LAYOUTS[name], [256], entry)
     torch.cuda.synchronize()
 
 
@@ -143,7 +143,7 @@ def timings(
             for name in names:
                 text = LAYOUTS[name].to_text()
                 calls[name] = [
-                    functools.partial(linear.gpu_linear, x, arrays, None, [rows], text)
+                    functools.partial(op.gpu_linear, x, arrays, None, [rows], text)
                     for arrays in packed[name]
                 ]
             times = measure.interleaved(calls, ROUNDS)
@@ -171,7 +171,7 @@ def candidates(most: int) -> list[Blocks]:
 
 def tune(names: list[str], jobs: int, deadline: float) -> Iterator[dict[str, Any]]:
     """The best blocks of every entry of the table, over two shapes, by geometric mean."""
-    family, shapes = linear.family(), [SHAPES["o"], SHAPES["gate_up"]]
+    family, shapes = op.family(), [SHAPES["o"], SHAPES["gate_up"]]
     cases = list(itertools.product(names, TABLE[family]))
     kinds = [
         (name, most, blocks)
@@ -188,17 +188,16 @@ def tune(names: list[str], jobs: int, deadline: float) -> Iterator[dict[str, Any
         every = [
             b for b in candidates(most) if (name, most, dataclasses.replace(b, waves=0)) in good
         ]
-        now = blocks_for(family, most, form_of(layout).step)
+        now = blocks_for(family, most, triton_layout(layout).step)
         logs = dict.fromkeys([*every, now], 0.0)
         m = 1 if most == 8 else min(most, 128)
         for rows, columns in shapes:
             copies = measure.cold_copies(measure.packed_arrays(layout, rows, columns))
-            named = [dict(zip(linear.names(layout), c, strict=True)) for c in copies]
+            named = [dict(zip(op.array_order(layout), c, strict=True)) for c in copies]
             x = torch.randn(m, columns, dtype=torch.bfloat16, device="cuda")
             calls = {
                 str(blocks): [
-                    functools.partial(linear.product, x, c, None, layout, [rows], blocks)
-                    for c in named
+                    functools.partial(op.product, x, c, None, layout, [rows], blocks) for c in named
                 ]
                 for blocks in logs
             }
@@ -263,9 +262,7 @@ def main() -> None:
         print(f"{left():.0f} s left", json.dumps(results["tests"])[:3000], flush=True)
         save()
     if "time" in options.steps:
-        entries = [
-            (name, m, None) for name in options.layout for m in (*TABLE[linear.family()], 10**3)
-        ]
+        entries = [(name, m, None) for name in options.layout for m in (*TABLE[op.family()], 10**3)]
         bad = {entries[i][0] for i in range(len(entries))} - {
             entries[i][0] for i in compiled(entries, options.jobs)
         }

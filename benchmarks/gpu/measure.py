@@ -7,13 +7,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import aot_compile
 import torch
 from torch import Tensor
 
-from precalib_kernels.gpu import ahead, linear
-from precalib_kernels.gpu.pack import in_memory
-from precalib_kernels.layout import Layout, pack_bits
-from precalib_kernels.salient import pack_salient
+from precalib_kernels.backends.triton import op
+from precalib_kernels.backends.triton.repack import repack
+from precalib_kernels.format.bitstream import pack_bits
+from precalib_kernels.format.layout import Layout
+from precalib_kernels.format.salient_index import pack_salient
 
 CALLS = 20  # of one candidate in a graph
 PATTERN_ROWS = 64  # random rows of a weight, which is then repeated
@@ -70,8 +72,8 @@ def random_packed(layout: Layout, rows: int, columns: int, seed: int = 0) -> dic
 def packed_arrays(layout: Layout, rows: int, columns: int, seed: int = 0) -> list[Tensor]:
     """The in-memory form of a random weight on the GPU, in the operators' order."""
     tensors = {k: t.cuda() for k, t in random_packed(layout, rows, columns, seed).items()}
-    arrays = in_memory(tensors, layout, columns, [rows])
-    return [arrays[name] for name in linear.names(layout)]
+    arrays = repack(tensors, layout, columns, [rows])
+    return [arrays[name] for name in op.array_order(layout)]
 
 
 def cold_copies(arrays: Sequence[Tensor]) -> list[list[Tensor]]:
@@ -125,7 +127,7 @@ def int4_calls(x: Tensor, rows: int, columns: int) -> list[Callable[[], Any]]:
 
 def vllm_calls(path: Path, x: Tensor, rows: int, columns: int) -> list[Callable[[], Any]]:
     """vLLM's Triton W4A16 product in groups of 128, with the blocks it chooses on NVIDIA cards."""
-    kernel = ahead.kernel_from(path, "triton_w4a16_gemm_kernel")
+    kernel = aot_compile.kernel_from(path, "triton_w4a16_gemm_kernel")
     m = x.shape[0]
     blocks = (32, 64, 32) if m <= 32 else (64, 64, 32) if m <= 64 else (128, 128, 32)
     block_m, block_n, block_k = blocks

@@ -8,7 +8,7 @@ class PrecalibError(Exception):
 
 
 class FormatError(PrecalibError):
-    """Packed tensors or a layout that break the format of `precalib_kernels.layout`."""
+    """Packed tensors or a layout that break the format of `precalib_kernels.format.layout`."""
 
 
 class SourceError(PrecalibError):

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from precalib_kernels import reference
 from precalib_kernels.errors import FormatError
-from precalib_kernels.layout import Layout
+from precalib_kernels.format import reference
+from precalib_kernels.format.layout import Layout
 
 
 def packed_list(tensors: Mapping[str, Tensor], layout: Layout, input_size: int) -> list[Tensor]:
@@ -22,41 +22,41 @@ def packed_list(tensors: Mapping[str, Tensor], layout: Layout, input_size: int) 
 
 @torch.library.custom_op("precalib::dequantize", mutates_args=())
 def dequantize(
-    packed: list[Tensor], input_size: int, part_sizes: list[int], layout: str, dtype: torch.dtype
+    packed: list[Tensor], input_size: int, shard_sizes: list[int], layout: str, dtype: torch.dtype
 ) -> Tensor:
     """Ŵ [N, input_size] in `dtype`; see `reference.dequantize`."""
     parsed = Layout.from_text(layout)
-    tensors = _named(packed, input_size, part_sizes, parsed)
-    weight = reference.dequantize(tensors, parsed, input_size, part_sizes)
+    tensors = _named(packed, input_size, shard_sizes, parsed)
+    weight = reference.dequantize(tensors, parsed, input_size, shard_sizes)
     return weight.to(dtype, copy=False).contiguous()
 
 
 @dequantize.register_fake
 def _(
-    packed: list[Tensor], input_size: int, part_sizes: list[int], layout: str, dtype: torch.dtype
+    packed: list[Tensor], input_size: int, shard_sizes: list[int], layout: str, dtype: torch.dtype
 ) -> Tensor:
-    _named(packed, input_size, part_sizes, Layout.from_text(layout))
+    _named(packed, input_size, shard_sizes, Layout.from_text(layout))
     return packed[0].new_empty((packed[0].shape[0], input_size), dtype=dtype)
 
 
 @torch.library.custom_op("precalib::linear", mutates_args=())
 def linear(
-    x: Tensor, packed: list[Tensor], bias: Tensor | None, part_sizes: list[int], layout: str
+    x: Tensor, packed: list[Tensor], bias: Tensor | None, shard_sizes: list[int], layout: str
 ) -> Tensor:
     """x·Ŵᵀ + bias straight from the packed tensors, by the reference on every device.
 
     x: [..., K] in bfloat16, float16 or float32, which is also the type of the result [..., N].
     """
     parsed = Layout.from_text(layout)
-    tensors = _named(packed, x.shape[-1], part_sizes, parsed)
-    return reference.linear(x, tensors, parsed, bias, part_sizes)
+    tensors = _named(packed, x.shape[-1], shard_sizes, parsed)
+    return reference.linear(x, tensors, parsed, bias, shard_sizes)
 
 
 @linear.register_fake
 def _(
-    x: Tensor, packed: list[Tensor], bias: Tensor | None, part_sizes: list[int], layout: str
+    x: Tensor, packed: list[Tensor], bias: Tensor | None, shard_sizes: list[int], layout: str
 ) -> Tensor:
-    _named(packed, int(x.shape[-1]), part_sizes, Layout.from_text(layout))
+    _named(packed, int(x.shape[-1]), shard_sizes, Layout.from_text(layout))
     return empty_result(x, bias, packed[0].shape[0])
 
 
@@ -68,16 +68,16 @@ def empty_result(x: Tensor, bias: Tensor | None, rows: int) -> Tensor:
 
 
 def _named(
-    packed: list[Tensor], input_size: int, part_sizes: list[int], layout: Layout
+    packed: list[Tensor], input_size: int, shard_sizes: list[int], layout: Layout
 ) -> dict[str, Tensor]:
     rows = packed[0].shape[0]
     specs = layout.tensors(rows, input_size)
-    if sum(part_sizes) != rows:
-        raise FormatError(f"parts {part_sizes} do not add up to {rows} output rows")
+    if sum(shard_sizes) != rows:
+        raise FormatError(f"parts {shard_sizes} do not add up to {rows} output rows")
     if len(packed) != len(specs):
         raise FormatError(f"{len(packed)} packed tensors, expected {list(specs)}")
     for (name, spec), tensor in zip(specs.items(), packed, strict=True):
-        shape = (len(part_sizes), input_size) if name == "column_scale" else spec.shape
+        shape = (len(shard_sizes), input_size) if name == "column_scale" else spec.shape
         if tuple(tensor.shape) != shape or tensor.dtype != spec.dtype:
             raise FormatError(
                 f"'{name}' is {list(tensor.shape)} {tensor.dtype}, "

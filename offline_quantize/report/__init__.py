@@ -5,8 +5,8 @@ import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
-from offline_quantize.assembly import Progress
-from offline_quantize.files import write_bytes
+from offline_quantize.checkpoint.atomic_files import write_bytes
+from offline_quantize.checkpoint.writer import Progress
 from precalib_kernels.errors import OutputError
 
 MARK = '<meta name="generator" content="precalib report">'

@@ -10,13 +10,18 @@ from typing import Any
 
 import torch
 
-from offline_quantize.assembly import Progress
-from offline_quantize.packed import PackedCheckpoint, open_packed, origin_of, read_manifest
+from offline_quantize.checkpoint.packed import (
+    PackedCheckpoint,
+    open_packed,
+    origin_of,
+    read_manifest,
+)
+from offline_quantize.checkpoint.source import open_checkpoint
+from offline_quantize.checkpoint.writer import Progress
+from offline_quantize.planning.selection import LAYER
 from offline_quantize.report import Request
 from offline_quantize.report.evaluations import Evaluation, read_evaluation
 from offline_quantize.report.measure import Histogram, Origin, Positions, histogram, positions
-from offline_quantize.selection import LAYER
-from offline_quantize.source import open_checkpoint
 from precalib_kernels.errors import FormatError, RecipeError, SourceError
 
 MOST_PICTURES = 48  # each is about 20 kB of SVG

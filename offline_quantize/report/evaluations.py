@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from offline_quantize.files import read_json
+from offline_quantize.checkpoint.atomic_files import read_json
 from precalib_kernels.errors import SourceError
 
-AGAIN = "make it with 'precalib eval … --json FILE'"
+EVALUATE_REMEDY = "make it with 'precalib eval … --json FILE'"
 INTERVALS = ("kl", "agreement", "perplexity", "original_perplexity")
 
 
@@ -41,11 +41,11 @@ def read_evaluation(path: Path, directory: Path) -> Evaluation:
 
     Raises SourceError for a file that is no such result or lacks something.
     """
-    value = read_json(path, SourceError, AGAIN)
+    value = read_json(path, SourceError, EVALUATE_REMEDY)
 
     def require(holds: bool, what: str) -> None:
         if not holds:
-            raise SourceError(f"{path}: {what} is missing or damaged; {AGAIN}")
+            raise SourceError(f"{path}: {what} is missing or damaged; {EVALUATE_REMEDY}")
 
     for key in ("directory", "source", "recipe"):
         require(isinstance(value.get(key), str), f"'{key}'")

@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from offline_quantize.packed import PackedCheckpoint
-from offline_quantize.tensorfile import Entry, read_tensor
-from offline_quantize.verify import ERROR_TOLERANCE
+from offline_quantize.checkpoint.packed import PackedCheckpoint
+from offline_quantize.checkpoint.safetensors_file import Entry, read_tensor
+from offline_quantize.commands.verify import ERROR_TOLERANCE
 from precalib_kernels.errors import SourceError
-from precalib_kernels.salient import unpack_salient
+from precalib_kernels.format.salient_index import unpack_salient
 
 BLOCK_WEIGHTS = 1 << 20
 MAP_ROWS, MAP_COLUMNS = 32, 64  # at most

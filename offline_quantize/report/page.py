@@ -8,7 +8,7 @@ from typing import Any
 
 import jinja2
 
-from offline_quantize.console import size
+from offline_quantize.cli.console import size
 from offline_quantize.report import MARK, figures
 from offline_quantize.report.contents import Contents, Weight, ratios
 from offline_quantize.report.evaluations import Evaluation

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from offline_quantize.console import Quiet
-from offline_quantize.plan import Options, make_plan
-from offline_quantize.quantize import quantize
-from offline_quantize.source import open_checkpoint
+from offline_quantize.checkpoint.source import open_checkpoint
+from offline_quantize.cli.console import NullProgress
+from offline_quantize.commands.quantize import quantize
+from offline_quantize.planning.plan import Options, make_plan
 from precalib_kernels.errors import SourceError
 
 Load = Callable[[str], ModuleType]
@@ -49,7 +49,7 @@ def run(load: Load, source: Path, texts: list[Path], tmp_path: Path, monkeypatch
 
 def packed(source: Path, target: Path, keep: list[str]) -> Path:
     plan = make_plan(open_checkpoint(source), Options("rtn-3", {}, [], keep))
-    quantize(plan, target, Quiet(), 1)
+    quantize(plan, target, NullProgress(), 1)
     return target
 
 

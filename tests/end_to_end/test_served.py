@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from offline_quantize import cli
+from offline_quantize.cli import main as cli
 
 pytestmark = pytest.mark.engine
 

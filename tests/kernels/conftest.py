@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from precalib_kernels.layout import Layout, pack_bits
-from precalib_kernels.salient import pack_salient
+from precalib_kernels.format.bitstream import pack_bits
+from precalib_kernels.format.layout import Layout
+from precalib_kernels.format.salient_index import pack_salient
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from offline_quantize.recipes import RECIPES
-from precalib_kernels import ops, reference
+from offline_quantize.method.recipes import RECIPES
+from precalib_kernels import ops
 from precalib_kernels.errors import FormatError
+from precalib_kernels.format import reference
 
 
 @pytest.fixture(params=list(RECIPES))

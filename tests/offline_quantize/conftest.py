@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from offline_quantize import cli
+from offline_quantize.cli import main as cli
 
 HIDDEN, KEY_VALUE, INTERMEDIATE, VOCABULARY = 128, 64, 160, 48  # 160 = 128 + a ragged group of 32
 SIDE_FILES = {

@@ -21,7 +21,7 @@ import vllm
 from safetensors.torch import save_file
 from vllm.lora.request import LoRARequest
 
-from precalib_kernels.cpu import library
+from precalib_kernels.backends.x86 import library
 
 PROMPTS = [[5, 17, 101, 44, 3, 150], [199, 1, 64], list(range(20, 70))]
 TOKENS = 8
@@ -92,7 +92,7 @@ def attention_or_mlp(attention: str, mlp: str) -> Callable[[str], str | None]:
 
 
 def llama(folder: Path, seed: int, **options: Any) -> tiny.Checkpoint:
-    """4- and 3-bit, ragged groups, column scales per fused part, one kept layer."""
+    """4- and 3-bit, ragged groups, column scales per fused shard, one kept layer."""
     layout_of = attention_or_mlp("row", "sign")
     return tiny.build(folder, tiny.model_config("llama"), layout_of, seed, **options)
 

@@ -1,26 +1,28 @@
 """The choice of a backend, and that each means what the reference means."""
 
 import dataclasses
+import re
 
 import pytest
 import torch
 from vllm.model_executor.layers.linear import ReplicatedLinear
 
-from precalib_kernels.cpu import library
+from precalib_kernels.backends.base import LinearSpec
+from precalib_kernels.backends.x86 import library
+from precalib_kernels.backends.x86.backend import X86Backend
 from precalib_kernels.errors import ServingError
-from precalib_kernels.reference import dequantize
+from precalib_kernels.format.reference import dequantize
 from vllm_precalib import backends
 from vllm_precalib.backends import (
+    FORMER_NAMES,
     Backend,
     DenseBackend,
     ReferenceBackend,
-    Task,
     choose,
     describe,
     unpacked_rows,
 )
 from vllm_precalib.config import PrecalibConfig
-from vllm_precalib.native import NativeBackend
 
 
 class Fussy(ReferenceBackend):
@@ -29,55 +31,55 @@ class Fussy(ReferenceBackend):
     name = "fussy"
 
     @staticmethod
-    def can_run(task):
-        return f"needs a quantum computer, not a {task.device}"
+    def can_run(spec):
+        return f"needs a quantum computer, not a {spec.device}"
 
 
 @pytest.fixture
-def task(tiny):
-    return Task(tiny.ROW, 160, (48,), torch.float32, "cpu")
+def spec(tiny):
+    return LinearSpec(tiny.ROW, 160, (48,), torch.float32, "cpu")
 
 
-def test_the_default_is_native_or_else_dense(task, monkeypatch):
-    assert isinstance(choose(task, None, "fc", "row"), NativeBackend)
-    monkeypatch.setattr(NativeBackend, "can_run", lambda _: "no compiler")
-    assert isinstance(choose(task, None, "fc", "row"), DenseBackend)
-    assert isinstance(choose(task, "reference", "fc", "row"), ReferenceBackend)
+def test_the_default_is_native_or_else_dense(spec, monkeypatch):
+    assert isinstance(choose(spec, None, "fc", "row"), X86Backend)
+    monkeypatch.setattr(X86Backend, "can_run", lambda _: "no compiler")
+    assert isinstance(choose(spec, None, "fc", "row"), DenseBackend)
+    assert isinstance(choose(spec, "reference", "fc", "row"), ReferenceBackend)
 
 
-def test_the_first_that_can_run_is_taken(task):
+def test_the_first_that_can_run_is_taken(spec):
     table = (Fussy, ReferenceBackend, DenseBackend)
-    assert type(choose(task, None, "fc", "row", table)) is ReferenceBackend
+    assert type(choose(spec, None, "fc", "row", table)) is ReferenceBackend
 
 
-def test_a_backend_that_cannot_run_is_not_forced(task):
+def test_a_backend_that_cannot_run_is_not_forced(spec):
     with pytest.raises(
         ServingError,
         match=r"^a\.fc: no backend can run this layer \(fussy: needs a quantum computer, not a cpu",
     ):
-        choose(task, "fussy", "a.fc", "row", (Fussy, DenseBackend))
+        choose(spec, "fussy", "a.fc", "row", (Fussy, DenseBackend))
 
 
 def test_describe_names_every_backend():
     assert dict(describe()) == {
-        "native": None,
+        "x86": None,
         "triton": "computes on GPUs, not on cpu",
-        "stock": "computes on GPUs, not on cpu",
+        "vllm_mixed_precision": "computes on GPUs, not on cpu",
         "dense": None,
         "reference": None,
     }
 
 
-def test_an_unknown_backend_is_refused_with_the_known_ones(task):
-    known = "native, triton, stock, dense, reference"
+def test_an_unknown_backend_is_refused_with_the_known_ones(spec):
+    known = "x86, triton, vllm_mixed_precision, dense, reference"
     with pytest.raises(ServingError, match=rf"no such backend; choose one of {known}$"):
-        choose(task, "turbo", "a.fc", "row")
+        choose(spec, "turbo", "a.fc", "row")
 
 
 @pytest.fixture
-def rounded(task):
-    rounded = dataclasses.replace(task, int8_activations=True)
-    if reason := NativeBackend.can_run(rounded):
+def rounded(spec):
+    rounded = dataclasses.replace(spec, int8_activations=True)
+    if reason := X86Backend.can_run(rounded):
         pytest.skip(reason)
     return rounded
 
@@ -92,11 +94,11 @@ def load(layer, tensors):
 def test_activations_in_8_bits_are_for_who_can_round_them(rounded, logged, monkeypatch):
     assert choose(rounded, None, "fc", "rounded").plan.int8_inputs
     (_, text), *_ = logged
-    assert text.endswith("native (first that can run; activations in 8 bits, as asked for)")
+    assert text.endswith("x86 (first that can run; activations in 8 bits, as asked for)")
     with pytest.raises(ServingError, match=r"\(dense: has no 8-bit activations\)$"):
         choose(rounded, "dense", "fc", "row")
     monkeypatch.setattr(library, "machine_levels", lambda: ("avx2", "avx512"))
-    with pytest.raises(ServingError, match=r"native: 8-bit activations need AVX-512 with VNNI"):
+    with pytest.raises(ServingError, match=r"x86: 8-bit activations need AVX-512 with VNNI"):
         choose(rounded, None, "fc", "row")
 
 
@@ -128,7 +130,7 @@ def test_anything_else_in_additional_config_is_refused(config_of, rank, ours):
 
 @pytest.fixture
 def config_of(tiny):
-    from precalib_kernels.config import CheckpointConfig
+    from precalib_kernels.format.checkpoint_config import CheckpointConfig
 
     def make(*modules):
         return PrecalibConfig(CheckpointConfig("t", tiny.LAYOUTS, dict.fromkeys(modules, "row")))
@@ -136,12 +138,12 @@ def config_of(tiny):
     return make
 
 
-def test_the_choice_is_logged_once_with_its_reason(task, logged):
+def test_the_choice_is_logged_once_with_its_reason(spec, logged):
     table = (Fussy, DenseBackend)
     for where in ("first", "second"):
-        choose(task, None, where, "once", table)
-    choose(task, None, "third", "another", table)
-    choose(task, "dense", "fourth", "another", table)
+        choose(spec, None, where, "once", table)
+    choose(spec, None, "third", "another", table)
+    choose(spec, "dense", "fourth", "another", table)
     reason = "first that can run; fussy: needs a quantum computer, not a cpu"
     assert logged == [
         ("INFO", f"precalib computes layout once with backend dense ({reason})"),
@@ -158,21 +160,21 @@ def test_unpacking_in_pieces_changes_nothing(tiny, monkeypatch, name):
     whole = torch.cat([dequantize(part, layout, 160) for part in parts])
     monkeypatch.setattr(backends, "CHUNK_WEIGHTS", 5 * 160)
     for dtype in (torch.float32, torch.bfloat16):
-        task = Task(layout, 160, (48, 17, 1), dtype, "cpu")
-        prepared = DenseBackend(task).prepare(tensors, "fc")
+        spec = LinearSpec(layout, 160, (48, 17, 1), dtype, "cpu")
+        prepared = DenseBackend(spec).prepare(tensors, "fc")
         assert torch.equal(prepared["weight"], whole.to(dtype))
 
 
 def test_each_backend_keeps_only_its_own_form(tiny, config_of, rank):
     tensors = tiny.random_packed(tiny.ROW, 32, 160)
     kept = {}
-    for backend in ("native", "dense", "reference"):
+    for backend in ("x86", "dense", "reference"):
         with rank(additional_config={"precalib": {"backend": backend}}):
             layer = ReplicatedLinear(160, 32, False, quant_config=config_of("fc"), prefix="fc")
         load(layer, tensors)
         kept[backend] = {name for name, _ in layer.named_parameters()}
     native = {"qweight", "plan"}
-    assert kept == {"native": native, "dense": {"weight"}, "reference": set(tensors)}
+    assert kept == {"x86": native, "dense": {"weight"}, "reference": set(tensors)}
 
 
 def test_a_backend_of_its_own_in_memory_form_is_one_class(tiny, config_of, rank, monkeypatch):
@@ -182,11 +184,11 @@ def test_a_backend_of_its_own_in_memory_form_is_one_class(tiny, config_of, rank,
         name = "transposed"
 
         @staticmethod
-        def can_run(task):
-            return None if task.device == "cpu" else "needs a CPU"
+        def can_run(spec):
+            return None if spec.device == "cpu" else "needs a CPU"
 
         def prepare(self, tensors, where):
-            weight = torch.cat([rows for _, rows in unpacked_rows(tensors, self.task, where)])
+            weight = torch.cat([rows for _, rows in unpacked_rows(tensors, self.spec, where)])
             return {"qweight": weight.T.contiguous(), "factor": torch.tensor([2.0])}
 
         def apply(self, layer, x, bias):
@@ -203,3 +205,13 @@ def test_a_backend_of_its_own_in_memory_form_is_one_class(tiny, config_of, rank,
     assert {name for name, _ in layer.named_parameters()} == {"qweight", "factor"}
     weight = dequantize(tensors, tiny.ROW, 160)
     torch.testing.assert_close(layer(torch.eye(160)), weight.T)
+
+
+@pytest.mark.parametrize(("former", "name"), FORMER_NAMES.items())
+def test_former_names_are_understood(spec, former, name):
+    known = {backend.name: backend for backend in backends.BACKENDS}
+    if reason := known[name].can_run(spec):
+        with pytest.raises(ServingError, match=f"{name}: {re.escape(reason)}"):
+            choose(spec, former, "fc", "row")
+    else:
+        assert choose(spec, former, "fc", "row").name == name

@@ -12,10 +12,11 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 )
 from vllm.model_executor.models.utils import WeightsMapper
 
-from precalib_kernels.config import CheckpointConfig
 from precalib_kernels.errors import FormatError, ServingError
-from vllm_precalib.config import PackedModule, PrecalibConfig
-from vllm_precalib.linear import KeptLinearMethod, PrecalibLinearMethod
+from precalib_kernels.format.checkpoint_config import CheckpointConfig
+from vllm_precalib.config import PrecalibConfig
+from vllm_precalib.linear_method import CheckedUnquantizedLinearMethod, PrecalibLinearMethod
+from vllm_precalib.packed_module import PackedModule
 
 FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 
@@ -40,15 +41,15 @@ def test_plain_layers(tiny, config):
 
 
 def test_fused_layers_are_named_by_their_parts(tiny, config):
-    parts = ("a.q_proj", "a.k_proj", "a.v_proj")
-    packed = config(dict.fromkeys(parts, "row"))
-    assert packed.packed_module("a.qkv_proj") == PackedModule(tiny.ROW, "row", parts)
+    shards = ("a.q_proj", "a.k_proj", "a.v_proj")
+    packed = config(dict.fromkeys(shards, "row"))
+    assert packed.packed_module("a.qkv_proj") == PackedModule(tiny.ROW, "row", shards)
     assert packed.packed_module("b.qkv_proj") is None
 
 
 def test_fused_layers_at_the_root(tiny, config):
     packed = config({"gate_proj": "sign", "up_proj": "sign"})
-    assert packed.packed_module("gate_up_proj").parts == ("gate_proj", "up_proj")
+    assert packed.packed_module("gate_up_proj").shards == ("gate_proj", "up_proj")
 
 
 def test_layers_fused_in_the_checkpoint(tiny, config):
@@ -124,7 +125,7 @@ def test_methods_of_layers(config, rank):
         fc = ReplicatedLinear(160, 32, quant_config=packed, prefix="a.fc")
         other = ReplicatedLinear(160, 32, quant_config=packed, prefix="a.other")
         assert isinstance(fc.quant_method, PrecalibLinearMethod)
-        assert isinstance(other.quant_method, KeptLinearMethod)
+        assert isinstance(other.quant_method, CheckedUnquantizedLinearMethod)
         assert packed.get_quant_method(torch.nn.Identity(), "a.attn") is None
         embedding = VocabParallelEmbedding(64, 160, quant_config=packed, prefix="embed")
         assert packed.get_quant_method(embedding, "embed") is None

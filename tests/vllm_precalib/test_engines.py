@@ -95,5 +95,5 @@ def test_two_ranks_answer_like_one(case):
 def test_the_backend_is_logged_once_for_all_layers_and_ranks(suite):
     log = suite("parallel")["log"]
     for layout in ("row", "sign"):
-        line = f"precalib computes layout {layout} with backend native (first that can run)"
+        line = f"precalib computes layout {layout} with backend x86 (first that can run)"
         assert log.count(line) == 1

@@ -11,9 +11,9 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
-from precalib_kernels.config import CheckpointConfig
 from precalib_kernels.errors import ServingError
-from precalib_kernels.reference import dequantize
+from precalib_kernels.format.checkpoint_config import CheckpointConfig
+from precalib_kernels.format.reference import dequantize
 from vllm_precalib.config import PrecalibConfig
 
 FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
@@ -41,7 +41,7 @@ def load(layer, tensors, shard=None):
 def unpacked(layer):
     """The weight that the layer's tensors mean, computed by the product with the identity."""
     layer.quant_method.process_weights_after_loading(layer)
-    eye = torch.eye(layer.quant_method.task.input_size)
+    eye = torch.eye(layer.quant_method.spec.input_size)
     return layer.quant_method.apply(layer, eye).T
 
 

@@ -14,10 +14,11 @@ import transformers
 from safetensors.torch import save_file
 from torch import Tensor
 
-from precalib_kernels.config import CheckpointConfig
-from precalib_kernels.layout import Layout, pack_bits
-from precalib_kernels.reference import dequantize
-from precalib_kernels.salient import pack_salient
+from precalib_kernels.format.bitstream import pack_bits
+from precalib_kernels.format.checkpoint_config import CheckpointConfig
+from precalib_kernels.format.layout import Layout
+from precalib_kernels.format.reference import dequantize
+from precalib_kernels.format.salient_index import pack_salient
 
 ROW = Layout(
     bits=4,

@@ -9,7 +9,7 @@ import re
 import pytest
 import torch
 
-from offline_quantize.console import Quiet
+from offline_quantize.cli.console import NullProgress
 from offline_quantize.report import Request
 from offline_quantize.report.contents import gather
 from offline_quantize.report.measure import Positions
@@ -288,7 +288,7 @@ def test_only_zeros(checkpoint, quantize, report):
 def test_the_page_of_a_large_model_is_small(checkpoint, quantize, tmp_path):
     """32 layers of 4096 inputs, and so many experts that not all are listed."""
     target = quantize(checkpoint(), "--recipe", "paper-4")
-    contents = gather(target, Request(tmp_path / "r.html"), Quiet())
+    contents = gather(target, Request(tmp_path / "r.html"), NullProgress())
     columns = torch.randint(0, 600, (4096,), generator=torch.Generator().manual_seed(0))
     where = Positions(columns, torch.rand(32, 64))
 

@@ -1,12 +1,12 @@
 import pytest
 import torch
 
-from offline_quantize.packed import open_packed
+from offline_quantize.checkpoint.packed import open_packed
+from offline_quantize.checkpoint.safetensors_file import read_header, read_tensor
 from offline_quantize.report import measure
 from offline_quantize.report.contents import kinds
 from offline_quantize.report.table import strip
-from offline_quantize.tensorfile import read_header, read_tensor
-from precalib_kernels.reference import salient_codes
+from precalib_kernels.format.reference import salient_codes
 
 UP, DOWN = "layers.0.up_proj", "layers.0.down_proj"
 

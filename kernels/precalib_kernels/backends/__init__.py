@@ -1,0 +1,1 @@
+"""Ways to compute with packed weights: one folder each."""

@@ -1,0 +1,121 @@
+"""Activations made ready: one small kernel before the product.
+
+Rows become fp16 that fill its range, by a power of two per row, so one kernel serves every type
+of x exactly; the column scale of each fused shard is multiplied in. They are written twice: in the
+order of the dots, which the tensor cores read, and column by column, which the salient weights
+pick from. Sums per group take the decoders' offset and the zero points off.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit(
+    do_not_specialize=["counter_count", "rows", "columns", "padded", "picked", "row_stride"],
+    do_not_specialize_on_alignment=["x", "column_scale"],
+)
+def prepare_kernel(
+    x,  # [rows, columns], any float type
+    column_scale,  # [parts, padded] float16, or anything
+    dots,  # out: float16 [parts, blocks, padded / 16, BLOCK_M, 16]
+    by_column,  # out: float16 [parts, blocks, picked, BLOCK_M]
+    start,  # out: float32 [parts, blocks, groups, BLOCK_M]: minus offset times sum of dots
+    sums,  # out: float32 [parts, blocks, groups, BLOCK_M]: sums of x over level step
+    inverse,  # out: float32 [parts, blocks * BLOCK_M]: what undoes the power of two
+    counters,  # out: int32, zeroed: arrivals of split programs
+    counter_count,
+    rows,
+    columns,
+    padded,  # columns of whole steps
+    picked,  # columns that salient weights are picked from, zeros beyond the others
+    row_stride,
+    OFFSET: tl.constexpr,
+    LEVEL_STEP: tl.constexpr,
+    GROUP: tl.constexpr,
+    MODE: tl.constexpr,
+    J: tl.constexpr,
+    SCALED: tl.constexpr,
+    BY_COLUMN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """Program (m, part) makes one row of x ready for one part.
+
+    WHOLE: whether one block holds a row, which is then loaded once.
+    """
+    m = tl.program_id(0)
+    part = tl.program_id(1)
+    blocks = tl.num_programs(0) // BLOCK_M
+    block = part * blocks + m // BLOCK_M
+    lane = m % BLOCK_M
+    k = tl.arange(0, BLOCK_K)
+    values = _scaled(x, column_scale, m, part, k, rows, columns, padded, row_stride, SCALED)
+    largest = tl.max(tl.abs(values), 0)
+    if not WHOLE:
+        for first in tl.range(BLOCK_K, padded, BLOCK_K):
+            values = _scaled(
+                x, column_scale, m, part, first + k, rows, columns, padded, row_stride, SCALED
+            )
+            largest = tl.maximum(largest, tl.max(tl.abs(values), 0))
+    # 2**14 <= largest * factor < 2**15; exponents are kept where factor and 1 / factor are normal
+    exponent = (largest.to(tl.int32, bitcast=True) >> 23) & 0xFF
+    exponent = tl.minimum(tl.maximum(268 - exponent, 1), 253)
+    factor = (exponent << 23).to(tl.float32, bitcast=True)
+    tl.store(
+        inverse + part * blocks * BLOCK_M + m, ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+    )
+    for first in tl.range(0, picked, BLOCK_K):
+        column = first + k
+        inside = column < padded
+        if not WHOLE:
+            values = _scaled(
+                x, column_scale, m, part, column, rows, columns, padded, row_stride, SCALED
+            )
+        half = (values * factor).to(tl.float16)
+        if BY_COLUMN:
+            at = by_column + (block * picked + column) * BLOCK_M + lane
+            # below 2**10: eight products are added up
+            tl.store(at, half * 0.03125, mask=column < picked)
+        dot, r = dot_position(column, GROUP, MODE, J)
+        stored = half
+        if MODE == "uniform":  # codes of odd dots count sixteenfold
+            stored = tl.where(dot % 2 == 1, half * 0.0625, half)
+        tl.store(
+            dots + ((block * (padded // 16) + dot) * BLOCK_M + lane) * 16 + r, stored, mask=inside
+        )
+        group = first // GROUP + tl.arange(0, BLOCK_K // GROUP)
+        at = (block * (padded // GROUP) + group) * BLOCK_M + lane
+        kept = group < padded // GROUP
+        grouped = tl.reshape(stored.to(tl.float32), (BLOCK_K // GROUP, GROUP))
+        tl.store(start + at, -OFFSET * tl.sum(grouped, 1), mask=kept)
+        if MODE == "uniform":
+            grouped = tl.reshape(half.to(tl.float32), (BLOCK_K // GROUP, GROUP))
+            tl.store(sums + at, tl.sum(grouped, 1) / LEVEL_STEP, mask=kept)
+    if (m == 0) & (part == 0):
+        for first in tl.range(0, counter_count, BLOCK_K):
+            tl.store(counters + first + k, k * 0, mask=first + k < counter_count)
+
+
+@triton.jit
+def _scaled(
+    x, column_scale, m, part, column, rows, columns, padded, row_stride, SCALED: tl.constexpr
+):
+    real = column < tl.where(m < rows, columns, 0)  # rows of a block past the last are zeros
+    values = tl.load(x + m.to(tl.int64) * row_stride + column, mask=real, other=0.0).to(tl.float32)
+    if SCALED:
+        values *= tl.load(column_scale + part * padded + column, mask=column < padded, other=0.0)
+    return values
+
+
+@triton.jit
+def dot_position(column, GROUP: tl.constexpr, MODE: tl.constexpr, J: tl.constexpr):
+    """Dot and place in it of a column; `memory_layout` tells the order."""
+    if MODE != "trellis":
+        return column // 16, column % 16
+    inside = column % GROUP
+    pair = inside // (8 * J)
+    tile = inside // 8 % J
+    code = inside % 8
+    dot = column // GROUP * (4 * J) + 4 * tile + code // 2
+    return dot, 2 * pair + code % 2

@@ -1,0 +1,122 @@
+"""The weight itself, from the in-memory form: for large M, where a plain product is best."""
+
+import triton
+import triton.language as tl
+
+from precalib_kernels.backends.triton.decode import (
+    chain_classes,
+    chain_halves,
+    nibble_tile,
+    split_tiles,
+)
+from precalib_kernels.backends.triton.gemm_kernel import group_lines, group_scale, scale_of
+
+
+@triton.jit(do_not_specialize=["first_tile", "columns"])
+def dequantize_kernel(
+    weight,  # out: [rows, columns], any float type; row 0 is that of first_tile
+    words,
+    group_data,
+    positions,
+    values,
+    lines,
+    row_unit,
+    salient_unit,
+    table,
+    constants,
+    tiles,
+    column_scale,  # [parts, steps * STEP] float16
+    first_tile,
+    columns,
+    padded_rows,
+    BITS: tl.constexpr,
+    MODE: tl.constexpr,
+    IN_PLACE: tl.constexpr,
+    GROUP: tl.constexpr,
+    STEP: tl.constexpr,
+    TILES: tl.constexpr,
+    J: tl.constexpr,
+    OFFSET: tl.constexpr,
+    ZEROS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    LOG8: tl.constexpr,
+    SCALED: tl.constexpr,
+    LEVEL_STEP: tl.constexpr,
+    ASM: tl.constexpr,
+    REGISTERS: tl.constexpr,
+    SPARE: tl.constexpr,
+):
+    """Program (tile of 64 rows, step). Arguments as in `product_kernel`."""
+    CODES: tl.constexpr = TILES - IN_PLACE  # tiles of codes
+    GROUPS: tl.constexpr = STEP // GROUP
+    tile, step = first_tile + tl.program_id(0), tl.program_id(1)
+    inner = tl.arange(0, 64)
+    n = tile * 64 + inner
+    r = tl.arange(0, 16)
+    part = tl.load(tiles + tile * 4)
+    row = tl.load(tiles + tile * 4 + 1) - tl.load(tiles + first_tile * 4 + 1) + inner
+    inside = inner < tl.load(tiles + tile * 4 + 2)
+    low = tl.load(constants + r)
+    high = tl.load(constants + 16 + r)
+    ones = tl.load(constants + 32 + r)
+    shift = tl.load(constants + 48 + r)
+
+    here = words + step * TILES * padded_rows * 16 + n[:, None] * 16 + r[None, :]
+    held = split_tiles(here, padded_rows * 16, BITS, SPARE)
+    unit = tl.load(row_unit + n)
+    for chain in tl.static_range(STEP // 64 // J):
+        first_group = step * GROUPS + chain * J * 64 // GROUP
+        carry = n
+        line = ()
+        if MODE == "trellis":
+            carry = (tl.load(group_data + first_group * padded_rows + n) >> 16).to(tl.int16)
+        if IN_PLACE:
+            carry = chain_classes(here, padded_rows * 16, chain, CODES, ASM)
+            line = group_lines(lines, first_group * padded_rows + n, padded_rows, GROUP, MODE)
+        first = nibble_tile(here, padded_rows * 16, held, chain * J, BITS)
+        second = nibble_tile(here, padded_rows * 16, held, chain * J + J - 1, BITS)
+        halves = chain_halves(
+            first, second, carry, line,
+            low, high, ones, shift, table, BITS, MODE, IN_PLACE, J, ASM, REGISTERS,
+        )  # fmt: skip
+        for dot in tl.static_range(4 * J):
+            group = first_group + dot * 16 // GROUP
+            level = halves[dot].to(tl.float32) - OFFSET
+            if MODE == "uniform" and dot % 2 == 1:
+                level *= 0.0625
+            data = tl.load(group_data + group * padded_rows + n)
+            if ZEROS:
+                level -= ((data >> 16).to(tl.float32) / LEVEL_STEP)[:, None]
+            scale = group_scale(scale_of(data, LOG8), LOG8)
+            value = level * (scale * unit)[:, None]
+            column = dot_column(step * (STEP // 16) + chain * 4 * J + dot, r, GROUP, MODE, J)
+            for slot in tl.static_range(SLOTS):
+                place = group * SLOTS + slot
+                at = (place // 4 * padded_rows + n) * 4 + place % 4
+                hit = (tl.load(positions + at).to(tl.int32) + group * GROUP)[:, None] == column[
+                    None, :
+                ]
+                # salient_unit is for activations divided by 32
+                salient = tl.load(values + at).to(tl.float32) * tl.load(salient_unit + n) / 32
+                value += tl.where(hit, salient[:, None], 0.0)
+            if SCALED:
+                factor = tl.load(column_scale + part * tl.num_programs(1) * STEP + column)
+                value *= factor.to(tl.float32)[None, :]
+            to = weight + row.to(tl.int64)[:, None] * columns + column[None, :]
+            tl.store(
+                to,
+                value.to(weight.dtype.element_ty),
+                mask=inside[:, None] & (column < columns)[None, :],
+            )
+
+
+@triton.jit
+def dot_column(dot, r, GROUP: tl.constexpr, MODE: tl.constexpr, J: tl.constexpr):
+    """Inverse of `dot_position`."""
+    if MODE == "trellis":
+        inside = dot % (4 * J)
+        column = r // 2 * (8 * J) + inside // 4 * 8 + inside % 4 * 2 + r % 2
+        column += dot // (4 * J) * GROUP
+    else:
+        column = dot * 16 + r
+    return column

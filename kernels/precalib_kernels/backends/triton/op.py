@@ -1,0 +1,281 @@
+"""`precalib::gpu_linear` and `precalib::gpu_dequantize`: the operators over the in-memory form."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from precalib_kernels.backends.triton import decode_ptx
+from precalib_kernels.backends.triton.launch_configs import (
+    TABLE,
+    Blocks,
+    blocks_for,
+    family_of,
+    splits,
+)
+from precalib_kernels.backends.triton.memory_layout import ROWS, TritonLayout, padded, triton_layout
+from precalib_kernels.errors import FormatError
+from precalib_kernels.format.layout import Layout
+from precalib_kernels.ops import empty_result
+
+PANEL_WEIGHTS = 1 << 25  # dequantized at a time for a plain product: 64 MiB of bfloat16
+
+
+def array_order(layout: Layout) -> list[str]:
+    """Names of the in-memory form's arrays in the order in which the operators take them."""
+    form = triton_layout(layout)
+    chosen = ["qweight", "group_data", "row_unit", "tiles", "table", "constants"]
+    if form.in_place:
+        chosen.append("salient_lines")
+    if form.slots:
+        chosen += ["salient_positions", "salient_values", "salient_unit"]
+    if layout.column_scale:
+        chosen.append("column_scale")
+    return chosen
+
+
+@torch.library.custom_op("precalib::gpu_linear", mutates_args=())
+def gpu_linear(
+    x: Tensor, packed: list[Tensor], bias: Tensor | None, shard_sizes: list[int], layout: str
+) -> Tensor:
+    """x·Ŵᵀ + bias from the in-memory form: [..., K] to [..., N] in the type of x.
+
+    packed: as `repack` gives them, in the order of `array_order`.
+    """
+    parsed = Layout.from_text(layout)
+    arrays = _named(packed, parsed, x.shape[-1], shard_sizes)
+    flat = x.reshape(-1, x.shape[-1])
+    if flat.shape[0] == 0:
+        return x.new_empty((*x.shape[:-1], sum(shard_sizes)))
+    blocks = blocks_for(family(), flat.shape[0], triton_layout(parsed).step)
+    if blocks is None:
+        y = _by_panels(flat, arrays, bias, parsed, shard_sizes)
+    else:
+        y = product(flat, arrays, bias, parsed, shard_sizes, blocks)
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+@gpu_linear.register_fake
+def _(
+    x: Tensor, packed: list[Tensor], bias: Tensor | None, shard_sizes: list[int], layout: str
+) -> Tensor:
+    _named(packed, Layout.from_text(layout), int(x.shape[-1]), shard_sizes)
+    return empty_result(x, bias, sum(shard_sizes))
+
+
+@torch.library.custom_op("precalib::gpu_dequantize", mutates_args=())
+def gpu_dequantize(
+    packed: list[Tensor], input_size: int, shard_sizes: list[int], layout: str, dtype: torch.dtype
+) -> Tensor:
+    """Ŵ [N, input_size] in `dtype` from the in-memory form."""
+    parsed = Layout.from_text(layout)
+    arrays = _named(packed, parsed, input_size, shard_sizes)
+    weight = packed[0].new_empty((sum(shard_sizes), input_size), dtype=dtype)
+    panel(weight, arrays, parsed, 0, packed[0].shape[2] // ROWS)
+    return weight
+
+
+@gpu_dequantize.register_fake
+def _(
+    packed: list[Tensor], input_size: int, shard_sizes: list[int], layout: str, dtype: torch.dtype
+) -> Tensor:
+    _named(packed, Layout.from_text(layout), input_size, shard_sizes)
+    return packed[0].new_empty((sum(shard_sizes), input_size), dtype=dtype)
+
+
+def product(
+    x: Tensor,
+    arrays: Mapping[str, Tensor],
+    bias: Tensor | None,
+    layout: Layout,
+    shard_sizes: Sequence[int],
+    blocks: Blocks,
+) -> Tensor:
+    """x [M, K] times Ŵᵀ by the fused kernel, cut up as `blocks` says."""
+    from precalib_kernels.backends.triton.activation_kernel import prepare_kernel
+    from precalib_kernels.backends.triton.gemm_kernel import product_kernel
+
+    form = triton_layout(layout)
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    (rows, columns), device = x.shape, x.device
+    words = arrays["qweight"]
+    steps, _, padded_rows, _ = words.shape
+    whole, parts = steps * form.step, len(shard_sizes)  # columns of whole steps
+    fits = all(padded(size) % blocks.block_n == 0 for size in shard_sizes)
+    block_n = blocks.block_n if fits else ROWS  # a program stays within one part
+    row_blocks = -(-rows // blocks.block_m)
+    tiles = padded_rows // block_n
+    share = splits(blocks, tiles, row_blocks, steps, processors(device))
+
+    plane = (parts, row_blocks)
+    half = functools.partial(torch.empty, dtype=torch.float16, device=device)
+    single = functools.partial(torch.empty, dtype=torch.float32, device=device)
+    dots = half((*plane, whole, blocks.block_m))
+    picked = form.picked_columns(columns)
+    by_column = half((*plane, picked, blocks.block_m)) if form.slots else dots
+    start, sums = single((2, *plane, whole // form.group, blocks.block_m))
+    inverse = single((*plane, blocks.block_m))
+    shares = single((share, row_blocks, padded_rows, blocks.block_m)) if share > 1 else inverse
+    counters = torch.empty(row_blocks * tiles, dtype=torch.int32, device=device)
+    y = x.new_empty((rows, sum(shard_sizes)))
+
+    block_k = min(16384, 1 << (whole - 1).bit_length())
+    prepare_kernel[(row_blocks * blocks.block_m, parts)](
+        x, arrays.get("column_scale", x), dots, by_column, start, sums, inverse, counters,
+        counters.numel(), rows, columns, whole, picked, x.stride(0),
+        OFFSET=form.offset, LEVEL_STEP=form.level_step, GROUP=form.group, MODE=form.mode,
+        J=form.chain_tiles, SCALED=layout.column_scale, BY_COLUMN=form.slots > 0,
+        BLOCK_M=blocks.block_m, BLOCK_K=block_k, WHOLE=max(whole, picked) <= block_k,
+        num_warps=prepare_warps(block_k),
+    )  # fmt: skip
+    product_kernel[(tiles, share, row_blocks)](
+        y, x if bias is None else bias, **_arguments(arrays),
+        dots=dots, by_column=by_column, start=start, sums=sums, inverse=inverse,
+        shares=shares, counters=counters, rows=rows, outputs=y.shape[1],
+        padded_rows=padded_rows, steps=steps,
+        BIAS=bias is not None, SPLIT=share > 1, BLOCK_N=block_n, BLOCK_M=blocks.block_m,
+        STAGES=blocks.stages, **blocks.options, **specialization(form),
+    )  # fmt: skip
+    return y
+
+
+def panel(
+    weight: Tensor, arrays: Mapping[str, Tensor], layout: Layout, first: int, last: int
+) -> None:
+    """Write the rows of tiles first … last - 1 of Ŵ into `weight` [rows, K]."""
+    from precalib_kernels.backends.triton.dequantize_kernel import dequantize_kernel
+
+    form = triton_layout(layout)
+    steps, _, padded_rows, _ = arrays["qweight"].shape
+    dequantize_kernel[(last - first, steps)](
+        weight, **_arguments(arrays), column_scale=arrays.get("column_scale", weight),
+        first_tile=first, columns=weight.shape[1], padded_rows=padded_rows,
+        SCALED=layout.column_scale, LEVEL_STEP=form.level_step,
+        num_warps=2, **specialization(form),
+    )  # fmt: skip
+
+
+def _by_panels(
+    x: Tensor,
+    arrays: Mapping[str, Tensor],
+    bias: Tensor | None,
+    layout: Layout,
+    shard_sizes: Sequence[int],
+) -> Tensor:
+    """x·Ŵᵀ by the vendor's product, a bounded number of dequantized rows at a time."""
+    columns = x.shape[1]
+    most = max(1, PANEL_WEIGHTS // columns // ROWS)  # tiles of a panel
+    ends, tile = [], 0
+    for size in shard_sizes:
+        count = padded(size) // ROWS
+        for first in range(0, count, most):
+            last = min(first + most, count)
+            ends.append((tile + first, tile + last, min(last * ROWS, size) - first * ROWS))
+        tile += count
+    y = x.new_empty((x.shape[0], sum(shard_sizes)))
+    row = 0
+    for first, last, rows in ends:
+        weight = x.new_empty((rows, columns))
+        panel(weight, arrays, layout, first, last)
+        part_bias = None if bias is None else bias[row : row + rows]
+        y[:, row : row + rows] = torch.nn.functional.linear(x, weight, part_bias)
+        row += rows
+    return y
+
+
+def warm_up_rows() -> list[int]:
+    """Values of M that reach every kernel: one for each number of blocks, and one for panels."""
+    rows: list[int] = []
+    least = 1
+    for most, blocks in TABLE[family()].items():
+        rows += range(least, most + 1, blocks.block_m)
+        least = most + 1
+    return [*rows, least]
+
+
+@functools.lru_cache(maxsize=64)
+def specialization(form: TritonLayout, assembler: bool | None = None) -> dict[str, Any]:
+    """Compile-time arguments of both kernels that decode words."""
+    use = family() != "hip" and not interpreted() if assembler is None else assembler
+    return {
+        "BITS": form.bits,
+        "MODE": form.mode,
+        "IN_PLACE": form.in_place,
+        "GROUP": form.group,
+        "STEP": form.step,
+        "TILES": form.stored_tiles,
+        "J": form.chain_tiles,
+        "OFFSET": form.offset,
+        "ZEROS": form.zero_points,
+        "SLOTS": form.slots,
+        "LOG8": form.log8,
+        "ASM": decode_ptx.assembler(form) if use else "",
+        "REGISTERS": decode_ptx.constraints(form) if use else "",
+        "SPARE": decode_ptx.spare_assembler(form.bits) if use and form.bits < 4 else "",
+    }
+
+
+def prepare_warps(block_k: int) -> int:
+    """Warps that make a row ready: 16 columns a thread."""
+    return min(32, max(4, block_k // 512))
+
+
+def _arguments(arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Kernel arguments; an array that a form does not have is never read, any pointer will do."""
+    absent = arrays["qweight"]
+    return {
+        "words": arrays["qweight"],
+        "group_data": arrays["group_data"],
+        "positions": arrays.get("salient_positions", absent),
+        "values": arrays.get("salient_values", absent),
+        "lines": arrays.get("salient_lines", absent),
+        "row_unit": arrays["row_unit"],
+        "salient_unit": arrays.get("salient_unit", absent),
+        "table": arrays["table"],
+        "constants": arrays["constants"],
+        "tiles": arrays["tiles"],
+    }
+
+
+@functools.lru_cache(maxsize=1)
+def family() -> str:
+    """The row of `TABLE` for this machine's GPU."""
+    if torch.version.hip:
+        return "hip"
+    if not torch.cuda.is_available():
+        return "cuda"
+    return family_of("sm_{}{}".format(*torch.cuda.get_device_capability()))
+
+
+def interpreted() -> bool:
+    """Whether Triton runs kernels in its interpreter, which has no assembler."""
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)
+
+
+@functools.lru_cache(maxsize=16)
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; a few where there is none, under the interpreter."""
+    if device.type != "cuda":
+        return 3
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def _named(
+    packed: list[Tensor], layout: Layout, input_size: int, shard_sizes: Sequence[int]
+) -> dict[str, Tensor]:
+    wanted = array_order(layout)
+    if len(packed) != len(wanted):
+        raise FormatError(f"{len(packed)} arrays of the in-memory form, expected {wanted}")
+    arrays = dict(zip(wanted, packed, strict=True))
+    form = triton_layout(layout)
+    rows = sum(padded(size) for size in shard_sizes)
+    shape = (form.steps(input_size), form.stored_tiles, rows, 16)
+    if tuple(packed[0].shape) != shape or packed[0].dtype != torch.int16:
+        raise FormatError(
+            f"'qweight' is {list(packed[0].shape)} {packed[0].dtype}, expected {list(shape)} int16"
+        )
+    return arrays

@@ -1,0 +1,50 @@
+"""Backend `x86`: compiled kernels for x86 processors, straight from packed weights."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from precalib_kernels.backends.base import Backend, LinearSpec
+from precalib_kernels.backends.x86 import library, op
+from precalib_kernels.backends.x86.memory_layout import X86Layout
+from precalib_kernels.backends.x86.repack import pack
+from precalib_kernels.toolchain.compile import BuildError
+
+
+class X86Backend(Backend):
+    """About the memory of the file, and faster than dense weights where memory is the limit."""
+
+    name = "x86"
+    int8_activations = True
+
+    def __init__(self, spec: LinearSpec) -> None:
+        super().__init__(spec)
+        self.plan = X86Layout(
+            spec.layout, spec.input_size, spec.shard_sizes, int8_inputs=spec.int8_activations
+        )
+        self.outputs = sum(spec.shard_sizes)
+
+    @staticmethod
+    def can_run(spec: LinearSpec) -> str | None:
+        """It needs an x86 processor with AVX2, and the compiled kernels or a compiler."""
+        if spec.device != "cpu":
+            return f"computes on CPUs, not on {spec.device}"
+        try:
+            levels = library.machine_levels()
+        except BuildError as error:
+            return str(error)
+        if spec.int8_activations and library.INT8_LEVEL not in levels:
+            return "8-bit activations need AVX-512 with VNNI and VBMI"
+        return None if levels else "needs AVX2, FMA and F16C"
+
+    def prepare(self, tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+        """Two tensors of bytes, one under a name by which vLLM's LoRA layers know a weight."""
+        return {"qweight": pack(tensors, self.plan, where), "plan": op.plan_tensor(self.plan)}
+
+    def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
+        """One call of `precalib::cpu_linear`."""
+        packed: Any = layer.qweight
+        plan: Any = layer.plan
+        return op.linear(x, packed, plan, bias, self.outputs, level=-1)

@@ -1,0 +1,176 @@
+"""From the tensors of the file to the packed form of `memory_layout.py`."""
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from precalib_kernels.backends.x86 import huge_pages
+from precalib_kernels.backends.x86.memory_layout import LANES, ROW_VALUES, VECTOR, X86Layout
+from precalib_kernels.format import reference
+from precalib_kernels.format.bitstream import unpack_bits
+from precalib_kernels.format.layout import COLUMN_UNIT, Layout
+
+CHUNK_WEIGHTS = 1 << 22  # weights packed at a time: their float32 and index form is large
+SEGMENTS = 4
+STEPS = 8
+
+
+def pack(tensors: Mapping[str, Tensor], plan: X86Layout, where: str) -> Tensor:
+    """The packed form, uint8 [plan.nbytes].
+
+    tensors: as named by `Layout.tensors`; column_scale has a row per shard.
+    where:   begins the text of a FormatError about damaged positions.
+    """
+    packed = huge_pages.zeros(plan.nbytes)
+    side_start, row_start, column_start, _ = plan.offsets
+    planes = packed[:side_start].view(plan.blocks, plan.block_bytes)
+    side_size = plan.blocks * plan.groups * plan.side_bytes
+    side = packed[side_start:][:side_size].view(plan.blocks, plan.groups, plan.side_bytes)
+    rows = packed[row_start:column_start].view(torch.float32).view(plan.blocks, ROW_VALUES, LANES)
+    for first, chunk in _blocks_of_rows(tensors, plan):
+        count = chunk["qweight"].shape[0] // LANES
+        blocks = slice(first, first + count)
+        codes = unpack_bits(chunk["qweight"], plan.layout.bits, plan.columns)
+        planes[blocks] = bit_planes(codes, plan.layout)
+        side[blocks] = _side(chunk, codes, plan, where)
+        rows[blocks] = _row_values(chunk, plan.layout).view(-1, count, LANES).transpose(0, 1)
+    if plan.layout.column_scale:
+        scale = tensors["column_scale"].contiguous().view(torch.uint8).flatten()
+        packed[column_start:][: scale.numel()] = scale
+    return packed
+
+
+def bit_planes(codes: Tensor, layout: Layout) -> Tensor:
+    """Bits of the codes, uint8 [blocks, bytes], in the order of `decode.h`.
+
+    codes: uint8 [16 * blocks, K].
+    """
+    columns = codes.shape[1]
+    whole = columns // layout.group_size * layout.group_size
+    pieces = []
+    for first, last in ((0, whole), (whole, columns)):
+        if first < last:
+            size = min(layout.group_size, last - first)
+            grouped = codes[:, first:last].reshape(-1, LANES, (last - first) // size, size)
+            pieces.append(_group_planes(grouped, layout.bits).flatten(1))
+    return torch.cat(pieces, 1)
+
+
+def _group_planes(codes: Tensor, bits: int) -> Tensor:
+    """Codes [blocks, 16, groups, size] to [blocks, groups, planes * 64]."""
+    blocks, _, groups, size = codes.shape
+    chunks = size // COLUMN_UNIT
+    steps = codes.view(blocks, LANES, groups, SEGMENTS, chunks, STEPS)
+    # [step, block, group, chunk, byte], a byte being a row's segment
+    step = steps.permute(5, 0, 2, 4, 1, 3).reshape(STEPS, blocks, groups, chunks, VECTOR)
+    low = torch.zeros_like(step[0])
+    for i in range(STEPS):
+        low |= (step[i] & 1) << i
+    high = torch.stack(_high_planes(step >> 1, bits), 3)
+    return torch.cat([low.flatten(2), high.flatten(2)], 2)
+
+
+def _high_planes(high: Tensor, bits: int) -> list[Tensor]:
+    """The bits above the lowest, [8, ...] to bits - 1 planes, as `high_bits` in decode.h reads."""
+    planes = [torch.zeros_like(high[0]) for _ in range(bits - 1)]
+    if bits == 4:
+        for i in range(6):
+            planes[i // 2] |= high[i] << 3 * (i % 2)
+        for i in (6, 7):
+            planes[i - 6] |= (high[i] & 3) << 6
+            planes[2] |= high[i] >> 2 << i
+        return planes
+    width = bits - 1
+    per_plane = STEPS // width
+    for i in range(STEPS):
+        planes[i // per_plane] |= high[i] << width * (i % per_plane)
+    return planes
+
+
+def _side(tensors: Mapping[str, Tensor], codes: Tensor, plan: X86Layout, where: str) -> Tensor:
+    """Scales, zeros and salient weights, uint8 [blocks, groups, side_bytes]."""
+    pieces = [tensors["scales"]]
+    if plan.layout.uniform:
+        pieces.append(tensors["zeros"])
+    if plan.layout.salient_count:
+        slots = _salient(tensors, codes, plan, where)
+        pieces += [part[..., j] for j in range(plan.layout.salient_count) for part in slots]
+    return torch.cat([_by_block(piece) for piece in pieces], 2)
+
+
+def _by_block(per_group: Tensor) -> Tensor:
+    """[rows, groups] to bytes [blocks, groups, 16 * size]."""
+    rows, groups = per_group.shape
+    blocked = per_group.view(rows // LANES, LANES, groups).transpose(1, 2).contiguous()
+    return blocked.view(torch.uint8)
+
+
+def _salient(
+    tensors: Mapping[str, Tensor], codes: Tensor, plan: X86Layout, where: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Position 4 * step + segment in the group, salient code, the base's level.
+
+    returns: uint8 (positions of large groups int16) [rows, groups, slots].
+    """
+    layout, columns = plan.layout, plan.columns
+    column, salient = reference.salient_codes(tensors, layout, columns, where)
+    used = column < columns
+    column = torch.where(used, column, 0)
+    start = column // layout.group_size * layout.group_size
+    segment = (columns - start).clamp(max=layout.group_size) // SEGMENTS
+    place = column - start
+    index = reference.level_index(codes, layout).gather(1, column)
+    level = torch.tensor(layout.level_values, dtype=torch.int8)[index.int()]
+    if layout.salient_grid == "sign-magnitude":  # the sign as bit 7, whatever the width
+        top = 2 ** (layout.salient_bits - 1)
+        salient = salient % top | (salient // top) << 7
+    shape = column.shape[0], plan.groups, layout.salient_count
+    place = place % segment * SEGMENTS + place // segment
+    kind = torch.uint8 if plan.position_bytes == 1 else torch.int16
+    return (
+        torch.where(used, place, plan.no_position).to(kind).view(shape),
+        salient.view(shape),
+        level.view(shape),
+    )
+
+
+def _row_values(tensors: Mapping[str, Tensor], layout: Layout) -> Tensor:
+    """Factor of scales, salient step and offset, float32 [3, rows]."""
+    rows = tensors["qweight"].shape[0]
+    factor, step, offset = torch.zeros(ROW_VALUES, rows)
+    if layout.scale == "float16":
+        factor += 1 / layout.level_limit
+    else:
+        row_scale = tensors["row_scale"].float().flatten()
+        factor = row_scale / layout.level_limit
+    if layout.salient_count and layout.salient_grid == "row":
+        half = 2 ** (layout.salient_bits - 1)
+        step = row_scale / (half - 1)
+        offset = -half * step
+    elif layout.salient_count:
+        step = tensors["salient_scale"].float().flatten()
+        offset = tensors["salient_offset"].float().flatten()
+    return torch.stack([factor, step, offset])
+
+
+def _blocks_of_rows(
+    tensors: Mapping[str, Tensor], plan: X86Layout
+) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """A few whole blocks at a time, a part's last one padded: first block and its tensors."""
+    step = max(1, CHUNK_WEIGHTS // (plan.columns * LANES)) * LANES
+    block = start = 0
+    for size in plan.shard_sizes:
+        for first in range(0, size, step):
+            count = min(step, size - first)
+            rows = slice(start + first, start + first + count)
+            yield (
+                block,
+                {
+                    name: torch.nn.functional.pad(tensor[rows], (0, 0, 0, -count % LANES))
+                    for name, tensor in tensors.items()
+                    if name != "column_scale"
+                },
+            )
+            block += -(-count // LANES)
+        start += size

@@ -1,0 +1,1 @@
+"""The file format: layouts, tensors, positions, and the torch reference."""

@@ -1,0 +1,1 @@
+"""Checkpoints on disk: reading, downloading, and writing whole or not at all."""

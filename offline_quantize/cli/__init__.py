@@ -1,0 +1,1 @@
+"""The command `precalib`: options, output and `precalib doctor`."""

@@ -1,0 +1,182 @@
+"""What the commands show: progress, tables, plain sentences."""
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Column, Table
+from rich.text import Text
+
+from offline_quantize.planning.plan import Plan, WeightPlan
+
+# nothing is markup: names and paths may hold brackets
+out = Console(soft_wrap=True, markup=False, highlight=False, emoji=False)
+err = Console(stderr=True, soft_wrap=True, markup=False, highlight=False, emoji=False)
+FILE_WIDTH = 1000  # of tables that go to a file or pipe: as wide as they need
+
+
+class NullProgress:
+    """Progress that is not shown."""
+
+    def begin(self, name: str) -> None:
+        """Nothing."""
+
+    def advance(self, nbytes: int) -> None:
+        """Nothing."""
+
+
+class ProgressBar(NullProgress):
+    """A bar with bytes, the current tensor and the time left."""
+
+    def __init__(self, progress: Progress, total: int) -> None:
+        self.progress = progress
+        self.task = progress.add_task("", total=total)
+
+    def begin(self, name: str) -> None:
+        """Show the tensor that is being worked on."""
+        self.progress.update(self.task, description=name)
+
+    def advance(self, nbytes: int) -> None:
+        """Move the bar."""
+        self.progress.advance(self.task, nbytes)
+
+
+@contextlib.contextmanager
+def progress_bar(total: int) -> Iterator[NullProgress]:
+    """A progress bar over `total` bytes on a terminal, nothing elsewhere."""
+    if not err.is_terminal:
+        yield NullProgress()
+        return
+    columns = (
+        BarColumn(bar_width=16),
+        DownloadColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
+    )
+    with Progress(*columns, console=err, transient=True) as progress:
+        yield ProgressBar(progress, total)
+
+
+def size(nbytes: float) -> str:
+    """Bytes for people, in decimal units."""
+    for unit in ("B", "kB", "MB"):
+        if nbytes < 1000:
+            return f"{nbytes:.4g} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.2f} GB"
+
+
+def show_table(table: Table) -> None:
+    """Print a table: within a terminal's width, elsewhere as wide as it needs."""
+    if out.is_terminal:
+        out.print(table, soft_wrap=False)
+    else:
+        Console(file=out.file, width=FILE_WIDTH, markup=False).print(table)
+
+
+def _table() -> Table:
+    return Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+
+
+def show_plan(plan: Plan) -> None:
+    """Print what a run would do."""
+    table = _table()
+    table.add_column("recipe", overflow="fold")
+    for name in ("weights", "tensors", "true bits"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("about")
+    by_label: dict[str, list[WeightPlan]] = {}
+    for packing in plan.packings.values():
+        by_label.setdefault(packing.label, []).append(packing)
+    for label, packings in by_label.items():
+        weights = sum(packing.entry.weights for packing in packings)
+        stored = sum(p.recipe.layout.stored_bytes(*p.entry.shape) for p in packings)
+        bits = f"{8 * stored / weights:.3f}"
+        about = packings[0].recipe.describe()
+        table.add_row(label, f"{weights:,}", f"{len(packings):,}", bits, about)
+    show_table(table)
+    show_kept(plan.kept, plan.source.left_out)
+    show_experts(plan)
+    before = size(plan.source.nbytes)
+    out.print(
+        f"Weight files {before} → {size(sum(s.size for s in plan.shards.values()))}; "
+        f"{8 * plan.stored_bytes / plan.weights:.3f} true bits per quantized weight.\n"
+        f"Exact size of the output: {plan.output_bytes:,} bytes and the manifest precalib.json."
+    )
+
+
+def show_experts(plan: Plan) -> None:
+    """Say so when the plan packs what the plugin does not serve."""
+    experts = sum(".experts." in packing.module for packing in plan.packings.values())
+    if experts:
+        out.print(
+            f"Note: {experts} expert weights are packed, which the vLLM plugin does not serve "
+            r"yet; add --keep '\.experts\.' for a checkpoint to serve."
+        )
+
+
+def show_kept(kept: Mapping[str, str], left_out: Sequence[str]) -> None:
+    """Print what stays as it is, by reason."""
+    reasons: dict[str, list[str]] = {}
+    for name, reason in kept.items():
+        reasons.setdefault(reason, []).append(name)
+    for reason, names in sorted(reasons.items()):
+        shown = ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
+        out.print(f"Kept ({reason}): {shown}")
+    if left_out:
+        out.print(f"Left out (not part of a safetensors checkpoint): {', '.join(left_out)}")
+
+
+def show_totals(totals: Mapping[str, Any], seconds: float | None = None) -> None:
+    """Print the totals of a manifest."""
+    took = "" if seconds is None else f" in {seconds:.1f} s"
+    out.print(
+        f"{totals['weights']:,} weights{took}: {size(totals['source_bytes'])} → "
+        f"{size(totals['stored_bytes'])}, ",
+        Text(f"{totals['bits_per_weight']:.3f} true bits", style="bold"),
+        f" per weight (Eq. 13 of the paper: {totals['eq13_bits_per_weight']:.3f}), "
+        f"relative error {totals['mean_relative_error']:.5f}; "
+        f"{size(totals['kept_bytes'])} kept as they were.",
+        sep="",
+    )
+    if totals["salient_overflow"]:
+        out.print(
+            f"{totals['salient_overflow']:,} weights above λ' found no place in their group and "
+            "were quantized as ordinary ones (a group holds a fixed number of salient weights)."
+        )
+
+
+def show_tensors(manifest: Mapping[str, Any]) -> None:
+    """Print the per-tensor table of a manifest; overflow only where there is any."""
+    overflow = bool(manifest["totals"]["salient_overflow"])
+    table = _table()
+    table.add_column("module", overflow="fold")
+    for name in ("shape", "bits", "error", "KL", "entropy", "salient"):
+        table.add_column(name, justify="right", no_wrap=True)
+    if overflow:
+        table.add_column("overflow", justify="right", no_wrap=True)
+    for module, tensor in manifest["tensors"].items():
+        cells = [
+            module,
+            "×".join(str(n) for n in tensor["shape"]),
+            f"{tensor['bits_per_weight']:.3f}",
+            f"{tensor['relative_error']:.5f}",
+            f"{tensor['kl']:.2f}",
+            f"{tensor['entropy_before']:.2f}→{tensor['entropy_after']:.2f}",
+            f"{100 * tensor['salient_share']:.2f} %",
+        ]
+        table.add_row(*cells, *([f"{tensor['salient_overflow']:,}"] if overflow else []))
+    show_table(table)
+    out.print(
+        "bits: true bits per weight.  error: ‖W − Ŵ‖² / ‖W‖².  KL, entropy: of 256-bin histograms "
+        "of the weights before and after, in nats and bits."
+    )

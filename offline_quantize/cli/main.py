@@ -1,0 +1,331 @@
+"""The command `precalib`."""
+
+import contextlib
+import enum
+import os
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.text import Text
+
+from offline_quantize.checkpoint import hub
+from offline_quantize.checkpoint.atomic_files import write_json
+from offline_quantize.checkpoint.packed import open_packed, read_manifest
+from offline_quantize.checkpoint.source import open_checkpoint
+from offline_quantize.cli import console
+from offline_quantize.cli.doctor import diagnose
+from offline_quantize.commands.dequantize import dequantize as run_dequantize
+from offline_quantize.commands.quantize import is_finished
+from offline_quantize.commands.quantize import quantize as run_quantize
+from offline_quantize.commands.verify import verify as run_verify
+from offline_quantize.commands.verify import workload
+from offline_quantize.evaluation import command as evaluation
+from offline_quantize.method.recipes import DEFAULT, RECIPES
+from offline_quantize.planning.plan import Options, make_plan
+from offline_quantize.report import Request, check_out, write_report
+from precalib_kernels.errors import PrecalibError, RecipeError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Quantize language models to 3–4 bits without data, for vLLM.",
+)
+
+
+class DType(enum.StrEnum):
+    """Types a packed checkpoint can be turned back into."""
+
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float32 = "float32"
+
+
+@app.command()
+def quantize(
+    source: Annotated[str, typer.Argument(help="Folder of a checkpoint, or a Hugging Face id.")],
+    target: Annotated[Path, typer.Argument(help="Folder to write; must be new.")],
+    recipe: Annotated[
+        str | None,
+        typer.Option(help=f"One of: {', '.join(RECIPES)}. If not given: {DEFAULT}."),
+    ] = None,
+    target_bits: Annotated[
+        float | None,
+        typer.Option(help="Instead of a recipe: true bits per weight, 3.25 to 5.3, not exceeded."),
+    ] = None,
+    bits: Annotated[int | None, typer.Option(help="Bits of a base code: 2, 3, 4, 5.")] = None,
+    group_size: Annotated[
+        int | None, typer.Option(help="Weights per scale, a multiple of 32.")
+    ] = None,
+    alpha: Annotated[
+        float | None, typer.Option(help="Share of salient weights, 0.05 for 5 %.")
+    ] = None,
+    salient_bits: Annotated[
+        int | None, typer.Option(help="Bits of a salient code, those of the base to 8.")
+    ] = None,
+    clip: Annotated[
+        float | None, typer.Option(help="Share of the non-salient range a min-max grid covers.")
+    ] = None,
+    override: Annotated[
+        list[str] | None,
+        typer.Option(metavar="REGEX=RECIPE", help="Another recipe for matching modules."),
+    ] = None,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(metavar="REGEX", help="Leave matching modules as they are."),
+    ] = None,
+    head: Annotated[
+        str | None,
+        typer.Option(metavar="RECIPE", help="Pack the output head, too, which is kept otherwise."),
+    ] = None,
+    jobs: Annotated[int, typer.Option(help="Tensors at a time; 0: one per core.", min=0)] = 0,
+    device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda:0.")] = "cpu",
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an unfinished run.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+    report_to: Annotated[
+        Path | None,
+        typer.Option("--report", metavar="FILE", help="Also write a report, an HTML page, here."),
+    ] = None,
+) -> None:
+    """Quantize a checkpoint. No data, no model class: tensors are chosen by name."""
+    changes: dict[str, Any] = {
+        "bits": bits,
+        "group_size": group_size,
+        "alpha": alpha,
+        "salient_bits": salient_bits,
+        "clip": clip,
+    }
+    overrides = [_override(text) for text in override or ()]
+    options = Options(recipe, changes, overrides, keep or (), target_bits, head)
+    _check_device(device)
+    plan = make_plan(open_checkpoint(hub.locate(source)), options)
+    if dry_run:
+        console.show_plan(plan)
+        if is_finished(plan, target, device, resume):
+            console.out.print(f"{target} holds all of it already.")
+        return
+    if report_to is not None:
+        check_out(report_to)
+    jobs = jobs or len(os.sched_getaffinity(0))
+    total = plan.source.nbytes + plan.output_bytes
+    with _resumable("add --resume to continue"), console.progress_bar(total) as progress:
+        outcome = run_quantize(plan, target, progress, jobs, device, resume)
+    if outcome.seconds is None:
+        console.out.print(f"{target} was finished before; nothing to do.")
+    console.show_kept(plan.kept, plan.source.left_out)
+    console.show_experts(plan)
+    console.show_totals(outcome.manifest["totals"], outcome.seconds)
+    if report_to is not None:
+        seconds = None if resume else outcome.seconds  # a resumed run knows its last part alone
+        _report(target, Request(report_to, plan.source.root, seconds=seconds, jobs=jobs))
+    folder = shlex.quote(str(target))
+    console.out.print(f"Serve it:  vllm serve {folder} --quantization precalib")
+
+
+@app.command()
+def inspect(
+    directory: Annotated[Path, typer.Argument(help="Folder of a packed checkpoint.")],
+) -> None:
+    """Show what is in a packed checkpoint: every tensor, its true bits and its error."""
+    packed = open_packed(directory)
+    manifest = read_manifest(directory)
+    console.show_tensors(manifest)
+    console.show_kept(manifest["kept"], manifest["left_out"])
+    console.out.print(f"Recipe {packed.config.recipe}, made by precalib {manifest['precalib']}.")
+    console.show_totals(manifest["totals"])
+
+
+@app.command()
+def verify(
+    directory: Annotated[Path, typer.Argument(help="Folder of a packed checkpoint.")],
+    against: Annotated[
+        str | None, typer.Option(help="The source checkpoint: recompute every error.")
+    ] = None,
+) -> None:
+    """Check hashes, structure and value ranges; with --against also every error."""
+    source = hub.locate(against) if against else None
+    faults = 0
+    with console.progress_bar(workload(directory, source)) as progress:
+        for fault in run_verify(directory, source, progress):
+            console.err.print(fault, style="red")
+            faults += 1
+    if faults:
+        console.err.print(f"precalib: {directory} has {faults} fault{'s' * (faults > 1)}")
+        raise typer.Exit(1)
+    compared = "; errors and kept tensors agree with the source" if source else ""
+    count = len(open_packed(directory).config.modules)
+    console.out.print(
+        f"{directory} is whole: files, structure and values of {count} packed weights are right"
+        f"{compared}."
+    )
+
+
+@app.command()
+def dequantize(
+    directory: Annotated[Path, typer.Argument(help="Folder of a packed checkpoint.")],
+    target: Annotated[Path, typer.Argument(help="Folder to write; must be new.")],
+    dtype: Annotated[DType, typer.Option(help="Type of the weights.")] = DType.bfloat16,
+    jobs: Annotated[int, typer.Option(help="Tensors at a time; 0: one per core.", min=0)] = 0,
+) -> None:
+    """Turn a packed checkpoint back into one that transformers loads."""
+    total = open_packed(directory).files.nbytes
+    with _resumable("run it again to continue"), console.progress_bar(total) as progress:
+        size = run_dequantize(
+            directory,
+            target,
+            getattr(torch, dtype.value),
+            jobs or len(os.sched_getaffinity(0)),
+            progress,
+        )
+    console.out.print(f"{target}: {console.size(size)} of {dtype.value} weights.")
+
+
+@app.command("eval")
+def evaluate(
+    directory: Annotated[Path, typer.Argument(help="Folder of a packed checkpoint.")],
+    against: Annotated[str, typer.Option(help="The source checkpoint: folder or Hugging Face id.")],
+    text: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="Text to measure on.")
+    ] = None,
+    self_generated: Annotated[
+        bool, typer.Option("--self-generated", help="Let the original write the text: no data.")
+    ] = False,
+    tokens: Annotated[int, typer.Option(help="Tokens to take or to write.", min=2)] = 8192,
+    tasks: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help='JSONL of {"query", "choices", "gold"}.'),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Questions to take of each file of tasks.", min=1)
+    ] = None,
+    dtype: Annotated[DType, typer.Option(help="Type to compute in.")] = DType.bfloat16,
+    device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda:0.")] = "cpu",
+    json: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write the result here.")
+    ] = None,
+) -> None:
+    """Compare a packed checkpoint with its source: KL, agreement, perplexity, tasks."""
+    request = evaluation.Request(
+        text or (), self_generated, tokens, tasks or (), limit, getattr(torch, dtype.value), device
+    )
+    _check_device(device)
+    result = evaluation.evaluate(directory, hub.locate(against), request)
+    evaluation.show(result)
+    if json is not None:
+        write_json(json, result)
+
+
+@app.command()
+def report(
+    directory: Annotated[Path, typer.Argument(help="Folder of a packed checkpoint.")],
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="HTML file; NAME-report.html if not given.")
+    ] = None,
+    against: Annotated[
+        str | None, typer.Option(help="The source checkpoint: draw the weights before, too.")
+    ] = None,
+    evaluations: Annotated[
+        list[Path] | None,
+        typer.Option("--eval", metavar="FILE", help="Result of precalib eval --json; repeatable."),
+    ] = None,
+    tensor: Annotated[
+        list[str] | None,
+        typer.Option(metavar="REGEX", help="Draw these modules, not the worst of each kind."),
+    ] = None,
+    jobs: Annotated[int, typer.Option(help="Tensors at a time; 0: one per core.", min=0)] = 0,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace FILE even if it is no report.")
+    ] = False,
+) -> None:
+    """Show a packed checkpoint as an HTML page: sizes, errors, salient weights, evaluations."""
+    request = Request(
+        out or Path(f"{directory.resolve().name}-report.html"),
+        hub.locate(against) if against else None,
+        evaluations or (),
+        tensor or (),
+        jobs=jobs or len(os.sched_getaffinity(0)),
+        force=force,
+    )
+    _report(directory, request)
+
+
+@app.command()
+def recipes() -> None:
+    """List the recipes."""
+    for name, recipe in RECIPES.items():
+        default = " (default)" if name == DEFAULT else ""
+        bits = recipe.layout.bits_per_weight(4096, 4096)
+        title = Text(name, style="bold")
+        console.out.print(title, f"{default}: {recipe.describe()}; {bits:.2f} true bits", sep="")
+
+
+@app.command()
+def doctor() -> None:
+    """Show versions, the vLLM plugin, and which backends can run here and why."""
+    bad = False
+    for what, good, detail in diagnose():
+        mark, style = {True: ("ok", "green"), False: ("FAIL", "red"), None: ("", "")}[good]
+        console.out.print(Text(f"{mark:<4}", style=style), f"{what:<17} {detail}")
+        bad = bad or (good is False and not what.startswith("backend "))
+    if bad:
+        raise typer.Exit(1)
+
+
+@contextlib.contextmanager
+def _resumable(how: str) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        console.err.print(f"precalib: interrupted; {how}")
+        raise typer.Exit(130) from None
+
+
+def _report(directory: Path, request: Request) -> None:
+    stored = open_packed(directory).files.nbytes
+    with console.progress_bar(stored) as progress:
+        write_report(directory, request, progress)
+    console.out.print(f"Report: {request.out}")
+
+
+def _override(text: str) -> tuple[str, str]:
+    pattern, equals, name = text.rpartition("=")
+    if not equals or not pattern:
+        raise RecipeError(
+            f"--override {text!r} is not of the form REGEX=RECIPE, as in 'down_proj=balanced-4'"
+        )
+    return pattern, name
+
+
+def _check_device(device: str) -> None:
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise RecipeError(f"--device {device}: there are cpu, cuda and cuda:0, cuda:1 and so on")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise RecipeError(
+            f"--device {device}: cannot be used here ({reason}); use --device cpu"
+        ) from error
+
+
+def main() -> None:
+    """Entry point: errors meant for the user become one sentence and exit code 1."""
+    try:
+        app()
+    except PrecalibError as error:
+        console.err.print(f"precalib: {error}", style="red")
+        sys.exit(1)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        console.err.print(f"precalib: {where}{error.strerror or error}", style="red")
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

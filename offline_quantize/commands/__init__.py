@@ -1,0 +1,1 @@
+"""`precalib quantize`, `dequantize` and `verify`."""

@@ -1,0 +1,153 @@
+"""`precalib verify`: is a packed checkpoint whole, sound, and what it says it is?"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from offline_quantize.checkpoint.atomic_files import MANIFEST
+from offline_quantize.checkpoint.packed import (
+    REQUANTIZE_REMEDY,
+    PackedCheckpoint,
+    open_packed,
+    origin_of,
+    read_manifest,
+)
+from offline_quantize.checkpoint.safetensors_file import Entry, read_pieces, read_tensor
+from offline_quantize.checkpoint.source import open_checkpoint
+from offline_quantize.checkpoint.writer import Progress, digest
+from offline_quantize.method.encode import expected_if_ruined
+from offline_quantize.method.recipes import Recipe
+from offline_quantize.method.weight_statistics import relative_error
+from precalib_kernels.errors import PrecalibError
+
+ERROR_TOLERANCE = 1e-3  # relative: sums are taken in another order than while quantizing
+
+
+def workload(directory: Path, against: Path | None) -> int:
+    """Bytes that `verify` reports progress on. Raises PrecalibError as `verify` does."""
+    packed, manifest = open_packed(directory), read_manifest(directory)
+    hashed = sum(int(file["size"]) for file in manifest["files"].values())
+    source = open_checkpoint(against).nbytes if against else 0
+    stored = sum(
+        entry.nbytes
+        for name, (_, entry) in packed.locations.items()
+        if name.rpartition(".")[0] in packed.config.modules and name not in manifest["kept"]
+    )
+    return hashed + stored + source
+
+
+def verify(directory: Path, against: Path | None, progress: Progress) -> Iterator[str]:
+    """Yield one sentence per fault; nothing for a sound checkpoint.
+
+    Checks the size and hash of every file, the structure and value ranges of every packed tensor,
+    and with `against` (the source checkpoint) that every relative error is the recorded one and as
+    small as its recipe makes it, and that every other tensor has the source's bytes.
+
+    Raises PrecalibError when the checkpoint or the source cannot be read at all.
+    """
+    packed, manifest = open_packed(directory), read_manifest(directory)
+    source = open_checkpoint(against) if against else None
+    for name, recorded in manifest["files"].items():
+        yield from _file_faults(directory / name, recorded, progress)
+    for path in sorted(directory.glob("*.safetensors")):
+        if path.name not in manifest["files"]:
+            yield f"{path}: is not part of the checkpoint; remove it, or vLLM may load it"
+    yield from _table_faults(packed, manifest)
+    originals = source.locations if source else {}
+    for module in packed.config.modules:
+        progress.begin(module)
+        try:
+            weight = packed.weight(module)
+        except PrecalibError as error:
+            yield str(error)
+            continue
+        progress.advance(sum(packed.locations[n][1].nbytes for n in packed.stored_names(module)))
+        if source is None:
+            continue
+        name = origin_of(manifest, module)
+        if name not in originals:
+            yield f"{source.root}: tensor '{name}' is missing; this is not the source"
+            continue
+        original = read_tensor(*originals[name])
+        yield from _error_faults(f"{directory}: {module}", original, weight, module, manifest)
+        progress.advance(originals[name][2].nbytes)
+    if source is not None:
+        yield from _kept_faults(packed, originals, progress)
+
+
+def _file_faults(path: Path, recorded: dict[str, object], progress: Progress) -> Iterator[str]:
+    if not path.is_file():
+        yield f"{path}: the file is missing; copy the checkpoint again"
+    elif (found := digest(path, progress)) != recorded:
+        key = "size" if found["size"] != recorded.get("size") else "sha256"
+        yield f"{path}: its {key} is not the recorded one; copy the checkpoint again"
+
+
+def _table_faults(packed: PackedCheckpoint, manifest: dict[str, Any]) -> Iterator[str]:
+    for module in sorted(manifest["tensors"].keys() ^ packed.config.modules.keys()):
+        yield (
+            f"{packed.root}: {module} is not both in config.json and in precalib.json; "
+            f"{REQUANTIZE_REMEDY}"
+        )
+    for name in manifest["kept"]:
+        if name not in packed.locations:
+            yield f"{packed.root}: tensor '{name}' is missing; {REQUANTIZE_REMEDY}"
+
+
+def _error_faults(
+    where: str, original: Tensor, weight: Tensor, module: str, manifest: dict[str, Any]
+) -> Iterator[str]:
+    if original.shape != weight.shape:
+        yield f"{where}: the source weight has shape {list(original.shape)}; this is not the source"
+        return
+    error = relative_error(original.float(), weight)
+    entry = manifest["tensors"].get(module, {})
+    recorded = entry.get("relative_error", -1.0)
+    if not abs(error - recorded) <= ERROR_TOLERANCE * max(error, recorded, 1e-9):
+        yield (
+            f"{where}: relative error {error:.6g} instead of the recorded {recorded:.6g}; "
+            "this is not the source, or the weight is damaged"
+        )
+        return
+    try:
+        recipe = Recipe.from_dict(manifest["job"]["recipes"][entry["recipe"]])
+    except (KeyError, TypeError, PrecalibError):
+        yield f"{where}: its recipe is missing or damaged in {MANIFEST}; {REQUANTIZE_REMEDY}"
+        return
+    expected = expected_if_ruined(original, recipe, error)
+    if expected is not None:
+        yield (
+            f"{where}: relative error {error:.3g} where its recipe gives {expected:.3g}; "
+            f"{REQUANTIZE_REMEDY}, "
+            "and keep this weight with --keep if it stays as large"
+        )
+
+
+def _kept_faults(
+    packed: PackedCheckpoint,
+    originals: dict[str, tuple[Path, str, Entry]],
+    progress: Progress,
+) -> Iterator[str]:
+    """Tensors that were to stay as they are, byte by byte."""
+    copies = packed.files.locations
+    for name, (path, _, entry) in originals.items():
+        if name.removesuffix(".weight") in packed.config.modules:
+            continue
+        progress.begin(name)
+        if name not in copies:
+            yield f"{packed.root}: tensor '{name}' of the source is missing; {REQUANTIZE_REMEDY}"
+            continue
+        copied_path, _, copy = copies[name]
+        same = (copy.dtype, copy.shape) == (entry.dtype, entry.shape) and all(
+            left == right
+            for left, right in zip(
+                read_pieces(path, entry.begin, entry.end),
+                read_pieces(copied_path, copy.begin, copy.end),
+                strict=True,
+            )
+        )
+        if not same:
+            yield f"{copied_path}: tensor '{name}' is not the source's; this is not the source"
+        progress.advance(entry.nbytes)

@@ -1,0 +1,1 @@
+"""`precalib eval`: KL divergence and multiple choice against the original."""

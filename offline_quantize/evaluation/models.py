@@ -1,0 +1,114 @@
+"""Models of transformers for evaluation: an original checkpoint, and a packed one."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from offline_quantize.checkpoint.packed import open_packed
+from offline_quantize.checkpoint.safetensors_file import read_tensor
+from offline_quantize.checkpoint.source import open_checkpoint, refuse_unsuitable
+from precalib_kernels.errors import PrecalibError, SourceError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+INSTALL_REMEDY = "evaluation needs transformers; install it with: pip install 'vllm-precalib[eval]'"
+
+
+def load_original(directory: Path, dtype: torch.dtype, device: str) -> "PreTrainedModel":
+    """The model of an unpacked checkpoint, for inference.
+
+    Raises SourceError for a checkpoint that is quantized already, and when transformers is missing
+    or cannot load all of it.
+    """
+    refuse_unsuitable(open_checkpoint(directory))
+    return _load(directory, None, dtype, device)
+
+
+def load_packed(directory: Path, dtype: torch.dtype, device: str) -> "PreTrainedModel":
+    """The model of a packed checkpoint, its weights as the reference dequantizes them.
+
+    Raises SourceError when transformers is missing or cannot load all of it, and what
+    `open_packed` raises.
+    """
+    packed = open_packed(directory)
+    replaced = {name for module in packed.config.modules for name in packed.stored_names(module)}
+    tensors = {
+        f"{module}.weight": packed.weight(module).to(dtype) for module in packed.config.modules
+    }
+    for name, (file, entry) in packed.locations.items():
+        if name not in replaced:
+            tensors[name] = read_tensor(directory / file, name, entry)
+    return _load(directory, tensors, dtype, device)
+
+
+def load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
+    """The checkpoint's tokenizer. Raises SourceError when there is none that can be loaded."""
+    _require_transformers()
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(directory)
+    except Exception as error:  # of any tokenizer library: all the same here
+        raise SourceError(f"{directory}: no tokenizer can be loaded ({_line(error)})") from error
+
+
+def bos_tokens(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """What the tokenizer puts before every text: the token that begins a sequence, or nothing."""
+    special: list[int] = tokenizer("").input_ids
+    return special[:1] if special[:1] == [tokenizer.bos_token_id] else []
+
+
+def versions() -> dict[str, str]:
+    """Versions of the libraries that compute the probabilities."""
+    _require_transformers()
+    import transformers
+
+    return {"torch": torch.__version__, "transformers": transformers.__version__}
+
+
+def _load(
+    directory: Path, tensors: dict[str, Tensor] | None, dtype: torch.dtype, device: str
+) -> "PreTrainedModel":
+    """The model with the checkpoint's own tensors, or with other ones of the same names."""
+    _require_transformers()
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(directory)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        with torch.device("meta"):
+            kind: Any = type(AutoModelForCausalLM.from_config(config))
+        model, report = kind.from_pretrained(
+            directory if tensors is None else None,
+            config=config,
+            state_dict=tensors,
+            dtype=dtype,
+            output_loading_info=True,
+        )
+        if absent := sorted(report["missing_keys"]):  # transformers would make up random values
+            raise SourceError(
+                f"{directory}: tensor '{absent[0]}' is missing; is it a whole checkpoint of "
+                f"{kind.__name__}?"
+            )
+        return model.eval().to(device)
+    except PrecalibError:
+        raise
+    except Exception as error:  # of any model class: all the same here
+        raise SourceError(f"{directory}: transformers cannot load it ({_line(error)})") from error
+
+
+def _require_transformers() -> None:
+    try:
+        from transformers.utils import logging
+    except ImportError as error:
+        raise SourceError(INSTALL_REMEDY) from error
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "") or type(error).__name__

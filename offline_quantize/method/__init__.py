@@ -1,0 +1,1 @@
+"""From a weight to its packed tensors, and the recipes for it."""

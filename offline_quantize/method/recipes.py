@@ -1,0 +1,160 @@
+"""The recipes, as data: how each weight is laid out and how its codes are found."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from precalib_kernels.errors import FormatError, RecipeError
+from precalib_kernels.format.codebooks import TRELLIS_CODEBOOKS
+from precalib_kernels.format.layout import MAX_SALIENT_COUNT, Layout
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How a weight is quantized.
+
+    about:    a few words for people, without the numbers of the layout.
+    layout:   how the result is stored; its salient_count is the most a group can have.
+    rule:     what makes a weight salient. "group": the layout's salient_count largest of each
+              group (one λ' per group). "tensor": all above one λ' per tensor (the paper).
+    alpha:    share of salient weights the rule aims at; 0 for none.
+    clip:     share of the non-salient range that a min-max grid covers.
+    balance:  Sinkhorn iterations that find the column scale.
+    """
+
+    about: str
+    layout: Layout
+    rule: Literal["group", "tensor"] = "group"
+    alpha: float = 0.0
+    clip: float = 1.0
+    balance: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha < 1:
+            raise RecipeError(f"alpha is {self.alpha}, it must be at least 0 and below 1")
+        if not 0 < self.clip <= 1:
+            raise RecipeError(f"clip is {self.clip}, it must be above 0 and at most 1")
+        if self.clip != 1 and not self.layout.uniform:
+            raise RecipeError("clip applies to min-max grids; this recipe fits non-uniform levels")
+
+    def describe(self) -> str:
+        """One line for people."""
+        layout, most = self.layout, "up to " if self.rule == "tensor" else ""
+        count = f"{most}{layout.salient_count} of {layout.group_size} salient"
+        salient = f", {count} at {layout.salient_bits} bits" if layout.salient_count else ""
+        return f"{layout.bits} bits{salient}: {self.about}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form, for the manifest and for comparing runs."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return fields | {"layout": self.layout.to_dict()}
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> "Recipe":
+        """Inverse of `to_dict`. Raises FormatError or RecipeError for anything else."""
+        try:
+            return cls(**{**fields, "layout": Layout.from_dict(fields["layout"])})
+        except (KeyError, TypeError) as error:
+            raise FormatError(f"recipe {fields}: {error}") from error
+
+
+def _balanced(bits: int, salient_count: int, salient_bits: int) -> Recipe:
+    layout = Layout(
+        bits=bits,
+        group_size=128,
+        levels=TRELLIS_CODEBOOKS[bits],
+        trellis=True,
+        scale="log8",
+        salient_count=salient_count,
+        salient_bits=salient_bits,
+        salient_grid="row",
+        column_scale=True,
+    )
+    return Recipe("trellis, column scale", layout, alpha=salient_count / 128, balance=4)
+
+
+RECIPES: Mapping[str, Recipe] = {
+    "balanced-4": _balanced(4, salient_count=2, salient_bits=8),
+    "balanced-3": _balanced(3, salient_count=4, salient_bits=7),
+    "balanced-5": _balanced(5, salient_count=2, salient_bits=8),
+    "paper-4": Recipe(
+        "arXiv 2501.09107: 8 % salient by one λ' per tensor, min-max grids",
+        Layout(bits=4, group_size=128, salient_count=16, salient_bits=4, salient_grid="min-max"),
+        rule="tensor",
+        alpha=0.08,
+    ),
+    "paper-3": Recipe(
+        "arXiv 2501.09107: 8 % salient, non-salient range clipped to 95 %",
+        Layout(bits=3, group_size=128, salient_count=16, salient_bits=3, salient_grid="min-max"),
+        rule="tensor",
+        alpha=0.08,
+        clip=0.95,
+    ),
+    "rtn-4": Recipe("round to nearest, for comparison", Layout(bits=4, group_size=128)),
+    "rtn-3": Recipe("round to nearest, for comparison", Layout(bits=3, group_size=128)),
+}
+DEFAULT = "balanced-4"
+
+
+def find(name: str) -> Recipe:
+    """The recipe of that name. Raises RecipeError that lists the names there are."""
+    if name not in RECIPES:
+        raise RecipeError(f"unknown recipe '{name}'; there are {', '.join(RECIPES)}")
+    return RECIPES[name]
+
+
+def for_head(name: str) -> tuple[str, Recipe]:
+    """Label and recipe of that name for an output head: without a column scale.
+
+    The spread of a head's columns does not tell how large its inputs are, and balanced columns hide
+    from the salient weights the few columns that all rows have in common (docs/method.md).
+    """
+    recipe = find(name)
+    if not recipe.layout.column_scale:
+        return name, recipe
+    layout = dataclasses.replace(recipe.layout, column_scale=False)
+    about = recipe.about.replace("column scale", "no column scale")
+    return f"{name} (head)", dataclasses.replace(recipe, about=about, layout=layout, balance=0)
+
+
+def adjust(
+    recipe: Recipe,
+    bits: int | None = None,
+    group_size: int | None = None,
+    alpha: float | None = None,
+    salient_bits: int | None = None,
+    clip: float | None = None,
+) -> Recipe:
+    """The recipe with the user's options in place of its own values; None leaves a value.
+
+    A share alpha (0.05 for 5 %) becomes round(alpha * group_size) salient weights per group; a
+    rule per tensor gets twice as many places (32 at most), since its counts are uneven.
+
+    Raises RecipeError for values the format or the recipe does not have.
+    """
+    layout = recipe.layout
+    changes: dict[str, Any] = {}
+    if bits is not None and bits != layout.bits:
+        changes["bits"] = bits
+        if layout.levels is not None:
+            changes["levels"] = TRELLIS_CODEBOOKS.get(bits)
+        if layout.salient_bits == layout.bits:
+            changes["salient_bits"] = bits
+    if group_size is not None:
+        changes["group_size"] = group_size
+    if salient_bits is not None:
+        changes["salient_bits"] = salient_bits
+    share = recipe.alpha if alpha is None else alpha
+    size = changes.get("group_size", layout.group_size)
+    if (share, size) != (recipe.alpha, layout.group_size):
+        places = round(share * size)
+        if recipe.rule == "tensor":
+            places = min(2 * places, MAX_SALIENT_COUNT)
+        changes["salient_count"] = places
+    try:
+        adjusted = dataclasses.replace(layout, **changes)
+    except FormatError as error:
+        raise RecipeError(f"these options do not fit together: {error}") from error
+    return dataclasses.replace(
+        recipe, layout=adjusted, alpha=share, clip=recipe.clip if clip is None else clip
+    )

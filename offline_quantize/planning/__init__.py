@@ -1,0 +1,1 @@
+"""Which weights are quantized, how, and what the output will look like."""

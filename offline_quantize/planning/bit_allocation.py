@@ -1,0 +1,193 @@
+"""`--target-bits`: which layout each weight gets so that all together have a given true size.
+
+Nothing is measured on the model: a weight's expected loss is its relative error, which the layout
+alone sets once columns are balanced, times a sensitivity that its name and place tell. Bits go
+where they lower the sum of losses most per byte. Weights that vLLM computes as one layer, and all
+experts of one, get the same layout.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from offline_quantize.method import recipes
+from offline_quantize.method.recipes import Recipe
+from offline_quantize.planning import selection
+from precalib_kernels.errors import RecipeError
+
+Shape = tuple[int, int]
+
+
+class BitOption(NamedTuple):
+    """A recipe, with the name that makes it again, and its relative squared error on a normal."""
+
+    label: str
+    recipe: Recipe
+    error: float
+
+    def nbytes(self, shapes: list[Shape]) -> int:
+        """Stored size of weights of these shapes."""
+        return sum(self.recipe.layout.stored_bytes(*shape) for shape in shapes)
+
+
+def _option(name: str, alpha: float, error: float) -> BitOption:
+    recipe = recipes.find(name)
+    if alpha == recipe.alpha:
+        return BitOption(name, recipe, error)
+    return BitOption(f"{name} --alpha {alpha}", recipes.adjust(recipe, alpha=alpha), error)
+
+
+# By size. More salient weights, or groups of 64, buy less per bit than the next base code
+# (docs/method.md).
+OPTIONS = (
+    _option("balanced-3", 1 / 128, 0.0212),
+    _option("balanced-3", 2 / 128, 0.0189),
+    _option("balanced-3", 4 / 128, 0.0161),
+    _option("balanced-4", 1 / 128, 0.00539),
+    _option("balanced-4", 2 / 128, 0.00478),
+    _option("balanced-5", 1 / 128, 0.00134),
+    _option("balanced-5", 2 / 128, 0.00119),
+)
+
+# Measured on one model only (docs/method.md), so the factors are few and round.
+WRITES_BACK = re.compile(r"\.(?:o_proj|out_proj|down_proj|w2|wo|c_proj|fc2|dense_4h_to_h)$")
+KEY_OR_VALUE = re.compile(r"\.(?:k_proj|v_proj)$")
+FUSED_QKV = re.compile(r"\.(?:qkv_proj|query_key_value|wqkv|c_attn)$", re.IGNORECASE)
+WRITE_BACK_FACTOR = 1.5  # their error enters the residual stream as it is
+FIRST_LAYERS, FIRST_FACTOR = 2, 2.0
+LAST_FACTOR = 3.0
+
+
+def allocate(
+    weights: Mapping[str, Shape],
+    target_bits: float,
+    config: Mapping[str, Any],
+    fixed: tuple[int, int] = (0, 0),
+) -> dict[str, tuple[str, Recipe]]:
+    """Label and recipe of every module, true bits of all together at most `target_bits`.
+
+    weights: shape of each module's weight.
+    config:  of the language model: its numbers of layers and of attention heads are used.
+    fixed:   number and stored bytes of weights that count towards the target but are decided.
+
+    Raises RecipeError for a target that no allocation meets, or that all but the largest exceed.
+    """
+    units = _units(weights)
+    shapes = {unit: [weights[module] for module in units[unit]] for unit in units}
+    count = fixed[0] + sum(rows * columns for rows, columns in weights.values())
+    allowed = int(target_bits * count / 8) - fixed[1]
+    every = [shape for unit in units for shape in shapes[unit]]
+    smallest, largest = (OPTIONS[i].nbytes(every) for i in (0, -1))
+    if not smallest <= allowed <= largest:
+        low, high = (8 * (size + fixed[1]) / count for size in (smallest, largest))
+        raise RecipeError(
+            f"--target-bits {target_bits:g} cannot be met: these weights take between "
+            f"{math.ceil(1000 * low) / 1000:.3f} and {math.floor(1000 * high) / 1000:.3f} true bits"
+        )
+    options = _widths_around(every, allowed)
+    depth = _depth(weights, config)
+    expected_loss = {
+        unit: sum(
+            rows * columns * sensitivity(module, depth, config)
+            for module, (rows, columns) in zip(units[unit], shapes[unit], strict=True)
+        )
+        for unit in units
+    }
+    chosen = _greedy(options, shapes, expected_loss, allowed)
+    return {
+        module: (options[chosen[unit]].label, options[chosen[unit]].recipe)
+        for unit in units
+        for module in units[unit]
+    }
+
+
+def sensitivity(module: str, depth: int, config: Mapping[str, Any]) -> float:
+    """KL that a relative error of this weight causes, per weight, against that of a query's.
+
+    A key or value head that serves n query heads counts n times.
+    """
+    heads = config.get("num_attention_heads")
+    served = config.get("num_key_value_heads") or heads
+    sharing = heads / served if isinstance(heads, int) and isinstance(served, int) else 1.0
+    factor = 1.0
+    if KEY_OR_VALUE.search(module):
+        factor = sharing
+    elif FUSED_QKV.search(module):
+        factor = 3 / (1 + 2 / sharing)  # mean over rows of q (1), k and v (`sharing` each)
+    elif WRITES_BACK.search(module):
+        factor = WRITE_BACK_FACTOR
+    layer = _layer(module)
+    if layer == depth - 1:
+        return factor * LAST_FACTOR
+    return factor * FIRST_FACTOR if layer < FIRST_LAYERS else factor
+
+
+def _greedy(
+    options: tuple[BitOption, ...],
+    shapes: Mapping[str, list[Shape]],
+    expected_loss: Mapping[str, float],
+    allowed: int,
+) -> dict[str, int]:
+    """Option of each unit: from the lowest, always the step that lowers the loss most per byte."""
+    sizes = {unit: [option.nbytes(shapes[unit]) for option in options] for unit in shapes}
+    chosen = dict.fromkeys(shapes, 0)
+    spare = allowed - sum(size[0] for size in sizes.values())
+
+    def best_step(unit: str) -> tuple[float, int, int]:
+        now, size = chosen[unit], sizes[unit]
+        steps = [
+            (
+                expected_loss[unit]
+                * (options[now].error - options[up].error)
+                / (size[up] - size[now]),
+                -up,
+            )
+            for up in range(now + 1, len(options))
+            if size[up] - size[now] <= spare
+        ]
+        gain, up = max(steps, default=(0.0, 0))
+        return gain, -up, size[-up] - size[now]
+
+    while True:
+        steps = {unit: best_step(unit) for unit in shapes}
+        unit = max(steps, key=lambda unit: steps[unit][0])  # the first of equals
+        gain, up, cost = steps[unit]
+        if not gain:
+            return chosen
+        chosen[unit], spare = up, spare - cost
+
+
+def _widths_around(every: list[Shape], allowed: int) -> tuple[BitOption, ...]:
+    """The options of the two widths of base codes that enclose the target; fewer layouts serve
+    better.
+    """
+    widths = sorted({option.recipe.layout.bits for option in OPTIONS})
+    for width in widths:
+        options = tuple(r for r in OPTIONS if width <= r.recipe.layout.bits <= width + 1)
+        if allowed <= options[-1].nbytes(every):
+            break
+    return options
+
+
+def _units(weights: Mapping[str, Shape]) -> dict[str, list[str]]:
+    """Modules that share a layout, by a name for them."""
+    unit_of = {module: selection.EXPERT_INDEX.sub(".experts.", module) for module in weights}
+    for parts in selection.fused_siblings(set(unit_of.values())):
+        for module, unit in unit_of.items():
+            if unit in parts:
+                unit_of[module] = parts[0]
+    units: dict[str, list[str]] = {}
+    for module, unit in unit_of.items():
+        units.setdefault(unit, []).append(module)
+    return units
+
+
+def _depth(weights: Mapping[str, Shape], config: Mapping[str, Any]) -> int:
+    depth = config.get("num_hidden_layers")
+    return depth if isinstance(depth, int) else 1 + max(_layer(module) for module in weights)
+
+
+def _layer(module: str) -> int:
+    match = selection.LAYER.search(f"{module}.")
+    return int(match[1]) if match else -1

@@ -1,0 +1,127 @@
+"""Compiling native sources: cached by content, one clear reason when it cannot be done."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from offline_quantize.method.trellis import SOURCE
+from precalib_kernels.backends.x86 import library
+from precalib_kernels.toolchain import compile as build
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    build.load.cache_clear()
+    yield tmp_path / "precalib"
+    build.load.cache_clear()
+
+
+def test_a_library_is_compiled_once_and_found_again(own_cache, monkeypatch):
+    assert build.load(SOURCE).trellis_search
+    (library,) = own_cache.iterdir()
+    build.load.cache_clear()
+    monkeypatch.setattr(build, "compile_library", lambda *_: pytest.fail("compiled twice"))
+    assert build.load(SOURCE)._name == str(library)
+
+
+def test_other_flags_make_another_library(own_cache, monkeypatch):
+    build.load(SOURCE)
+    build.load.cache_clear()
+    monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-DOTHER"))
+    build.load(SOURCE)
+    assert len(list(own_cache.iterdir())) == 2
+
+
+@pytest.fixture
+def no_compiler(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+
+@pytest.fixture
+def installed(tmp_path, monkeypatch):
+    """The trellis library where an installation has it."""
+    monkeypatch.setattr(build, "COMPILED", tmp_path / "compiled")
+    path = build.COMPILED / build.definition(SOURCE).file_name()
+    build.compile_library(build.definition(SOURCE), path)
+    return path
+
+
+def test_an_installed_library_needs_no_compiler(installed, own_cache, no_compiler):
+    assert build.load(SOURCE)._name == str(installed)
+    assert not own_cache.exists()
+
+
+def test_an_installed_library_of_other_flags_is_not_used(installed, own_cache, monkeypatch):
+    monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-DOTHER"))
+    assert Path(build.load(SOURCE)._name).parent == own_cache
+
+
+def test_a_library_for_this_processor_only_is_not_used_on_another(installed, monkeypatch):
+    monkeypatch.setattr(build, "_processor", lambda: b"another")
+    assert build.load(SOURCE)._name != str(installed)
+
+
+def test_a_library_for_all_processors_is_known_on_another(monkeypatch):
+    here = library.definition().file_name()
+    monkeypatch.setattr(build, "_processor", lambda: b"another")
+    assert library.definition().file_name() == here
+
+
+def test_a_library_that_cannot_be_loaded_is_compiled_again(installed, own_cache):
+    installed.write_bytes(b"of another system")
+    assert Path(build.load(SOURCE)._name).parent == own_cache
+
+
+def test_a_library_that_cannot_be_loaded_is_named_where_no_compiler_is(installed, no_compiler):
+    installed.write_bytes(b"of another system")
+    with pytest.raises(build.BuildError, match=f"cannot load {installed}: .*no C\\+\\+ compiler"):
+        build.load(SOURCE)
+
+
+def test_the_compiler_is_the_one_that_cxx_names(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for name in ("c++", "g++", "mine"):
+        (tmp_path / name).write_text("")
+        (tmp_path / name).chmod(0o755)
+        monkeypatch.setenv("CXX", "mine")
+        assert build.find_compiler() == str(tmp_path / name)
+    monkeypatch.setenv("CXX", "mine --not-a-name")
+    assert build.find_compiler() == str(tmp_path / "g++")
+
+
+def test_a_compiler_that_is_no_program_is_a_reason(tmp_path, monkeypatch):
+    (tmp_path / "mine").write_text("")
+    (tmp_path / "mine").chmod(0o755)
+    monkeypatch.setenv("CXX", str(tmp_path / "mine"))
+    with pytest.raises(build.BuildError, match="mine cannot be run"):
+        build.load(SOURCE)
+
+
+def test_the_build_needs_the_standard_library_only():
+    bare = f"import sys; sys.path.append({str(build.COMPILED.parents[2])!r})"
+    imports = "import precalib_kernels.toolchain.compile, precalib_kernels.backends.x86.library"
+    subprocess.run([sys.executable, "-I", "-S", "-c", f"{bare}; {imports}"], check=True)
+
+
+def test_no_compiler_is_a_reason_not_a_crash(no_compiler):
+    with pytest.raises(build.BuildError, match="no C\\+\\+ compiler"):
+        build.load(SOURCE)
+
+
+def test_a_failing_compiler_is_quoted(own_cache, monkeypatch):
+    monkeypatch.setattr(build, "FLAGS", ("-no-such-flag",))
+    with pytest.raises(build.BuildError, match=r"failed on viterbi.cpp: .*no-such-flag"):
+        build.load(SOURCE)
+    assert list(own_cache.iterdir()) == []
+
+
+def test_an_unwritable_cache_is_named(tmp_path, monkeypatch):
+    file = tmp_path / "file"
+    file.write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(file))
+    with pytest.raises(build.BuildError, match="cannot be written"):
+        build.load(SOURCE)

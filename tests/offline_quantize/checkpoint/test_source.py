@@ -1,0 +1,193 @@
+import os
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from offline_quantize.checkpoint.source import open_checkpoint, refuse_unsuitable
+from precalib_kernels.errors import SourceError
+
+INDEX = "model.safetensors.index.json"
+
+
+def test_a_single_file(checkpoint):
+    source = open_checkpoint(checkpoint())
+    assert list(source.shards) == ["model.safetensors"]
+    assert source.index is None
+    assert source.others == (
+        "assets/deep/logo.bytes",
+        "generation_config.json",
+        "original/params.json",
+        "tokenizer.json",
+    )
+    assert source.left_out == ()
+
+
+@pytest.mark.parametrize("index", [True, False])
+def test_shards(checkpoint, weights, index):
+    source = open_checkpoint(checkpoint(shards=3, index=index))
+    assert len(source.shards) == 3
+    assert {n for shard in source.shards.values() for n in shard} == weights().llama().keys()
+    assert (source.index is not None) == index
+    assert source.nbytes == sum(t.nbytes for t in weights().llama().values())
+
+
+def test_what_is_not_carried_over_is_told(checkpoint):
+    dead = (
+        "consolidated.safetensors",
+        "optimizer.pt",
+        "original/consolidated.00.pth",
+        "precalib.json",
+        "pytorch_model.bin",
+        "pytorch_model.bin.index.json",
+        "tokenizer.json.partial",
+    )
+    root = checkpoint(files=dict.fromkeys((*dead, "vocab.txt"), b"x"))
+    (root / ".git").mkdir()
+    (root / ".git" / "config").write_text("")
+    source = open_checkpoint(root)
+    assert source.left_out == dead
+    assert source.others == ("vocab.txt",)
+
+
+def test_links_are_followed_and_broken_ones_refused(checkpoint, tmp_path):
+    """The cache of the Hugging Face hub is made of links."""
+    real, linked = checkpoint(), tmp_path / "linked"
+    linked.mkdir()
+    for path in real.iterdir():
+        (linked / path.name).symlink_to(path)
+    assert open_checkpoint(linked).others[-1] == "tokenizer.json"
+    (real / "tokenizer.json").unlink()
+    with pytest.raises(SourceError, match=r"linked/tokenizer\.json: not a file \(a broken link"):
+        open_checkpoint(linked)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "consolidated.00.pth", "a.pkl"])
+def test_pickled_weights_are_refused_by_name(checkpoint, name):
+    root = checkpoint(files={name: b"x"})
+    (root / "model.safetensors").unlink()
+    with pytest.raises(SourceError, match=rf"/{name}: weights in a pickle format .* are refused; "):
+        open_checkpoint(root)
+
+
+def test_an_index_of_pickled_weights_is_refused(checkpoint, edit_json):
+    root = checkpoint(shards=2)
+    edit_json(root / INDEX, lambda index: index["weight_map"].update({"x": "a.bin"}))
+    with pytest.raises(SourceError, match=r"/a\.bin: weights in a pickle format"):
+        open_checkpoint(root)
+
+
+def test_no_weights_no_folder_no_config(checkpoint, tmp_path):
+    with pytest.raises(SourceError, match=r"nothing: no such directory; give the folder"):
+        open_checkpoint(tmp_path / "nothing")
+    root = checkpoint()
+    with pytest.raises(SourceError, match=r"model\.safetensors: no such directory"):
+        open_checkpoint(root / "model.safetensors")
+    (root / "model.safetensors").unlink()
+    with pytest.raises(SourceError, match=rf"{root}: holds no \*\.safetensors weights; "):
+        open_checkpoint(root)
+    (root / "config.json").unlink()
+    with pytest.raises(SourceError, match=r"config\.json: the file is missing; give the folder"):
+        open_checkpoint(root)
+
+
+def test_missing_and_truncated_shards_are_named(checkpoint):
+    root = checkpoint(shards=3)
+    shard = root / "model-00002-of-00003.safetensors"
+    os.truncate(shard, shard.stat().st_size - 1)
+    with pytest.raises(SourceError, match=rf"{shard}: not a whole safetensors file"):
+        open_checkpoint(root)
+    shard.unlink()
+    with pytest.raises(SourceError, match=rf"{shard}: the file is missing; download"):
+        open_checkpoint(root)
+
+
+def test_an_index_that_lies(checkpoint, edit_json):
+    root = checkpoint(shards=2)
+    first = "model-00001-of-00002.safetensors"
+    edit_json(root / INDEX, lambda index: index["weight_map"].update({"ghost.weight": first}))
+    with pytest.raises(SourceError, match=rf"{first}: tensor 'ghost\.weight' is named by {INDEX}"):
+        open_checkpoint(root)
+
+
+def test_a_tensor_in_two_files(checkpoint):
+    root = checkpoint(shards=2)
+    save_file({"lm_head.weight": torch.zeros(1)}, root / "model-00001-of-00002.safetensors")
+    (root / INDEX).unlink()
+    with pytest.raises(SourceError, match=r"tensor 'lm_head\.weight' is both in model-00001.* and"):
+        open_checkpoint(root)
+
+
+@pytest.mark.parametrize(
+    ("index", "text"),
+    [
+        ("{", "not valid JSON"),
+        ("[]", "not a JSON object"),
+        ("{}", "has no weight_map"),
+        ('{"weight_map": []}', "has no weight_map"),
+        ('{"weight_map": {"a": 1}}', "tensor 'a' is said to be in 1, which is not a file of"),
+        ('{"weight_map": {"a": ["b"]}}', "tensor 'a' is said to be in"),
+        ('{"weight_map": {"a": ""}}', "tensor 'a' is said to be in"),
+        ('{"weight_map": {"a": ".."}}', "tensor 'a' is said to be in"),
+        ('{"weight_map": {"a": "../b.safetensors"}}', "tensor 'a' is said to be in"),
+        ('{"weight_map": {"a": "b\\u0000.safetensors"}}', "tensor 'a' is said to be in"),
+    ],
+)
+def test_a_damaged_index(checkpoint, index, text):
+    root = checkpoint(shards=2)
+    (root / INDEX).write_text(index)
+    with pytest.raises(SourceError, match=rf"{INDEX}: {text}.*; download"):
+        open_checkpoint(root)
+
+
+@pytest.mark.parametrize(
+    ("config", "text"),
+    [
+        ({"quantization_config": {"quant_method": "gptq"}}, r"already quantized \(gptq\)"),
+        ({"quantization_config": {"bits": 4}}, r"already quantized \(unnamed method\)"),
+        ({"quantization_config": "fp8"}, r"already quantized \(unnamed method\)"),
+        ({"compression_config": {"quant_method": "x"}}, r"already quantized \(x\)"),
+        (
+            {"text_config": {"quantization_config": {"quant_method": "fp8"}}},
+            r"already quantized \(fp8\)",
+        ),
+        (
+            {"quantization_config": {"quant_method": "precalib"}},
+            r"already quantized \(precalib\).* first with 'precalib dequantize'",
+        ),
+        ({"model_type": "gpt2"}, "models of type 'gpt2' store linear weights transposed"),
+        ({"text_config": {"model_type": "gpt2"}}, "models of type 'gpt2' store linear weights"),
+    ],
+)
+def test_unsuitable_sources(checkpoint, config, text):
+    source = open_checkpoint(checkpoint(config=config))
+    with pytest.raises(SourceError, match=rf"/source/config\.json: {text}"):
+        refuse_unsuitable(source)
+
+
+def test_packed_tensors_without_a_word_in_the_configuration(checkpoint, weights):
+    name = "model.layers.0.self_attn.q_proj.qweight"
+    source = open_checkpoint(checkpoint(tensors={name: torch.zeros(4, 4, dtype=torch.int32)}))
+    with pytest.raises(SourceError, match=rf"model\.safetensors: tensor '{name}' is already quan"):
+        refuse_unsuitable(source)
+
+
+@pytest.mark.parametrize("config", [{}, {"quantization_config": None}, {"model_type": ["gpt2"]}])
+def test_suitable_sources(checkpoint, config):
+    refuse_unsuitable(open_checkpoint(checkpoint(config=config)))
+
+
+def test_the_language_model_of_a_larger_one(checkpoint):
+    config = {"thinker_config": {"text_config": {"a": 1}}, "vision_config": {"a": 2}}
+    assert open_checkpoint(checkpoint(config=config)).text_config == {"a": 1}
+
+
+def test_fingerprints_tell_sources_apart(checkpoint, edit_json):
+    first, second = checkpoint("first"), checkpoint("second")
+    one, two = open_checkpoint(first).fingerprint(), open_checkpoint(second).fingerprint()
+    weights = "model.safetensors"
+    assert one[weights].pop("modified") != two[weights].pop("modified")
+    assert one == two
+    edit_json(second / "config.json", lambda config: config.update(vocab_size=1))
+    three = open_checkpoint(second).fingerprint()
+    assert three["config.json"] != one["config.json"]

@@ -1,0 +1,397 @@
+"""The command as its users meet it: what it prints, what it refuses, and how it survives."""
+
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from offline_quantize.cli import main as cli
+
+LAYER = "model.layers.0"
+
+
+def test_help_and_usage(precalib):
+    ran = precalib("--help")
+    assert ran.code == 0
+    for command in ("quantize", "inspect", "verify", "dequantize", "recipes", "doctor"):
+        assert command in ran.out
+    assert precalib("quantize").code == 2
+    assert precalib("quantize", "a", "b", "--jobs", -1).code == 2
+
+
+def test_recipes(precalib):
+    ran = precalib("recipes")
+    assert ran.code == 0
+    assert len(ran.out.splitlines()) == 7
+    assert ran.out.startswith("balanced-4 (default): 4 bits")
+    assert all(line.endswith("true bits") for line in ran.out.splitlines())
+
+
+def test_a_first_use(checkpoint, precalib, tmp_path, contents):
+    source, target, back = checkpoint(), tmp_path / "out put", tmp_path / "back"
+    before = contents(source)
+    ran = precalib("quantize", source, target, "--recipe", "paper-4")
+    assert (ran.code, ran.err) == (0, "")
+    assert "Kept (embedding): model.embed_tokens.weight\n" in ran.out
+    assert "true bits per weight (Eq. 13 of the paper: 4.8" in ran.out
+    assert f"Serve it:  vllm serve '{target}' --quantization precalib" in ran.out
+    assert "expert" not in ran.out
+
+    ran = precalib("inspect", target)
+    assert ran.code == 0
+    assert f"{LAYER}.self_attn.k_proj   64×128  " in ran.out
+    assert "Recipe paper-4, made by precalib 0" in ran.out
+
+    ran = precalib("verify", target, "--against", source)
+    assert ran.code == 0
+    assert "is whole: files, structure and values of 14 packed weights are right; errors" in ran.out
+    assert precalib("verify", target).code == 0
+
+    ran = precalib("dequantize", target, back)
+    assert ran.code == 0
+    assert "of bfloat16 weights" in ran.out
+    assert contents(source) == before
+
+
+def test_a_finished_run_has_nothing_to_do(checkpoint, precalib, quantize, tmp_path):
+    source = checkpoint()
+    quantize(source)
+    ran = precalib("quantize", source, tmp_path / "target", "--resume")
+    assert ran.code == 0
+    assert ran.out.startswith(f"{tmp_path / 'target'} was finished before; nothing to do.\n")
+
+
+@pytest.mark.parametrize("recipe", ["balanced-4", "paper-3", "rtn-4"])
+@pytest.mark.parametrize("shards", [1, 3])
+def test_a_dry_run_tells_the_exact_size_and_writes_nothing(
+    checkpoint, precalib, quantize, tmp_path, recipe, shards
+):
+    source = checkpoint(shards=shards)
+    ran = precalib("quantize", source, tmp_path / "target", "--recipe", recipe, "--dry-run")
+    assert (ran.code, ran.err) == (0, "")
+    assert not (tmp_path / "target").exists()
+    target = quantize(source, "--recipe", recipe)
+    size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
+    size -= (target / "precalib.json").stat().st_size
+    assert f"Exact size of the output: {size:,} bytes and the manifest precalib.json." in ran.out
+    again = precalib("quantize", source, target, "--recipe", recipe, "--dry-run", "--resume")
+    assert "holds all of it already" in again.out
+    other = precalib("quantize", source, target, "--recipe", recipe, "--dry-run")
+    assert "exists and is not empty" in other.sentence
+
+
+def test_experts_that_are_not_served_yet_are_told(checkpoint, weights, precalib, tmp_path):
+    source = checkpoint(tensors={f"{LAYER}.mlp.experts.0.up_proj.weight": weights()(64, 128)})
+    for options in (["--dry-run"], []):
+        ran = precalib("quantize", source, tmp_path / "target", *options)
+        assert "Note: 1 expert weights are packed, which the vLLM plugin does not serve" in ran.out
+
+
+def test_what_is_left_out_is_told(checkpoint, precalib, tmp_path):
+    source = checkpoint(files={"optimizer.pt": b"x"})
+    ran = precalib("quantize", source, tmp_path / "target")
+    assert "Left out (not part of a safetensors checkpoint): optimizer.pt\n" in ran.out
+    assert not (tmp_path / "target" / "optimizer.pt").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--recipe", "awq"], "unknown recipe 'awq'; there are balanced-4, "),
+        (["--override", "mlp"], "--override 'mlp' is not of the form REGEX=RECIPE"),
+        (["--override", "=rtn-4"], "--override '=rtn-4' is not of the form REGEX=RECIPE"),
+        (["--override", "ffn=rtn-4"], "--override 'ffn' matches no module"),
+        (["--override", "a=b=rtn-4"], "--override 'a=b' matches no module"),
+        (["--keep", "*"], "--keep '*' is not a regular expression"),
+        (["--group-size", "256"], "model.safetensors: group size 256 does not fit tensor 'model."),
+        (["--group-size", "33"], "group_size must be a positive multiple of 32"),
+        (["--clip", "0.9"], "clip applies to min-max grids"),
+        (["--keep", "up_proj"], "vLLM computes these as one layer"),
+        (["--device", "meta"], "--device meta: there are cpu, cuda and"),
+        (["--device", "warp:9"], "--device warp:9: there are cpu, cuda and"),
+    ],
+)
+def test_bad_options_are_one_sentence(checkpoint, precalib, tmp_path, options, text):
+    ran = precalib("quantize", checkpoint(), tmp_path / "target", *options)
+    assert ran.sentence.startswith("precalib: ")
+    assert text in ran.sentence
+    assert not (tmp_path / "target").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there(checkpoint, precalib, tmp_path):
+    ran = precalib("quantize", checkpoint(), tmp_path / "target", "--device", "cuda:0")
+    assert "--device cuda:0: cannot be used here (" in ran.sentence
+    assert "use --device cpu" in ran.sentence
+
+
+def damage_nan(root, tensors):
+    tensors[f"{LAYER}.mlp.down_proj.weight"][2, 3] = float("nan")
+    return f"model.safetensors: tensor '{LAYER}.mlp.down_proj.weight': weight [2, 3] is nan"
+
+
+def damage_fp8(root, tensors):
+    name = f"{LAYER}.mlp.down_proj.weight"
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    return f"model.safetensors: tensor '{name}' has type F8_E4M3"
+
+
+def damage_integer(root, tensors):
+    name = f"{LAYER}.mlp.down_proj.weight"
+    tensors[name] = tensors[name].to(torch.int8)
+    return f"model.safetensors: tensor '{name}' has type I8"
+
+
+@pytest.mark.parametrize("damage", [damage_nan, damage_fp8, damage_integer])
+def test_unfit_weights_are_one_sentence(checkpoint, weights, precalib, tmp_path, damage):
+    tensors = weights().llama()
+    text = damage(tmp_path, tensors)
+    ran = precalib("quantize", checkpoint(tensors=tensors), tmp_path / "target")
+    assert text in ran.sentence
+    assert "--keep" in ran.sentence
+    assert not (tmp_path / "target").exists()
+
+
+@pytest.mark.parametrize(
+    ("damage", "text"),
+    [
+        (lambda root: (root / "config.json").unlink(), "config.json: the file is missing; give"),
+        (lambda root: (root / "model.safetensors").unlink(), "holds no *.safetensors weights"),
+        (
+            lambda root: (root / "model.safetensors").rename(root / "pytorch_model.bin"),
+            "pytorch_model.bin: weights in a pickle format can run code",
+        ),
+        (lambda root: os.truncate(root / "model.safetensors", 9999), "not a whole safetensors"),
+        (lambda root: (root / "config.json").write_text("[1]"), "config.json: not a JSON object"),
+    ],
+)
+def test_damaged_sources_are_one_sentence(checkpoint, precalib, tmp_path, damage, text):
+    root = checkpoint()
+    damage(root)
+    ran = precalib("quantize", root, tmp_path / "target")
+    assert text in ran.sentence
+    assert not (tmp_path / "target").exists()
+
+
+def test_errors_of_the_system_are_one_sentence(precalib, tmp_path):
+    ran = precalib("inspect", tmp_path / ("x" * 300))
+    assert ran.sentence.startswith("precalib: ")
+    assert "File name too long" in ran.sentence
+    ran = precalib("quantize", "a" * 300 + "/b", tmp_path / "target")
+    assert ran.sentence.startswith("precalib: ")
+
+
+def test_an_output_that_cannot_be_written(checkpoint, precalib, monkeypatch):
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    ran = precalib("quantize", checkpoint(), "/proc/precalib")
+    assert ran.sentence.startswith("precalib: /proc/precalib: cannot be written (")
+
+
+def test_an_interrupt_tells_how_to_go_on(checkpoint, precalib, tmp_path, monkeypatch):
+    def interrupt(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("offline_quantize.commands.quantize.encode", interrupt)
+    ran = precalib("quantize", checkpoint(), tmp_path / "target")
+    assert (ran.code, ran.err) == (130, "precalib: interrupted; add --resume to continue\n")
+
+
+def test_names_are_shown_as_they_are(checkpoint, weights, precalib, tmp_path):
+    """Brackets are markup to rich."""
+    tensors = weights().llama() | {"[bold]x[/bold].weight": torch.zeros(3)}
+    target = tmp_path / "[red]out[/red]"
+    source = checkpoint("[b]", tensors)
+    ran = precalib("quantize", source, target)
+    assert ran.code == 0
+    assert "[bold]x[/bold].weight" in ran.out
+    assert str(target) in ran.out
+    assert str(target) in precalib("verify", target).out
+    assert f"{source} " in precalib("quantize", source, source / "in").sentence + " "
+    assert "/[/x]: no such" in precalib("quantize", tmp_path / "[/x]", target).sentence
+
+
+@pytest.fixture
+def server():
+    """Starts processes in milliseconds that have imported everything."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["offline_quantize.cli.main"])
+    return context
+
+
+@pytest.fixture
+def start(server, monkeypatch):
+    def start(*arguments):
+        monkeypatch.setattr(sys, "argv", ["precalib", *map(str, arguments)])
+        process = server.Process(target=cli.main)
+        process.start()
+        return process
+
+    return start
+
+
+def test_sigkill_at_random_moments(checkpoint, weights, quantize, start, tmp_path, contents):
+    make, tensors = weights(), {"model.embed_tokens.weight": weights()(64, 512)}
+    for layer in range(12):
+        tensors[f"model.layers.{layer}.mlp.up_proj.weight"] = make(512, 512)
+    source = checkpoint(tensors=tensors, shards=4, config={})
+    options = ["--recipe", "rtn-4"]
+    begin = time.monotonic()
+    expected = contents(quantize(source, *options, target="whole"))
+    usual = time.monotonic() - begin
+    chance, killed = random.Random(0), 0
+    for case, jobs in enumerate((1, 4, 1)):
+        target = tmp_path / f"killed-{case}"
+        for resume in [[]] + [["--resume"]] * 4:
+            if target.exists():
+                resume = ["--resume"]
+            process = start("quantize", source, target, *options, "--jobs", jobs, *resume)
+            process.join(chance.uniform(0.1, 1.2) * usual)
+            os.kill(process.pid, signal.SIGKILL) if process.exitcode is None else None
+            process.join()
+            killed += process.exitcode == -signal.SIGKILL
+            assert process.exitcode in (0, -signal.SIGKILL)
+        process = start("quantize", source, target, *options, "--jobs", 5 - jobs, "--resume")
+        process.join()
+        assert process.exitcode == 0
+        assert contents(target) == expected
+    assert killed > 3
+
+
+PEAK = """
+import resource, sys
+from offline_quantize.cli import main as cli
+sys.argv = ["precalib", *sys.argv[1:]]
+cli.main()
+"""
+
+
+def peak_memory(*arguments):
+    command = [sys.executable, "-c", PEAK, *map(str, arguments)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    assert status == 0
+    return usage.ru_maxrss * 1024
+
+
+@pytest.mark.parametrize("recipe", ["rtn-4"])
+def test_memory_is_bounded_by_the_largest_tensor(checkpoint, weights, tmp_path, recipe):
+    """One file of 400 MB; `large_checkpoint.py` does the same with 8 GB and every recipe."""
+    block = weights()(1024, 2048)  # 4 MiB
+    tensors = {f"model.layers.{i}.mlp.up_proj.weight": block.clone() for i in range(20)}
+    tensors["model.embed_tokens.weight"] = block.repeat(80, 1)
+    small = {name: tensors[name] for name in list(tensors)[:1]}
+    peaks = {}
+    for name, part in (("small", small), ("large", tensors)):
+        source = checkpoint(name, part, config={}, files={})
+        peaks[name] = peak_memory(
+            "quantize", source, tmp_path / f"{name}-out", "--recipe", recipe, "--jobs", 1
+        )
+    assert (tmp_path / "large" / "model.safetensors").stat().st_size > 400e6
+    assert peaks["large"] - peaks["small"] < 60e6
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers(-9, 9) | st.floats() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
+    max_leaves=5,
+)
+
+
+def edit_somewhere(data, tree):
+    """Replace, remove or rename one value somewhere in a JSON tree."""
+    while True:
+        keys = list(tree) if isinstance(tree, dict) else list(range(len(tree)))
+        if not keys:
+            return
+        key = data.draw(st.sampled_from(keys))
+        if isinstance(tree[key], dict | list) and data.draw(st.integers(0, 3)):
+            tree = tree[key]
+            continue
+        change = data.draw(st.sampled_from(["replace", "remove"]))
+        if change == "remove":
+            del tree[key]
+        else:
+            tree[key] = data.draw(values)
+        return
+
+
+class Fuzz:
+    settings = settings(
+        max_examples=50, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
+    )
+
+    @staticmethod
+    def damage(data, path, original):
+        """Either valid JSON with one odd value or bytes that are none."""
+        if data.draw(st.integers(0, 5)):
+            tree = json.loads(original)
+            edit_somewhere(data, tree)
+            path.write_text(json.dumps(tree))
+        else:
+            raw = bytearray(original)
+            raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
+            path.write_bytes(raw)
+
+
+def refused_or_done(ran):
+    """Nothing but 0 and 1 ends a command, and no error is without its sentence."""
+    assert ran.code in (0, 1), ran
+    assert "Traceback" not in ran.err
+    if ran.code == 1:
+        assert all(line.strip() for line in ran.err.splitlines())
+        assert ran.err
+    return ran
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors.index.json"])
+def test_any_damage_to_the_source_is_a_sentence(checkpoint, weights, precalib, tmp_path, file):
+    tensors = {f"{LAYER}.up_proj.weight": weights()(4, 64), "lm_head.weight": weights()(1, 64)}
+    source = checkpoint(tensors=tensors, shards=2, files={}, config={"text_config": {"a": [1]}})
+    original = (source / file).read_bytes()
+
+    @Fuzz.settings
+    @given(data=st.data())
+    def fuzz(data):
+        Fuzz.damage(data, source / file, original)
+        options = ("--group-size", 64, "--recipe", "rtn-4", "--dry-run")
+        refused_or_done(precalib("quantize", source, tmp_path / "target", *options))
+
+    fuzz()
+
+
+@pytest.mark.parametrize("file", ["config.json", "precalib.json", "model.safetensors.index.json"])
+def test_any_damage_to_a_packed_checkpoint_is_a_sentence(
+    checkpoint, weights, precalib, quantize, tmp_path, file
+):
+    tensors = {f"{LAYER}.up_proj.weight": weights()(4, 64), "lm_head.weight": weights()(1, 64)}
+    source = checkpoint(tensors=tensors, shards=2, files={})
+    options = ("--group-size", 64)
+    target = quantize(source, *options)
+    original = (target / file).read_bytes()
+    counter = iter(range(10**6))
+
+    @Fuzz.settings
+    @given(data=st.data())
+    def fuzz(data):
+        Fuzz.damage(data, target / file, original)
+        whole = (target / file).read_bytes() == original
+        refused_or_done(precalib("inspect", target))
+        ran = refused_or_done(precalib("verify", target, "--against", source))
+        assert ran.code == 1 or whole or file == "precalib.json"
+        refused_or_done(precalib("quantize", source, target, "--resume", *options))
+        refused_or_done(precalib("dequantize", target, tmp_path / str(next(counter))))
+
+    fuzz()

@@ -1,0 +1,178 @@
+import json
+
+import pytest
+import torch
+
+from offline_quantize.checkpoint.source import open_checkpoint
+from offline_quantize.method.recipes import RECIPES
+from offline_quantize.planning.plan import Options, checkpoint_config, index_of, make_plan
+from precalib_kernels.errors import RecipeError, SourceError
+from precalib_kernels.format.checkpoint_config import CheckpointConfig
+
+LINEARS = 7  # in each of the two layers
+
+
+def plan(root, recipe="rtn-4", overrides=(), keep=(), **changes):
+    return make_plan(open_checkpoint(root), Options(recipe, changes, overrides, keep))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_fits(checkpoint, recipe):
+    made = plan(checkpoint(), recipe)
+    assert len(made.packings) == 2 * LINEARS
+    assert made.kept["model.embed_tokens.weight"] == "embedding"
+    assert made.kept["lm_head.weight"] == "output head"
+    assert made.kept["model.layers.1.self_attn.q_proj.bias"] == "not a linear weight"
+    layout = RECIPES[recipe].layout
+    assert {packing.recipe.layout for packing in made.packings.values()} == {layout}
+    assert made.weights == sum(p.entry.weights for p in made.packings.values())
+
+
+def test_the_configuration_comes_back(checkpoint):
+    made = plan(checkpoint(), overrides=[("mlp", "rtn-3")], keep=[r"layers\.1\.self_attn"])
+    written = json.loads(made.small["config.json"])
+    assert written.pop("quantization_config") == checkpoint_config(made).to_dict()
+    assert written == {"model_type": "llama", "num_hidden_layers": 2}
+    config = CheckpointConfig.from_dict(
+        json.loads(made.small["config.json"])["quantization_config"]
+    )
+    assert config.modules["model.layers.0.mlp.up_proj"] == "rtn-3"
+    assert config.modules["model.layers.0.self_attn.q_proj"] == "rtn-4"
+    assert "model.layers.1.self_attn.q_proj" not in config.modules
+    assert set(config.kept) >= {"lm_head", "model.layers.1.self_attn.q_proj"}
+
+
+def test_shards_stay_shards_and_the_index_names_every_tensor(checkpoint):
+    made = plan(checkpoint(shards=3))
+    index = json.loads(made.small["model.safetensors.index.json"])
+    assert index["metadata"]["by"] == "test"
+    entries = {n: (f, e) for f, s in made.shards.items() for n, e in s.entries.items()}
+    assert index["weight_map"] == {name: file for name, (file, _) in entries.items()}
+    assert index["metadata"]["total_size"] == sum(e.nbytes for _, e in entries.values())
+    files = {name: entry for name, entry in entries.items() if "0.self_attn.k_proj" in name}
+    assert len({file for file, _ in files.values()}) == 1
+    assert list(made.small)[-1] == "config.json"
+
+
+@pytest.mark.parametrize("metadata", [None, [], "text"])
+def test_an_index_with_odd_metadata(metadata):
+    assert index_of({}, {"metadata": metadata})["metadata"] == {"total_size": 0}
+
+
+def test_the_first_override_that_matches_wins(checkpoint):
+    made = plan(checkpoint(), overrides=[("down", "balanced-4"), ("mlp", "rtn-3")])
+    assert made.packings["model.layers.0.mlp.down_proj.weight"].label == "balanced-4"
+    assert made.packings["model.layers.0.mlp.up_proj.weight"].label == "rtn-3"
+    assert made.packings["model.layers.0.self_attn.o_proj.weight"].label == "rtn-4"
+
+
+def test_options_adjust_the_main_recipe_and_are_in_its_name(checkpoint):
+    made = plan(checkpoint(), bits=3, group_size=64, overrides=[("down", "rtn-4")])
+    labels = {packing.label: packing.recipe.layout for packing in made.packings.values()}
+    main = labels["rtn-4 --bits 3 --group-size 64"]
+    assert (main.bits, main.group_size) == (3, 64)
+    assert labels["rtn-4"] == RECIPES["rtn-4"].layout
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"recipe": "awq"}, r"^unknown recipe 'awq'; there are .*balanced-4"),
+        ({"overrides": [("mlp", "awq")]}, r"^unknown recipe 'awq'; there are"),
+        ({"overrides": [("(", "rtn-4")]}, r"^--override '\(' is not a regular expression"),
+        ({"keep": ["["]}, r"^--keep '\[' is not a regular expression"),
+        ({"overrides": [("ffn", "rtn-3")]}, r"^--override 'ffn' matches no module .*--dry-run"),
+        ({"overrides": [("lm_head", "rtn-3")]}, r"^--override 'lm_head' matches no module"),
+        (
+            {"overrides": [("mlp", "rtn-3"), ("down_proj", "rtn-4")]},
+            r"^--override 'down_proj' matches no module .* no earlier --override takes",
+        ),
+        ({"keep": ["ffn"]}, r"^--keep 'ffn' matches no module; "),
+        ({"group_size": 48}, r"options do not fit.*group_size must be a positive multiple of 32"),
+        ({"group_size": 0}, r"options do not fit.*group_size must be a positive multiple of 32"),
+        ({"bits": 6}, r"options do not fit.*bits must be 2, 3, 4 or 5"),
+        ({"recipe": "paper-4", "salient_bits": 9}, r"salient_bits must be"),
+        ({"recipe": "balanced-4", "alpha": 0.5}, r"salient_count must be between 0 and 32"),
+        ({"recipe": "balanced-4", "alpha": -0.5}, r"."),
+        ({"alpha": float("nan")}, r"^--alpha nan: give a finite number"),
+        ({"alpha": float("inf")}, r"^--alpha inf: give a finite number"),
+        ({"clip": 0.0}, r"clip is 0\.0, it must be above 0"),
+        (
+            {"group_size": 256},
+            r"source/model\.safetensors: group size 256 does not fit tensor 'model\.layers\.0\..*"
+            r"' with 1\d\d inputs; use --group-size 1\d\d or smaller, or --keep it$",
+        ),
+        (
+            {"overrides": [("q_proj", "rtn-3")]},
+            r"^vLLM computes these as one layer, .*: model\.layers\.0\.self_attn\.q_proj \(rtn-3\),"
+            r" model\.layers\.0\.self_attn\.k_proj \(rtn-4\)",
+        ),
+        ({"keep": ["up_proj"]}, r"gate_proj \(rtn-4\), .*up_proj \(kept\)$"),
+    ],
+)
+def test_options_that_do_not_fit(checkpoint, options, text):
+    with pytest.raises(RecipeError, match=text):
+        plan(checkpoint(), **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.float8_e4m3fn, torch.float64])
+def test_weights_of_other_types_are_refused_but_may_be_kept(checkpoint, weights, dtype):
+    name = "model.layers.1.mlp.down_proj.weight"
+    tensors = weights().llama()
+    tensors[name] = torch.zeros(128, 160).to(dtype)
+    tensors["model.embed_tokens.weight"] = torch.zeros(8, 128).to(torch.float8_e4m3fn)
+    root = checkpoint(tensors=tensors)
+    with pytest.raises(SourceError, match=rf"safetensors: tensor '{name}' has type .*use --keep"):
+        plan(root)
+    assert plan(root, keep=[r"layers\.1\.mlp\.down_proj"]).kept[name] == "--keep"
+
+
+def test_nothing_to_quantize(checkpoint, weights):
+    for number, tensors in enumerate(({}, {"model.embed_tokens.weight": weights()(8, 64)})):
+        root = checkpoint(str(number), tensors)
+        with pytest.raises(SourceError, match=rf"{root}: no tensor looks like a linear weight"):
+            plan(root)
+    with pytest.raises(SourceError, match="nothing to quantize"):
+        plan(checkpoint(), keep=["."])
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_name_that_packing_would_take_twice(checkpoint, weights, shards):
+    tensors = weights().llama() | {"model.layers.0.mlp.up_proj.scales": weights()(3)}
+    root = checkpoint(tensors=tensors, shards=shards)
+    text = r"packing 'model\.layers\.0\.mlp\.up_proj\.weight' would make a second tensor '.*scales'"
+    with pytest.raises(SourceError, match=text):
+        plan(root)
+    plan(root, keep=[r"layers\.0\.mlp\.(up|gate)_proj$"])
+
+
+def test_tensors_that_need_no_attention(checkpoint, weights):
+    """Tied embeddings, extra layers, a vision tower, odd types and shapes are all carried over."""
+    make = weights()
+    extra = {
+        "mtp.layers.0.mlp.up_proj.weight": make(64, 128),
+        "model.layers.2.mlp.up_proj.weight": make(64, 128),
+        "visual.blocks.0.attn.qkv.weight": make(64, 128),
+        "model.layers.0.mlp.gate.weight": make(4, 128),
+        "model.layers.0.conv1d.weight": make(4, 1, 3),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": make(16).float(),
+        "model.layers.0.mlp.small.weight": make(4, 100),
+        "model.layers.0.mlp.none.weight": make(0, 128),
+        "scalar": torch.tensor(1.5),
+        "mask": torch.zeros(3, 3, dtype=torch.bool),
+        "fp8": torch.zeros(5, dtype=torch.float8_e5m2),
+    }
+    tensors = make.llama() | extra
+    del tensors["lm_head.weight"]
+    made = plan(checkpoint(tensors=tensors))
+    assert extra.keys() <= made.kept.keys()
+    assert len(made.packings) == 2 * LINEARS
+
+
+def test_the_fingerprint_names_what_matters(checkpoint):
+    root = checkpoint()
+    fingerprint = plan(root).fingerprint("cpu")
+    assert json.loads(json.dumps(fingerprint)) == fingerprint
+    for other in (plan(root, "rtn-3"), plan(root, alpha=0.0), plan(root, keep=["o_proj"])):
+        assert other.fingerprint("cpu") != fingerprint
+    assert plan(root).fingerprint("cpu") == fingerprint
