@@ -1,7 +1,8 @@
 """Compile the C++ libraries where there is a compiler; all else is in pyproject.toml.
 
 An installation carries them in `precalib_kernels/toolchain/compiled`. An editable one, whose
-sources stay as they are, finds them in the user's cache. Without a compiler the first use tries again.
+sources stay as they are, finds them in the user's cache. Without a compiler the first use tries
+again.
 """
 
 import shutil

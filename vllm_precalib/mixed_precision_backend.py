@@ -86,7 +86,9 @@ class MixedPrecisionBackend(Backend):
         prepared: dict[str, Tensor] = {}
         for product in self.products:
             part = {name: t[product.rows] for name, t in tensors.items() if name != "column_scale"}
-            scales = reference.group_scales(part, self.spec.layout) / self.spec.layout.level_limit
+            scales = (
+                reference.group_scales(part, self.spec.layout) / self.spec.layout.codebook_limit
+            )
             steps = scales.to(self.spec.dtype)
             prepared |= product.base(part, steps, self.missing)
             if self.spec.layout.salient_count:

@@ -137,9 +137,9 @@ def encode_rows(
         packed = grids.store_scales(scales, layout, grouped)
         if chosen is not None:
             chosen.encode(grouped, packed, layout)
-        codes, level = _level_codes(grouped, padding, chosen, packed, layout)
+        codes, level = _codebook_codes(grouped, padding, chosen, packed, layout)
 
-    step = reference.group_scales(packed, layout) / layout.level_limit
+    step = reference.group_scales(packed, layout) / layout.codebook_limit
     values, found = level.mul_(step[..., None]), 0
     if chosen is not None:
         chosen.put(codes, chosen.codes & (2**layout.bits - 1))
@@ -194,7 +194,7 @@ def _choose(grouped: Tensor, recipe: Recipe, penalty: float) -> tuple[_Salient |
     return _Salient(positions, codes, recipe.layout.group_size), wanted
 
 
-def _level_codes(
+def _codebook_codes(
     grouped: Tensor,
     padding: int,
     chosen: _Salient | None,
@@ -204,7 +204,7 @@ def _level_codes(
     """Codes and level values for non-uniform levels; those at salient places mean nothing."""
     scale = reference.group_scales(packed, layout)
     if not layout.trellis:
-        return grids.nearest_levels(grouped, scale, layout)
+        return grids.nearest_entries(grouped, scale, layout)
     forced = torch.full(grouped.shape, 2, dtype=torch.uint8)
     if padding:
         forced[:, -1, -padding:] = 0

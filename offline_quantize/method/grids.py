@@ -25,17 +25,17 @@ def min_max(
     low = ordinary.amin(-1).clamp_max(0) * recipe.clip  # zero is in the range: it can be a code
     high = ordinary.amax(-1).clamp_min(0) * recipe.clip
     sides = store_scales(high - low, layout, grouped)
-    inverse = _inverse(group_scales(sides, layout) / layout.level_limit)
+    inverse = _inverse(group_scales(sides, layout) / layout.codebook_limit)
     zero = (-low * inverse).round_().clamp_(0, top)
     codes = torch.addcmul(zero[..., None], grouped, inverse[..., None]).round_().clamp_(0, top)
     coded = codes.to(torch.uint8)
     return sides | {"zeros": zero.to(torch.uint8)}, coded, codes.sub_(zero[..., None])
 
 
-def nearest_levels(grouped: Tensor, scale: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+def nearest_entries(grouped: Tensor, scale: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
     """Code (uint8) and value (float32) of the level nearest to each weight; no trellis."""
-    limit = layout.level_limit
-    levels = torch.tensor(layout.level_values)
+    limit = layout.codebook_limit
+    levels = torch.tensor(layout.codebook_values)
     nearest = (torch.arange(-limit, limit + 1)[:, None] - levels).abs().argmin(1)
     point = grouped * (limit * _inverse(scale))[..., None]
     index = point.round_().clamp_(-limit, limit).add_(limit).int()

@@ -14,7 +14,7 @@ GROUPS = 2048
 ITERATIONS = 120
 
 
-def trained_levels(bits: int, group_size: int, salient_count: int) -> tuple[int, ...]:
+def trained_codebook(bits: int, group_size: int, salient_count: int) -> tuple[int, ...]:
     """The 2**(bits+1) int8 levels of least squared error in the trellis, symmetric and odd.
 
     Samples are groups of a normal, without their `salient_count` largest members, divided by the
@@ -45,7 +45,7 @@ def _start(count: int) -> Tensor:
 
 def _layout(bits: int, group_size: int, levels: Tensor) -> Layout:
     whole = tuple(int(level) for level in levels.round())
-    return Layout(bits=bits, group_size=group_size, levels=whole, trellis=True)
+    return Layout(bits=bits, group_size=group_size, codebook=whole, trellis=True)
 
 
 def _centroids(levels: Tensor, chosen: Tensor, samples: Tensor, ordinary: Tensor) -> Tensor:
@@ -60,4 +60,4 @@ def _centroids(levels: Tensor, chosen: Tensor, samples: Tensor, ordinary: Tensor
 
 if __name__ == "__main__":
     for case in ((5, 128, 2), (4, 128, 2), (3, 128, 4), (2, 128, 4)):
-        print(case, trained_levels(*case))
+        print(case, trained_codebook(*case))

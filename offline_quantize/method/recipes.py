@@ -62,7 +62,7 @@ def _balanced(bits: int, salient_count: int, salient_bits: int) -> Recipe:
     layout = Layout(
         bits=bits,
         group_size=128,
-        levels=TRELLIS_CODEBOOKS[bits],
+        codebook=TRELLIS_CODEBOOKS[bits],
         trellis=True,
         scale="log8",
         salient_count=salient_count,
@@ -136,8 +136,8 @@ def adjust(
     changes: dict[str, Any] = {}
     if bits is not None and bits != layout.bits:
         changes["bits"] = bits
-        if layout.levels is not None:
-            changes["levels"] = TRELLIS_CODEBOOKS.get(bits)
+        if layout.codebook is not None:
+            changes["codebook"] = TRELLIS_CODEBOOKS.get(bits)
         if layout.salient_bits == layout.bits:
             changes["salient_bits"] = bits
     if group_size is not None:

@@ -29,7 +29,7 @@ def trellis_search(
     forced:  uint8 like `grouped`: 0 or 1 where the low bit of the code is given (salient weights,
              whose value the trellis does not set, and padding); 2 for ordinary weights.
     """
-    unit = torch.where(scale > 0, layout.level_limit / scale, 0).flatten()
+    unit = torch.where(scale > 0, layout.codebook_limit / scale, 0).flatten()
     weights, forced = (t.reshape(len(unit), -1).contiguous() for t in (grouped, forced))
     codes, level = search(weights, unit, forced, layout)
     return codes.view(grouped.shape), level.view(grouped.shape)
@@ -51,14 +51,14 @@ def search_native(
     weights: Tensor, unit: Tensor, forced: Tensor, layout: Layout, library: ctypes.CDLL
 ) -> tuple[Tensor, Tensor]:
     """Compiled search; weights and forced [n, group_size], unit [n] levels per weight unit."""
-    levels = torch.tensor(layout.level_values, dtype=torch.int32)
+    levels = torch.tensor(layout.codebook_values, dtype=torch.int32)
     codes = torch.empty(weights.shape, dtype=torch.uint8)
     level = torch.empty(weights.shape)
     unit, forced = unit.contiguous(), forced.contiguous()
     library.trellis_search(
         *(ctypes.c_void_p(t.data_ptr()) for t in (weights, unit, forced, levels)),
         ctypes.c_int32(len(levels)),
-        ctypes.c_int32(layout.level_limit),
+        ctypes.c_int32(layout.codebook_limit),
         ctypes.c_int64(weights.shape[0]),
         ctypes.c_int32(weights.shape[1]),
         ctypes.c_void_p(codes.data_ptr()),
@@ -72,8 +72,8 @@ def search_torch(
 ) -> tuple[Tensor, Tensor]:
     """The same search in torch, all groups at once."""
     count, size = weights.shape
-    limit = layout.level_limit
-    levels = torch.tensor(layout.level_values)
+    limit = layout.codebook_limit
+    levels = torch.tensor(layout.codebook_values)
     points = torch.arange(-limit, limit + 1)[:, None]
     subsets = [levels[start::4] for start in range(4)]
     rank = torch.stack([(points - subset).abs().argmin(1) for subset in subsets])  # [4, points]

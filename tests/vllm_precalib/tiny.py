@@ -23,7 +23,7 @@ from precalib_kernels.format.salient_index import pack_salient
 ROW = Layout(
     bits=4,
     group_size=64,
-    levels=(-127, -95, -74, -58, -44, -31, -19, -7, 7, 19, 31, 44, 58, 74, 95, 127),
+    codebook=(-127, -95, -74, -58, -44, -31, -19, -7, 7, 19, 31, 44, 58, 74, 95, 127),
     scale="log8",
     salient_count=2,
     salient_grid="row",
@@ -33,7 +33,7 @@ SIGN = Layout(bits=3, group_size=64, salient_count=5, salient_bits=3, column_sca
 MIN_MAX = Layout(bits=4, group_size=32, salient_count=3, salient_grid="min-max")
 PLAIN = Layout(bits=2, group_size=32)
 TRELLIS = Layout(
-    bits=3, group_size=64, levels=ROW.levels, trellis=True, scale="log8", column_scale=True
+    bits=3, group_size=64, codebook=ROW.codebook, trellis=True, scale="log8", column_scale=True
 )
 LAYOUTS = {"row": ROW, "sign": SIGN, "min-max": MIN_MAX, "plain": PLAIN, "trellis": TRELLIS}
 WEIGHT_SIZE = 0.1  # root mean square; large enough for logits to differ

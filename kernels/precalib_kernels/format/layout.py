@@ -55,6 +55,7 @@ FORMAT_VERSION = 1
 COLUMN_UNIT = 32  # K and group_size are multiples of this, so every group starts on a byte
 MAX_SALIENT_COUNT = 32
 LOG_STEPS = 16  # "log8": steps per factor of two; 255 of them span 2**-15.9
+JSON_NAMES = {"codebook": "levels"}  # fields that files call by another name
 LOG_ZERO = 255  # "log8": the code of a group whose scale is exactly zero
 
 SalientGrid = Literal["row", "sign-magnitude", "min-max"]
@@ -79,9 +80,9 @@ class Layout:
 
     bits:          width of a base code: 2, 3, 4 or 5.
     group_size:    input columns that share a scale; a multiple of 32.
-    levels:        2**bits int8 levels in code order, twice as many with a trellis; None for
-                   uniform levels 0 … 2**bits - 1, which come with a zero point per group.
-    trellis:       whether a level's index depends on the codes before it; needs levels.
+    codebook:      2**bits int8 entries in code order, twice as many with a trellis; None for the
+                   uniform one, 0 … 2**bits - 1, which comes with a zero point per group.
+    trellis:       whether an entry's index depends on the codes before it; needs a codebook.
     scale:         "float16": one per group. "log8": row_scale * 2**(-code / 16), one byte per
                    group, code 255 standing for a scale of zero.
     salient_count: the most salient weights a group may have, 0 … 32.
@@ -98,7 +99,7 @@ class Layout:
 
     bits: int
     group_size: int
-    levels: tuple[int, ...] | None = None
+    codebook: tuple[int, ...] | None = None
     trellis: bool = False
     scale: ScaleKind = "float16"
     salient_count: int = 0
@@ -121,15 +122,15 @@ class Layout:
             f"group_size must be a positive multiple of {COLUMN_UNIT}",
         )
         require(self.scale in ("float16", "log8"), 'scale must be "float16" or "log8"')
-        if self.levels is not None:
-            object.__setattr__(self, "levels", tuple(self.levels))
+        if self.codebook is not None:
+            object.__setattr__(self, "codebook", tuple(self.codebook))
             require(
-                all(type(level) is int and -128 <= level <= 127 for level in self.levels)
-                and len(self.levels) == self.level_count,
-                f"levels must be {self.level_count} whole numbers from -128 to 127",
+                all(type(level) is int and -128 <= level <= 127 for level in self.codebook)
+                and len(self.codebook) == self.codebook_size,
+                f"levels must be {self.codebook_size} whole numbers from -128 to 127",
             )
-            require(any(self.levels), "levels must not all be zero")
-        require(self.levels is not None or not self.trellis, "a trellis needs levels")
+            require(any(self.codebook), "levels must not all be zero")
+        require(self.codebook is not None or not self.trellis, "a trellis needs levels")
         require(
             0 <= self.salient_count <= MAX_SALIENT_COUNT,
             f"salient_count must be between 0 and {MAX_SALIENT_COUNT}",
@@ -147,20 +148,20 @@ class Layout:
     @property
     def uniform(self) -> bool:
         """Whether levels are 0 … 2**bits - 1 with a zero point per group."""
-        return self.levels is None
+        return self.codebook is None
 
     @property
-    def level_count(self) -> int:
+    def codebook_size(self) -> int:
         """Number of levels: one per code, two with a trellis."""
         return 2 ** (self.bits + self.trellis)
 
     @property
-    def level_values(self) -> tuple[int, ...]:
+    def codebook_values(self) -> tuple[int, ...]:
         """The levels in the order of their indices, with the uniform ones spelled out."""
-        return tuple(range(self.level_count)) if self.levels is None else self.levels
+        return tuple(range(self.codebook_size)) if self.codebook is None else self.codebook
 
     @property
-    def level_limit(self) -> int:
+    def codebook_limit(self) -> int:
         """The level that stands for a scale's own value: 127, or the last uniform level."""
         return 2**self.bits - 1 if self.uniform else 127
 
@@ -241,23 +242,33 @@ class Layout:
                 )
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form, without the fields that are at their defaults."""
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        """JSON form, without the fields that are at their defaults.
+
+        The codebook is called "levels" there.
+        """
+        fields = {
+            JSON_NAMES.get(field.name, field.name): getattr(self, field.name)
+            for field in dataclasses.fields(self)
+        }
+        defaults = {
+            JSON_NAMES.get(field.name, field.name): field.default
+            for field in dataclasses.fields(self)
+        }
         kept = {name: value for name, value in fields.items() if value != defaults[name]}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in kept.items()}
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "Layout":
         """Inverse of `to_dict`. Raises FormatError for unknown or missing fields."""
-        known = {field.name for field in dataclasses.fields(cls)}
-        if unknown := sorted(set(fields) - known):
+        own = [field.name for field in dataclasses.fields(cls)]
+        names = {JSON_NAMES.get(name, name): name for name in own}
+        if unknown := sorted(set(fields) - set(names)):
             raise FormatError(
                 f"layout field {unknown[0]!r} is not known to format version {FORMAT_VERSION}; "
                 "a newer precalib may have written this checkpoint"
             )
         try:
-            return cls(**fields)
+            return cls(**{names[name]: value for name, value in fields.items()})
         except TypeError as error:
             raise FormatError(f"layout {dict(fields)}: {error}") from error
 

@@ -55,11 +55,11 @@ def linear(
 def base_values(tensors: Mapping[str, Tensor], layout: Layout, input_size: int) -> Tensor:
     """scale * (level - zero) / limit of every code of the base plane, float32 [N, K]."""
     codes = unpack_bits(tensors["qweight"], layout.bits, input_size)
-    levels = torch.tensor(layout.level_values, dtype=torch.float32, device=codes.device)
-    values = levels[level_index(codes, layout).int()]
+    levels = torch.tensor(layout.codebook_values, dtype=torch.float32, device=codes.device)
+    values = levels[codebook_index(codes, layout).int()]
     if layout.uniform:
         values -= expand_groups(tensors["zeros"].float(), layout, input_size)
-    steps = group_scales(tensors, layout) / layout.level_limit
+    steps = group_scales(tensors, layout) / layout.codebook_limit
     return values * expand_groups(steps, layout, input_size)
 
 
@@ -73,7 +73,7 @@ def group_scales(tensors: Mapping[str, Tensor], layout: Layout) -> Tensor:
     return tensors["row_scale"].float() * factors[tensors["scales"].int()]
 
 
-def level_index(codes: Tensor, layout: Layout) -> Tensor:
+def codebook_index(codes: Tensor, layout: Layout) -> Tensor:
     """Index of each weight's level: its code, or with a trellis 2 * (code ^ u2) + u1.
 
     codes:   uint8 [N, K] or grouped [..., group_size].

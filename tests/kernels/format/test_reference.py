@@ -12,8 +12,8 @@ from precalib_kernels.format.layout import Layout
 LAYOUTS = {
     **{name: recipe.layout for name, recipe in RECIPES.items()},
     "uniform-2": Layout(2, 64),
-    "table-4": Layout(4, 32, levels=tuple(range(-120, 121, 16)), salient_count=3),
-    "trellis-2": Layout(2, 64, levels=TRELLIS_CODEBOOKS[2], trellis=True, column_scale=True),
+    "table-4": Layout(4, 32, codebook=tuple(range(-120, 121, 16)), salient_count=3),
+    "trellis-2": Layout(2, 64, codebook=TRELLIS_CODEBOOKS[2], trellis=True, column_scale=True),
     "uniform-log8": Layout(4, 64, scale="log8", salient_count=2, salient_grid="row"),
     "sign-magnitude-b": Layout(3, 128, salient_count=10, salient_bits=3),
     "min-max-8": Layout(3, 96, salient_count=5, salient_bits=8, salient_grid="min-max"),
@@ -24,8 +24,8 @@ def slow_dequantize(packed) -> torch.Tensor:
     layout, tensors = packed.layout, packed.tensors
     rows, columns = packed.shape
     result = torch.zeros(rows, columns, dtype=torch.float64)
-    levels = layout.levels or tuple(range(2**layout.bits))
-    limit = 127 if layout.levels else 2**layout.bits - 1
+    levels = layout.codebook or tuple(range(2**layout.bits))
+    limit = 127 if layout.codebook else 2**layout.bits - 1
     for n in range(rows):
         for k in range(columns):
             g, inside = divmod(k, layout.group_size)
@@ -40,7 +40,7 @@ def slow_dequantize(packed) -> torch.Tensor:
                     u1 = int(packed.codes[n, k - 1]) & 1 if inside > 0 else 0
                     u2 = int(packed.codes[n, k - 2]) & 1 if inside > 1 else 0
                     index = 2 * (code ^ u2) + u1
-                level = levels[index] - (0 if layout.levels else int(tensors["zeros"][n, g]))
+                level = levels[index] - (0 if layout.codebook else int(tensors["zeros"][n, g]))
                 scale = float(tensors["scales"][n, g])
                 if layout.scale == "log8":
                     row = float(tensors["row_scale"][n, 0])

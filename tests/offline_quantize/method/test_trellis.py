@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from offline_quantize.method import trellis
-from offline_quantize.method.lloyd import trained_levels
+from offline_quantize.method.lloyd import trained_codebook
 from precalib_kernels.format import reference
 from precalib_kernels.format.codebooks import TRELLIS_CODEBOOKS
 from precalib_kernels.format.layout import Layout
@@ -15,7 +15,7 @@ from precalib_kernels.toolchain import compile as build
 
 
 def layout(bits: int, group_size: int = 128) -> Layout:
-    return Layout(bits=bits, group_size=group_size, levels=TRELLIS_CODEBOOKS[bits], trellis=True)
+    return Layout(bits=bits, group_size=group_size, codebook=TRELLIS_CODEBOOKS[bits], trellis=True)
 
 
 def inputs(groups: int, size: int, seed: int = 0):
@@ -73,7 +73,7 @@ def test_no_path_is_better_than_the_one_found(seed):
     free = forced > 1
     found = ((level - weights * unit[:, None]).square() * free).sum(1)
     paths = torch.tensor(list(itertools.product(range(4), repeat=length)), dtype=torch.uint8)
-    values = torch.tensor(TRELLIS_CODEBOOKS[2])[reference.level_index(paths, two).int()]
+    values = torch.tensor(TRELLIS_CODEBOOKS[2])[reference.codebook_index(paths, two).int()]
     for g in range(3):
         fits = ((paths & 1) == forced[g]) | free[g]
         allowed = values[fits.all(1)]
@@ -85,7 +85,7 @@ def test_codes_decode_to_the_levels_and_keep_forced_bits():
     weights, unit, forced = inputs(20, 128)
     codes, level = trellis.search(weights, unit, forced, layout(3))
     assert torch.equal((codes & 1)[forced < 2], forced[forced < 2])
-    decoded = torch.tensor(TRELLIS_CODEBOOKS[3])[reference.level_index(codes, layout(3)).int()]
+    decoded = torch.tensor(TRELLIS_CODEBOOKS[3])[reference.codebook_index(codes, layout(3)).int()]
     assert torch.equal(decoded[forced > 1].float(), level[forced > 1])
 
 
@@ -122,7 +122,7 @@ def test_without_a_compiler_torch_searches_and_says_so(monkeypatch):
 
 @pytest.mark.parametrize(("bits", "count"), [(2, 4), (3, 4), (4, 2), (5, 2)])
 def test_the_levels_of_the_recipes_are_the_trained_ones(bits, count):
-    levels = trained_levels(bits, 128, count)
+    levels = trained_codebook(bits, 128, count)
     assert levels == TRELLIS_CODEBOOKS[bits]
     assert levels == tuple(-level for level in reversed(levels))
     assert all(level % 2 for level in levels)

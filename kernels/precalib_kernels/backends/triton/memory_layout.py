@@ -117,7 +117,7 @@ def reason_against(layout: Layout) -> str | None:
         return None
     if layout.group_size == 32:
         return "no kernel for a trellis in groups of 32, only 64 and 128"
-    levels = layout.level_values
+    levels = layout.codebook_values
     if any(level % 2 == 0 for level in levels) or any(
         a != -b for a, b in zip(levels, reversed(levels), strict=True)
     ):
@@ -138,7 +138,7 @@ def stays_in_place(layout: Layout) -> bool:
         and layout.salient_grid == "min-max"
         and layout.salient_bits == layout.bits
         and 24 * layout.salient_count > layout.group_size + 32
-        and (layout.uniform or _spacing(layout.level_values) > 0)
+        and (layout.uniform or _spacing(layout.codebook_values) > 0)
     )
 
 
@@ -157,7 +157,7 @@ def triton_layout(layout: Layout) -> TritonLayout:
     63.5 + level / 2, of which bit 7 is set as well. In place a half has room for salient weights,
     too: it counts TINYs, four to a uniform level, or a table's levels from its least one.
     """
-    levels, placed = layout.level_values, stays_in_place(layout)
+    levels, placed = layout.codebook_values, stays_in_place(layout)
     mode: Mode = "uniform" if layout.uniform else "trellis" if layout.trellis else "table"
     table: tuple[int, ...] = ()
     offset, level_step = 1024.0, 1.0

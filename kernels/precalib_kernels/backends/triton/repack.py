@@ -121,7 +121,7 @@ def _fill(
     result["group_data"][:groups, rows] = group_data(tensors, carry, groups).T
     unit = tensors["row_scale"][:, 0].float() if form.log8 else torch.ones_like(codes[:, 0]).float()
     nothing = (tensors["scales"] == (255 if form.log8 else 0)).all(1)  # see gemm_kernel.group_unit
-    result["row_unit"][rows] = unit * form.level_step / layout.level_limit * ~nothing
+    result["row_unit"][rows] = unit * form.level_step / layout.codebook_limit * ~nothing
     if form.slots:
         base = reference.base_values(tensors, layout, input_size)
         positions, values, salient_unit = salient_slots(tensors, base, layout, input_size, where)
@@ -157,7 +157,7 @@ def stored_codes(codes: Tensor, form: TritonLayout) -> tuple[Tensor, Tensor | No
     grouped = codes.view(rows, -1, form.group).int()
     low = grouped & 1
     before = pad(low, (2, 0))
-    index = 2 * (grouped ^ before[..., :-2]) + before[..., 1:-1]  # reference.level_index
+    index = 2 * (grouped ^ before[..., :-2]) + before[..., 1:-1]  # reference.codebook_index
     # An odd index is the mirror image of an even one; so look up the even one, then negate.
     even = torch.where(index % 2 == 1, ~index, index) >> 1 & (2**form.bits - 1)
     top = form.bits - 1
@@ -248,7 +248,7 @@ def two_grids(
     salient = salient.scatter_(1, column, True)[:, :-1]
     step, first = tensors["salient_scale"].double(), tensors["salient_offset"].double()
     largest = torch.maximum(first.abs(), (first + top * step).abs()).maximum(16 * step.abs())
-    of_scale = form.level_step * TINY / layout.level_limit  # a unit over its group's scale
+    of_scale = form.level_step * TINY / layout.codebook_limit  # a unit over its group's scale
     least = (largest * (LEAST_UNIT / of_scale)).half().clamp(min=TINY)  # float16's smallest
     raised = tensors["scales"].abs() < least
     scales = torch.where(raised, least, tensors["scales"])
@@ -256,10 +256,10 @@ def two_grids(
     if raised.any():
         base = reference.base_values(tensors, layout, input_size)
         zeros = torch.where(raised, zeros.clamp(max=top), zeros)
-        one = reference.expand_groups(scales.float() / layout.level_limit, layout, input_size)
+        one = reference.expand_groups(scales.float() / layout.codebook_limit, layout, input_size)
         wanted = base / one + reference.expand_groups(zeros.float(), layout, input_size)
         moved = reference.expand_groups(raised, layout, input_size) & ~salient
-        levels = torch.tensor(layout.level_values, device=codes.device)
+        levels = torch.tensor(layout.codebook_values, device=codes.device)
         nearest = (wanted[moved][:, None] - levels).abs().argmin(1)
         codes = codes.masked_scatter(moved, nearest.to(codes.dtype))
     unit = scales.double() * of_scale

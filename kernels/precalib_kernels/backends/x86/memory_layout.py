@@ -146,5 +146,5 @@ def _level_table(layout: Layout) -> list[int]:
     for index in range(2 ** (layout.bits + 2)):
         code, one, two = index >> 2, index >> 1 & 1, index & 1
         level = 2 * (code ^ two) + one if layout.trellis else code
-        table.append(layout.level_values[level])
+        table.append(layout.codebook_values[level])
     return table * (128 // len(table))

@@ -120,8 +120,8 @@ def _salient(
     start = column // layout.group_size * layout.group_size
     segment = (columns - start).clamp(max=layout.group_size) // SEGMENTS
     place = column - start
-    index = reference.level_index(codes, layout).gather(1, column)
-    level = torch.tensor(layout.level_values, dtype=torch.int8)[index.int()]
+    index = reference.codebook_index(codes, layout).gather(1, column)
+    level = torch.tensor(layout.codebook_values, dtype=torch.int8)[index.int()]
     if layout.salient_grid == "sign-magnitude":  # the sign as bit 7, whatever the width
         top = 2 ** (layout.salient_bits - 1)
         salient = salient % top | (salient // top) << 7
@@ -140,10 +140,10 @@ def _row_values(tensors: Mapping[str, Tensor], layout: Layout) -> Tensor:
     rows = tensors["qweight"].shape[0]
     factor, step, offset = torch.zeros(ROW_VALUES, rows)
     if layout.scale == "float16":
-        factor += 1 / layout.level_limit
+        factor += 1 / layout.codebook_limit
     else:
         row_scale = tensors["row_scale"].float().flatten()
-        factor = row_scale / layout.level_limit
+        factor = row_scale / layout.codebook_limit
     if layout.salient_count and layout.salient_grid == "row":
         half = 2 ** (layout.salient_bits - 1)
         step = row_scale / (half - 1)

@@ -38,7 +38,7 @@ def layout(bits: int, mode: str, group: int, slots: int, **others) -> Layout:
     levels = TRELLIS_CODEBOOKS[bits] if mode == "trellis" else TABLES[bits]
     trellis = mode == "trellis"
     return dataclasses.replace(
-        base, levels=levels, trellis=trellis, scale="log8", salient_grid="row", column_scale=True
+        base, codebook=levels, trellis=trellis, scale="log8", salient_grid="row", column_scale=True
     )
 
 
@@ -120,7 +120,7 @@ def in_place_slack(case: Case) -> tuple[Tensor, Tensor]:
     form, top = triton_layout(chosen), 2**chosen.bits - 1
     step, first = tensors["salient_scale"], tensors["salient_offset"]
     largest = torch.maximum(first.abs(), (first + top * step).abs()).maximum(16 * step)
-    of_scale = form.level_step * TINY / chosen.level_limit
+    of_scale = form.level_step * TINY / chosen.codebook_limit
     least = (largest * LEAST_UNIT).maximum(torch.tensor(TINY * of_scale)) * 1.001
     own = tensors["scales"].abs() * of_scale
     raised = reference.expand_groups(own < least, chosen, case.columns)
@@ -133,7 +133,7 @@ def in_place_slack(case: Case) -> tuple[Tensor, Tensor]:
     column, _ = reference.salient_codes(case.tensors, chosen, case.columns, "")
     salient = torch.zeros(len(unit), case.columns + 1).scatter_(1, column, 1)[:, :-1].bool()
     line = 2**-11 * (step * top / 2 + (first + zero).abs() + half) + 1.01 * unit
-    gap = max(b - a for a, b in itertools.pairwise(sorted(chosen.level_values)))
+    gap = max(b - a for a, b in itertools.pairwise(sorted(chosen.codebook_values)))
     base = torch.where(raised, gap * level / 2, 2**-20 * (zero + 256 * level))
     return torch.where(salient, line, base), zero + half
 

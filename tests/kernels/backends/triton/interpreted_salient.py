@@ -42,9 +42,9 @@ CASES.append(pytest.param("all", 17, 96, 3, torch.bfloat16, True))
 
 def parts_of(layout, tensors, columns, dtype):
     """Steps as another kernel has them, the base weights they make, and what salient ones add."""
-    steps = (reference.group_scales(tensors, layout) / layout.level_limit).to(dtype)
+    steps = (reference.group_scales(tensors, layout) / layout.codebook_limit).to(dtype)
     rounded = dataclasses.replace(layout, scale="float16", salient_count=0)
-    scales = {"scales": steps.float() * layout.level_limit}
+    scales = {"scales": steps.float() * layout.codebook_limit}
     base = reference.base_values({**tensors, **scales}, rounded, columns).double()
     weight = base.clone()
     if layout.salient_count:

@@ -18,7 +18,7 @@ from precalib_kernels.backends.triton.decode_ptx import (
 from precalib_kernels.backends.triton.memory_layout import TINY, triton_layout
 from precalib_kernels.backends.triton.repack import repack
 from precalib_kernels.format.layout import Layout
-from precalib_kernels.format.reference import expand_groups, level_index, salient_codes
+from precalib_kernels.format.reference import codebook_index, expand_groups, salient_codes
 
 ONES = 2**32 - 1
 PLANS = {
@@ -32,7 +32,7 @@ PLANS = {
     "paper-4-32": dataclasses.replace(LAYOUTS["paper-4"], group_size=32),
     "paper-table-3": dataclasses.replace(
         LAYOUTS["paper-table-4"],
-        **{"bits": 3, "salient_bits": 3, "levels": (-64, -30, -11, 0, 7, 12, 31, 63)},
+        **{"bits": 3, "salient_bits": 3, "codebook": (-64, -30, -11, 0, 7, 12, 31, 63)},
     ),
     "paper-table-4-64": dataclasses.replace(LAYOUTS["paper-table-4"], group_size=64),
 }
@@ -135,8 +135,8 @@ def test_assembler_turns_codes_into_levels(make_packed, name):
         tensors["column_scale"] = torch.ones(1, columns).half()
     arrays = repack(tensors, layout, columns, [1])
     halves = decoded(arrays, form, columns // form.step)
-    index = level_index(packed.codes, layout).int()
-    expected = torch.tensor(layout.level_values)[index][0] / form.level_step + form.offset
+    index = codebook_index(packed.codes, layout).int()
+    expected = torch.tensor(layout.codebook_values)[index][0] / form.level_step + form.offset
     expected = expected.double()
     if form.in_place:
         lines = arrays["salient_lines"][:, 0].double()

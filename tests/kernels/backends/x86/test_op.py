@@ -22,21 +22,21 @@ except BuildError:
     LEVELS = ()
 pytestmark = pytest.mark.skipif(not LEVELS, reason="no kernels for this machine")
 
-PLAIN_LEVELS = (-128, -90, -50, -20, 0, 25, 60, 127)
+PLAIN_CODEBOOK = (-128, -90, -50, -20, 0, 25, 60, 127)
 LAYOUTS = {
     **{name: recipe.layout for name, recipe in RECIPES.items()},
     "two bits": Layout(bits=2, group_size=32),
     "two bits, trellis": Layout(
         bits=2,
         group_size=64,
-        levels=PLAIN_LEVELS,
+        codebook=PLAIN_CODEBOOK,
         trellis=True,
         scale="log8",
         salient_count=1,
         salient_bits=5,
         salient_grid="row",
     ),
-    "three bits, table": Layout(bits=3, group_size=96, levels=PLAIN_LEVELS, column_scale=True),
+    "three bits, table": Layout(bits=3, group_size=96, codebook=PLAIN_CODEBOOK, column_scale=True),
     "five bits, uniform": Layout(bits=5, group_size=64, scale="log8", salient_count=3),
     "signs": Layout(bits=4, group_size=64, salient_count=32, salient_bits=8, column_scale=True),
     "far positions": Layout(bits=3, group_size=544, salient_count=5, salient_grid="min-max"),
