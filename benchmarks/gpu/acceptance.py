@@ -4,7 +4,7 @@
 
 Needs torch, Triton and pytest; no vLLM and no network. It runs the tests of the kernels on the GPU,
 times Llama-3-8B's layers beside torch's bfloat16 and 4-bit products, looks for faster blocks, and
-writes `results.json`, `results.md` and `table.txt` (new entries of the configuration table).
+writes `results.json`, `results.md` and `table.txt`, entries for `launch_configs.TABLE`.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +32,12 @@ import measure  # noqa: E402
 import torch  # noqa: E402
 import triton  # noqa: E402
 from cost_model import LAYOUTS, SHAPES  # noqa: E402
+from torch import Tensor  # noqa: E402
 
 from precalib_kernels.backends.triton import op  # noqa: E402
 from precalib_kernels.backends.triton.launch_configs import TABLE, Blocks, blocks_for  # noqa: E402
 from precalib_kernels.backends.triton.memory_layout import triton_layout  # noqa: E402
+from precalib_kernels.format.layout import Layout  # noqa: E402
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 ROUNDS = 5
@@ -102,7 +104,7 @@ def compile_entry(name: str, m: int, blocks: Blocks | None) -> None:
     torch.cuda.synchronize()
 
 
-def compiled(entries: list[tuple[str, int, Blocks | None]], jobs: int) -> set[int]:
+def compiled(entries: Sequence[tuple[str, int, Blocks | None]], jobs: int) -> set[int]:
     """Compiles entries side by side; the indices of those that this GPU can run."""
     context = multiprocessing.get_context("spawn")
     good = set()
@@ -116,6 +118,12 @@ def compiled(entries: list[tuple[str, int, Blocks | None]], jobs: int) -> set[in
                 entry = entries[waiting[future]]
                 print(f"not run: {entry}: {type(error).__name__} {str(error)[:200]}", flush=True)
     return good
+
+
+def by_panels(layout: Layout, rows: int, x: Tensor, arrays: list[Tensor]) -> Tensor:
+    """The product by dequantized panels, whatever M is."""
+    named = dict(zip(op.array_order(layout), arrays, strict=True))
+    return op.by_panels(x, named, None, layout, [rows])
 
 
 def timings(
@@ -146,14 +154,10 @@ def timings(
                     functools.partial(op.gpu_linear, x, arrays, None, [rows], text)
                     for arrays in packed[name]
                 ]
-            if 16 <= m <= 256:
-                arrays = [
-                    dict(zip(op.array_order(LAYOUTS[names[0]]), a, strict=True))
-                    for a in packed[names[0]]
-                ]
+            if 16 <= m <= 256:  # is the table's last entry where panels begin to be faster?
                 calls[f"{names[0]} by panels"] = [
-                    functools.partial(op._by_panels, x, a, None, LAYOUTS[names[0]], [rows])
-                    for a in arrays
+                    functools.partial(by_panels, LAYOUTS[names[0]], rows, x, arrays)
+                    for arrays in packed[names[0]]
                 ]
             times = measure.interleaved(calls, ROUNDS)
             yield {
@@ -198,6 +202,7 @@ def tune(names: list[str], jobs: int, deadline: float) -> Iterator[dict[str, Any
             b for b in candidates(most) if (name, most, dataclasses.replace(b, waves=0)) in good
         ]
         now = blocks_for(family, most, triton_layout(layout).step)
+        assert now is not None  # every entry of the table has blocks
         logs = dict.fromkeys([*every, now], 0.0)
         m = 1 if most == 8 else min(most, 128)
         for rows, columns in shapes:
@@ -252,7 +257,6 @@ def main() -> None:
     parser.add_argument("--batches", nargs="+", type=int, default=list(BATCHES))
     parser.add_argument("--tune", nargs="+", choices=list(LAYOUTS), default=list(TUNED))
     parser.add_argument("--seconds", type=float, default=420, help="time for everything")
-    parser.add_argument("--apply", action="store_true", help="time with the blocks just found")
     parser.add_argument("--vllm-kernel", type=Path, help="vLLM's file triton_w4a16.py, as a peer")
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) - 2))
     options = parser.parse_args()
@@ -263,6 +267,8 @@ def main() -> None:
     results: dict[str, Any] = {"environment": environment()}
 
     def save() -> None:
+        lines = [f"{row['most']}: {row['best']},\n" for row in results.get("tuned", [])]
+        (options.out / "table.txt").write_text("".join(lines))
         (options.out / "results.json").write_text(json.dumps(results, indent=1, default=str))
         (options.out / "results.md").write_text("\n".join(markdown(results)) + "\n")
 
@@ -279,12 +285,6 @@ def main() -> None:
         for row in tune(options.tune, options.jobs, deadline):
             results["tuned"].append(row)
             save()
-    if options.apply and results.get("tuned"):
-        best = {
-            row["most"]: row["best"] for row in results["tuned"] if row["layout"] == options.tune[0]
-        }
-        TABLE[op.family()].update(best)
-        print("applied", best, flush=True)
     if "time" in options.steps:
         entries = [
             (name, m, blocks_for(op.family(), m, triton_layout(LAYOUTS[name]).step))

@@ -5,11 +5,13 @@ instructions of its loops are counted. The time of a product is taken to be the 
 
     bytes of the weight's in-memory form / memory bandwidth,
     thread-instructions / (multiprocessors · lanes · clock),
+    instructions of the integer and logic pipe / half of that,
     tensor-core operations of the padded blocks / tensor-core peak,
 
 as if loads, instructions and tensor cores overlapped perfectly and nothing else cost anything:
 launches, the kernel that prepares x, split sums, latency, and activations are left out. So it
-tells what bounds a kernel and compares kernels; it is no forecast of a measured time.
+is a lower bound that compares kernels, no forecast: on an H200 kernels took 1.5 to 3 times as long
+at few rows of x (benchmarks/results/gpu-h200.md).
 """
 
 import argparse
@@ -20,7 +22,7 @@ import aot_compile
 import instruction_count
 
 from precalib_kernels.backends.triton.launch_configs import TABLE, Blocks, blocks_for, family_of
-from precalib_kernels.backends.triton.memory_layout import PICKS, triton_layout
+from precalib_kernels.backends.triton.memory_layout import PICKS, SLOT_ROUNDS, triton_layout
 from precalib_kernels.format.codebooks import TRELLIS_CODEBOOKS
 from precalib_kernels.format.layout import Layout
 
@@ -48,6 +50,11 @@ LAYOUTS = {
         salient_grid="min-max",
     ),
 }
+# Half the lanes of a multiprocessor run these, on compute capability 8.0 to 9.0.
+INTEGER = frozenset(
+    ["LOP3", "SHF", "PRMT", "LEA", "ISETP", "FSETP", "PLOP3", "FSEL", "SEL", "IADD3", "VIADD"]
+    + ["IMNMX", "VIMNMX", "FMNMX", "P2R"]
+)
 SHAPES = {  # Llama-3-8B: outputs, inputs
     "qkv": (6144, 4096),
     "o": (4096, 4096),
@@ -69,12 +76,15 @@ class Chip:
     teraflops: float
     shared: int = 228 * 1024
 
-    def seconds(self, bytes_: float, instructions: float, flops: float) -> dict[str, float]:
-        """Time at each of the three limits."""
+    def seconds(
+        self, bytes_: float, instructions: float, flops: float, integer: float = 0
+    ) -> dict[str, float]:
+        """Time at each limit; `integer` counts the instructions that issue at half rate."""
         issue = self.processors * self.lanes * self.gigahertz * 1e9
         return {
             "bandwidth": bytes_ / self.terabytes / 1e12,
             "issue": instructions / issue,
+            "integer pipe": integer / (issue / 2),
             "tensor cores": flops / self.teraflops / 1e12,
         }
 
@@ -100,12 +110,14 @@ class Cost:
     instructions: thread-instructions for `rows` rows of x.
     rows:         rows of x that one program serves, padding included.
     bits:         bits read from memory.
+    integer:      those of the instructions that NVIDIA's integer and logic pipe runs, at half rate.
     """
 
     instructions: float
     rows: int
     bits: float
     compiled: aot_compile.Compiled
+    integer: float = 0
 
 
 def product_cost(layout: Layout, blocks: Blocks, target: str) -> Cost:
@@ -119,11 +131,20 @@ def product_cost(layout: Layout, blocks: Blocks, target: str) -> Cost:
     if len(main) != 1 or len(found) <= main[0] + (form.slots > 0):
         raise ValueError(f"{target}: loops of {[len(x.operations) for x in found]} instructions")
     threads = compiled.lanes * compiled.warps
-    each = len(found[main[0]].operations) * threads / (blocks.block_n * form.step)
-    if form.slots:  # a round takes PICKS slots of every row
-        salient = len(found[main[0] + 1].operations) * threads
-        each += salient / (blocks.block_n * form.group * PICKS / form.slots)
-    return Cost(each, blocks.block_m, form.bits_per_weight(4096), compiled)
+    weights = {main[0]: blocks.block_n * form.step}  # of a turn of each loop
+    if form.slots:  # a round takes PICKS slots of every row; the loop is unrolled for few rows of x
+        rounds = SLOT_ROUNDS if blocks.block_m <= 16 else 1
+        weights[main[0] + 1] = blocks.block_n * form.group * PICKS * rounds // form.slots
+    each, integer = (
+        sum(threads * count(found[i]) / most for i, most in weights.items())
+        for count in (lambda loop: len(loop.operations), integer_operations)
+    )
+    return Cost(each, blocks.block_m, form.bits_per_weight(4096), compiled, integer)
+
+
+def integer_operations(loop: instruction_count.Loop) -> int:
+    """Instructions of NVIDIA's integer and logic pipe."""
+    return sum(count for name, count in loop.counts().items() if name in INTEGER)
 
 
 def vllm_cost(rows: int, target: str) -> Cost:
@@ -152,6 +173,7 @@ def layer_seconds(chip: Chip, cost: Cost, rows: int) -> tuple[float, str]:
         weights * cost.bits / 8,
         weights * cost.instructions * blocks,
         2 * weights * cost.rows * blocks,
+        weights * cost.integer * blocks,
     )
     bound = max(times, key=lambda name: times[name])
     return times[bound], bound

@@ -47,23 +47,26 @@ def test_the_largest_of_three_times_counts():
     weights = 218103808  # of a Llama-3-8B layer
     seconds, bound = layer_seconds(chip, Cost(4.0, 8, 8.0, made), 1)
     assert (seconds, bound) == (pytest.approx(weights * 4e-9), "issue")
+    seconds, bound = layer_seconds(chip, Cost(4.0, 8, 8.0, made, integer=3.0), 1)
+    assert (seconds, bound) == (pytest.approx(weights * 6e-9), "integer pipe")
     seconds, bound = layer_seconds(chip, Cost(0.0, 8, 8.0, made), 1)
     assert (seconds, bound) == (pytest.approx(weights * 16e-12), "tensor cores")
 
 
-# Thread-instructions per weight that were reached, with 3 % of room for other compilers.
+# Thread-instructions per weight that were reached, with 3 % of room for other compilers. sm_90 has
+# blocks that were the fastest on a card, though others take fewer instructions.
 @pytest.mark.parametrize(
     ("target", "name", "rows", "most"),
     [
         ("sm_80", "uniform-4", 16, 2.36),
-        ("sm_90", "balanced-4", 16, 4.21),
+        ("sm_90", "balanced-4", 16, 4.69),
         ("sm_80", "balanced-3", 16, 5.35),
-        ("sm_90", "uniform-4", 64, 4.44),
+        ("sm_90", "uniform-4", 64, 5.58),
         ("sm_80", "paper-4", 16, 3.96),
-        ("sm_90", "paper-4", 64, 4.93),
+        ("sm_90", "paper-4", 64, 5.58),
         ("sm_80", "paper-table-4", 16, 5.3),
-        ("sm_80", "paper-table-4", 64, 6.5),
-        ("sm_90", "balanced-4", 64, 5.71),
+        ("sm_80", "paper-table-4", 64, 6.73),
+        ("sm_90", "balanced-4", 64, 6.84),
         ("sm_80", "balanced-4", 64, 6.5),
         ("sm_80", "table-4", 16, 3.73),
     ],

@@ -89,8 +89,8 @@ def prepare_kernel(
         tl.store(sums + at, tl.sum(grouped, 1) / LEVEL_STEP, mask=kept)
     if (m == 0) & (part == 0) & (chunk == 0):
         for first in tl.range(0, counter_count, BLOCK_K):
-            at = first + tl.arange(0, BLOCK_K)
-            tl.store(counters + at, at * 0, mask=at < counter_count)
+            counter = first + tl.arange(0, BLOCK_K)
+            tl.store(counters + counter, counter * 0, mask=counter < counter_count)
 
 
 @triton.jit

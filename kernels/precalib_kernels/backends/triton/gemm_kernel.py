@@ -22,6 +22,7 @@ from precalib_kernels.backends.triton.decode import (
 )
 
 PICKS = tl.constexpr(memory_layout.PICKS)
+SLOT_ROUNDS = tl.constexpr(memory_layout.SLOT_ROUNDS)
 
 
 @triton.jit(
@@ -178,7 +179,7 @@ def product_kernel(
         for turn in tl.range(
             split * share,
             tl.minimum(split * share + share, rounds),
-            loop_unroll_factor=4 if BLOCK_M <= 16 else 1,  # loads of several rounds in flight
+            loop_unroll_factor=SLOT_ROUNDS if BLOCK_M <= 16 else 1,
         ):
             # A few products are added up in fp16, two at a time, then in float32.
             few = tl.zeros((BLOCK_N, HALF), tl.float16)

@@ -46,6 +46,12 @@ TABLE: Mapping[str, Mapping[int, Blocks]] = {
     # With these limits, found by trying, no layout of `static` spills; without them some do.
     "sm_80": _NVIDIA | {64: Blocks(128, 64, 4, 3, 2, 250)},
     "sm_89": _NVIDIA | {64: Blocks(128, 64, 4, 3, 2, 248)},
+    "sm_90": {  # tuned on an H200, see benchmarks/results/gpu-h200.md
+        8: Blocks(128, 8, 4, 4, 6),
+        16: Blocks(128, 16, 4, 4, 6),
+        32: Blocks(128, 32, 8, 3, 1),
+        64: Blocks(128, 64, 8, 3, 2),
+    },
     "sm_100": _NVIDIA | {32: Blocks(64, 32, 2, 3, 3, 241)},
     "hip": {
         16: Blocks(64, 16, 2, 2, 4),

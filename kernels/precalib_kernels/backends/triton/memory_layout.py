@@ -32,6 +32,7 @@ from precalib_kernels.format.layout import Layout
 ROWS = 64  # rows of a tile; parts are padded to it
 DOT = 16  # columns of one dot
 PICKS = 8  # slots of a round: products of a row's salient weights that are added up in fp16
+SLOT_ROUNDS = 4  # rounds whose loads are in flight together, for few rows of x
 TINY = 2.0**-24  # fp16's smallest number; the bits of a small number of them are that number
 Mode = Literal["uniform", "table", "trellis"]
 

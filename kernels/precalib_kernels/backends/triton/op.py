@@ -23,9 +23,7 @@ from precalib_kernels.ops import empty_result
 
 PREPARE_WARPS = 8
 DEQUANTIZE_WARPS = 2
-PANEL_WEIGHTS = 1 << int(
-    __import__("os").environ.get("PW", "25")
-)  # dequantized at a time for a plain product: 64 MiB of bfloat16
+PANEL_WEIGHTS = 1 << 25  # dequantized at a time for a plain product: 64 MiB of bfloat16
 
 
 def array_order(layout: Layout) -> list[str]:
@@ -56,7 +54,7 @@ def gpu_linear(
         return x.new_empty((*x.shape[:-1], sum(shard_sizes)))
     blocks = blocks_for(family(), flat.shape[0], triton_layout(parsed).step)
     if blocks is None:
-        y = _by_panels(flat, arrays, bias, parsed, shard_sizes)
+        y = by_panels(flat, arrays, bias, parsed, shard_sizes)
     else:
         y = product(flat, arrays, bias, parsed, shard_sizes, blocks)
     return y.view(*x.shape[:-1], y.shape[-1])
@@ -169,7 +167,7 @@ def panel(
     )  # fmt: skip
 
 
-def _by_panels(
+def by_panels(
     x: Tensor,
     arrays: Mapping[str, Tensor],
     bias: Tensor | None,
