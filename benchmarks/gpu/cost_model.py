@@ -52,8 +52,7 @@ LAYOUTS = {
 }
 # Half the lanes of a multiprocessor run these, on compute capability 8.0 to 9.0.
 INTEGER = frozenset(
-    ["LOP3", "SHF", "PRMT", "LEA", "ISETP", "FSETP", "PLOP3", "FSEL", "SEL", "IADD3", "VIADD"]
-    + ["IMNMX", "VIMNMX", "FMNMX", "P2R"]
+    "LOP3 SHF PRMT LEA ISETP FSETP PLOP3 FSEL SEL IADD3 VIADD IMNMX VIMNMX FMNMX P2R".split()  # noqa: SIM905
 )
 SHAPES = {  # Llama-3-8B: outputs, inputs
     "qkv": (6144, 4096),
