@@ -205,3 +205,16 @@ def _half(x, one, table, BITS: tl.constexpr, MODE: tl.constexpr):
         odd = (one >> (BITS - 1)) & 1
         byte = (byte ^ (odd * 0x7F).to(tl.int16)) | 0x80
     return (byte | 0x6400).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def side_by_side(halves, FIRST: tl.constexpr, COUNT: tl.constexpr):
+    """COUNT of the tiles [rows, 16] as one [rows, 16 * COUNT], register by register."""
+    if COUNT == 1:
+        result = halves[FIRST]
+    else:
+        left = side_by_side(halves, FIRST, COUNT // 2)
+        right = side_by_side(halves, FIRST + COUNT // 2, COUNT // 2)
+        both = tl.permute(tl.join(left, right), (0, 2, 1))
+        result = tl.reshape(both, (both.shape[0], 16 * COUNT))
+    return result

@@ -9,7 +9,7 @@ from precalib_kernels.backends.triton.decode import (
     nibble_tile,
     split_tiles,
 )
-from precalib_kernels.backends.triton.gemm_kernel import group_lines, group_scale, scale_of
+from precalib_kernels.backends.triton.gemm_scales import group_lines, group_scale, scale_of
 
 
 @triton.jit(do_not_specialize=["first_tile", "columns"])

@@ -18,11 +18,21 @@ from precalib_kernels.backends.triton.decode import (
     chain_classes,
     chain_halves,
     nibble_tile,
+    side_by_side,
     split_tiles,
+)
+from precalib_kernels.backends.triton.gemm_epilogue import add_splits, store_result
+from precalib_kernels.backends.triton.gemm_salient import add_salient, picked_columns
+from precalib_kernels.backends.triton.gemm_scales import (
+    group_lines,
+    group_scale,
+    group_unit,
+    one_unit,
+    scale_of,
+    unit_ratio,
 )
 
 PICKS = tl.constexpr(memory_layout.PICKS)
-SLOT_ROUNDS = tl.constexpr(memory_layout.SLOT_ROUNDS)
 
 
 @triton.jit(
@@ -82,7 +92,6 @@ def product_kernel(
     # Many sums take fewer instructions and half the registers if they are kept in units of the
     # group at hand: what is there is converted, and the group's products are added to it.
     RUNNING: tl.constexpr = BLOCK_M >= 64
-    HALF: tl.constexpr = min(BLOCK_M, 32)
     tile, split, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     blocks, splits = tl.num_programs(2), tl.num_programs(1)
     about = tiles + tile * (BLOCK_N // 64) * 4
@@ -167,62 +176,17 @@ def product_kernel(
         total *= unit_ratio(unit, one_unit(n, LOG8), LOG8, ASM != "")[:, None]
     total *= tl.load(row_unit + n)[:, None]
     if SLOTS > 0:
-        slot_unit = tl.load(salient_unit + n)
-        rounds = tl.cdiv(steps * GROUPS * SLOTS, PICKS)
-        by_column += plane * (tl.cdiv(rounds * PICKS, SLOTS) * (GROUP * BLOCK_M))
-        positions = positions.to(tl.pointer_type(tl.int32))
-        values = values.to(tl.pointer_type(tl.int64))
-        # Zeros, which Triton does not know: so it spreads words over a row's threads, not bytes.
-        half = tl.arange(0, HALF)
-        nothing = (half // HALF)[None, :]
-        share = tl.cdiv(rounds, splits)
-        for turn in tl.range(
-            split * share,
-            tl.minimum(split * share + share, rounds),
-            loop_unroll_factor=SLOT_ROUNDS if BLOCK_M <= 16 else 1,
-        ):
-            # A few products are added up in fp16, two at a time, then in float32.
-            few = tl.zeros((BLOCK_N, HALF), tl.float16)
-            more = few  # the other half of the columns
-            for i in tl.static_range(PICKS):
-                if i % 4 == 0:
-                    at = (turn * (PICKS // 4) + i // 4) * padded_rows + n
-                    places = tl.load(positions + at)[:, None] + nothing
-                    four = tl.load(values + at)[:, None] + nothing
-                base = by_column + slot_group(turn, i, SLOTS) * (GROUP * BLOCK_M) + half[None, :]
-                picked = pick(base, places, i % 4, BLOCK_M, ASM != "")
-                value = (four >> 16 * (i % 4)).to(tl.int16).to(tl.float16, bitcast=True)
-                few = multiply_add(tl.load(picked), value, few, ASM != "")
-                if HALF < BLOCK_M:
-                    more = multiply_add(tl.load(picked + HALF), value, more, ASM != "")
-            if HALF < BLOCK_M:
-                both = tl.permute(tl.join(few, more), (0, 2, 1))
-                total += tl.reshape(both, (BLOCK_N, BLOCK_M)).to(tl.float32) * slot_unit[:, None]
-            else:
-                total += few.to(tl.float32) * slot_unit[:, None]
-
+        total = add_salient(
+            total, n, by_column + plane * picked_columns(steps * GROUPS, GROUP, SLOTS) * BLOCK_M,
+            positions, values, salient_unit, tl.cdiv(steps * GROUPS * SLOTS, PICKS), split, splits,
+            padded_rows, GROUP, SLOTS, ASM,
+        )  # fmt: skip
     if SPLIT:
-        tile_size: tl.constexpr = BLOCK_N * BLOCK_M
-        plane_size = tl.num_programs(0) * blocks * tile_size
-        inner = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + m[None, :]
-        shares += (block * tl.num_programs(0) + tile) * tile_size + inner
-        tl.store(shares + split * plane_size, total)
-        tl.debug_barrier()
-        arrived = tl.atomic_add(counters + block * tl.num_programs(0) + tile, 1, sem="acq_rel")
-        if arrived == splits - 1:
-            total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-            TOGETHER: tl.constexpr = 4 if BLOCK_M < 64 else 1  # loaded at a time, for latency
-            for first in tl.range(0, splits, TOGETHER):
-                few = ()
-                for i in tl.static_range(TOGETHER):
-                    here = inner < tl.where(first + i < splits, tile_size, 0)
-                    at = shares + (first + i) * plane_size
-                    few = few + (tl.load(at, here, 0.0, cache_modifier=".cg"),)
-                for i in tl.static_range(TOGETHER):
-                    total += few[i]
-            _store(y, bias, inverse, about, total, part, block, blocks, rows, outputs, BIAS)
+        total, last = add_splits(total, shares, counters, tile, split, splits, block, blocks)
+        if last:
+            store_result(y, bias, inverse, about, total, part, block, blocks, rows, outputs, BIAS)
     else:
-        _store(y, bias, inverse, about, total, part, block, blocks, rows, outputs, BIAS)
+        store_result(y, bias, inverse, about, total, part, block, blocks, rows, outputs, BIAS)
 
 
 @triton.jit
@@ -233,155 +197,3 @@ def again(number, REGISTER: tl.constexpr, ASM: tl.constexpr):
             "mov.u32 $0, %" + REGISTER + ";", "=r,r", (number,), tl.int32, False, 1
         )
     return number
-
-
-@triton.jit
-def slot_group(turn, SLOT: tl.constexpr, SLOTS: tl.constexpr):
-    """Group of slot PICKS · turn + SLOT of a row."""
-    if PICKS % SLOTS == 0:
-        group = turn * (PICKS // SLOTS) + SLOT // SLOTS
-    else:
-        group = (turn * PICKS + SLOT) // SLOTS
-    return group
-
-
-@triton.jit
-def pick(base, places, BYTE: tl.constexpr, STRIDE: tl.constexpr, ASSEMBLER: tl.constexpr):
-    """Pointers base [1, columns] moved by STRIDE times byte BYTE of places [rows, columns].
-
-    The assembler saves two of five instructions that Triton would make of it.
-    """
-    if ASSEMBLER:
-        wide: tl.constexpr = min(8, base.shape[1])
-        moved = tl.inline_asm_elementwise(
-            "{ .reg .b32 c; prmt.b32 c, $1, 0, $2; mad.wide.u32 $0, c, $3, $4; }",
-            "=l,r,r,r,l",
-            (places, 0x4440 + BYTE, 2 * STRIDE, base.to(tl.int64)),
-            tl.int64,
-            True,
-            1,
-        ).to(tl.pointer_type(tl.float16))
-        result = tl.max_contiguous(tl.multiple_of(moved, [1, 2 * wide]), [1, wide])
-    else:
-        result = base + ((places >> 8 * BYTE) & 0xFF) * STRIDE
-    return result
-
-
-@triton.jit
-def side_by_side(halves, FIRST: tl.constexpr, COUNT: tl.constexpr):
-    """COUNT of the tiles [rows, 16] as one [rows, 16 * COUNT], register by register."""
-    if COUNT == 1:
-        result = halves[FIRST]
-    else:
-        left = side_by_side(halves, FIRST, COUNT // 2)
-        right = side_by_side(halves, FIRST + COUNT // 2, COUNT // 2)
-        both = tl.permute(tl.join(left, right), (0, 2, 1))
-        result = tl.reshape(both, (both.shape[0], 16 * COUNT))
-    return result
-
-
-@triton.jit
-def group_lines(lines, at, rows, GROUP: tl.constexpr, MODE: tl.constexpr):
-    """Slope and offset for each of a tile's four dots, from the `lines` of its group or two."""
-    first = line_pair(lines, at, MODE)
-    second = first
-    if GROUP == 32:
-        second = line_pair(lines, at + rows, MODE)
-    return first + second
-
-
-@triton.jit
-def line_pair(lines, at, MODE: tl.constexpr):
-    """Those of an even dot and an odd one, where codes, and uniform levels, count sixteenfold."""
-    both = tl.load(lines.to(tl.pointer_type(tl.int32)) + at)
-    slope = both.to(tl.int16).to(tl.float16, bitcast=True)
-    offset = (both >> 16).to(tl.int16).to(tl.float16, bitcast=True)
-    if MODE == "uniform":
-        result = slope, offset, slope, offset * 16.0
-    else:
-        result = slope, offset, slope * 0.0625, offset
-    return result
-
-
-@triton.jit
-def multiply_add(a, b, c, ASSEMBLER: tl.constexpr):
-    """a · b + c in fp16, two at a time where there is assembler."""
-    if ASSEMBLER:
-        result = tl.inline_asm_elementwise(
-            "fma.rn.f16x2 $0, $1, $2, $3;", "=r,r,r,r", (a, b, c), tl.float16, True, 2
-        )
-    else:
-        result = a * b + c
-    return result
-
-
-@triton.jit
-def group_unit(scale, LOG8: tl.constexpr, IN_PLACE: tl.constexpr):
-    """What sums of a group are counted in: a factor, or its logarithm to base 2 if LOG8.
-
-    A scale of zero counts 2**-60, so that a quotient by it is finite; rows of nothing else have
-    a row_unit of zero. In place there is none.
-    """
-    if LOG8:
-        unit = tl.where(scale == 255, -60.0, scale.to(tl.float32) * -0.0625)
-    elif IN_PLACE:
-        unit = scale.to(tl.float32)
-    else:
-        factor = scale.to(tl.float32)
-        unit = tl.where(factor == 0, 2.0**-60, factor)
-    return unit
-
-
-@triton.jit
-def one_unit(n, LOG8: tl.constexpr):
-    """The unit of what is not scaled, float32 in the shape of n."""
-    return tl.zeros_like(n).to(tl.float32) + (0 if LOG8 else 1)
-
-
-@triton.jit
-def unit_ratio(a, b, LOG8: tl.constexpr, ASSEMBLER: tl.constexpr):
-    """Unit a over unit b; the assembler's quotient is for such sizes only, and two instructions."""
-    if LOG8:
-        result = tl.exp2(a - b)
-    elif ASSEMBLER:
-        result = tl.inline_asm_elementwise(
-            "{ .reg .f32 c; rcp.approx.ftz.f32 c, $2; mul.f32 $0, $1, c; }",
-            "=r,r,r",
-            (a, b),
-            tl.float32,
-            True,
-            1,
-        )
-    else:
-        result = a / b
-    return result
-
-
-@triton.jit
-def scale_of(data, LOG8: tl.constexpr):
-    """The stored scale in a group's data."""
-    return data & 0xFF if LOG8 else data.to(tl.int16).to(tl.float16, bitcast=True)
-
-
-@triton.jit
-def group_scale(scale, LOG8: tl.constexpr):
-    """Factor of a group: float16 as it is, or 2**(-code / 16), code 255 being zero."""
-    if LOG8:
-        return tl.where(scale == 255, 0.0, tl.exp2(scale.to(tl.float32) * -0.0625))
-    return scale.to(tl.float32)
-
-
-@triton.jit
-def _store(y, bias, inverse, about, total, part, block, blocks, rows, outputs, BIAS: tl.constexpr):
-    BLOCK_N: tl.constexpr = total.shape[0]
-    BLOCK_M: tl.constexpr = total.shape[1]
-    inner = tl.arange(0, BLOCK_N)
-    inside = inner < tl.load(about + 2)
-    n = tl.load(about + 1) + inner
-    m = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    total *= tl.load(inverse + part * blocks * BLOCK_M + m)[None, :]
-    if BIAS:
-        total += tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)[:, None]
-    # 32 bits do for a few hundred rows; as many 64-bit offsets would not fit into registers.
-    at = y + (m[None, :] * outputs + n[:, None])
-    tl.store(at, total.to(y.dtype.element_ty), mask=inside[:, None] & (m < rows)[None, :])
