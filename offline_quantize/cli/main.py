@@ -7,7 +7,7 @@ import re
 import shlex
 import sys
 from collections.abc import Iterator
-from importlib import metadata
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,16 +43,22 @@ app = typer.Typer(
 )
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        console.out.print(f"precalib {version('vllm-precalib')}")
+        raise typer.Exit
+
+
 @app.callback()
-def options(
-    version: Annotated[
-        bool, typer.Option("--version", help="Print the version and stop.", is_eager=True)
+def precalib(
+    show_version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version.", callback=_print_version, is_eager=True
+        ),
     ] = False,
 ) -> None:
-    """Options that every command has."""
-    if version:
-        console.out.print(f"precalib {metadata.version('vllm-precalib')}")
-        raise typer.Exit
+    """Options of the program itself."""
 
 
 class DType(enum.StrEnum):
