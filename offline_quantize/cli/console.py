@@ -157,7 +157,7 @@ def show_totals(totals: Totals, seconds: float | None = None) -> None:
     if totals.salient_overflow:
         out.print(
             f"{totals.salient_overflow:,} weights above λ' found no place in their group and "
-            "were quantized as ordinary ones (a group holds a fixed number of salient weights)."
+            "were quantized as non-salient ones (a group holds a fixed number of salient weights)."
         )
 
 
@@ -180,6 +180,6 @@ def show_tensors(manifest: Manifest) -> None:
         table.add_row(*cells, *([f"{tensor.salient_overflow:,}"] if overflow else []))
     show_table(table)
     out.print(
-        "bits: true bits per weight.  error: ‖W − Ŵ‖² / ‖W‖².  KL, entropy: of 256-bin histograms "
-        "of the weights before and after, in nats and bits."
+        "bits: effective bits per weight.  error: ‖W − Ŵ‖² / ‖W‖².  KL, entropy: of 256-bin "
+        "histograms of the weights before and after, in nats and bits."
     )

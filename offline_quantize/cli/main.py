@@ -79,7 +79,7 @@ def quantize(
     ] = None,
     target_bits: Annotated[
         float | None,
-        typer.Option(help="Instead of a recipe: true bits per weight, 3.25 to 5.3, not exceeded."),
+        typer.Option(help="Instead of a recipe: effective bits per weight, 3.25 to 5.3, at most."),
     ] = None,
     bits: Annotated[int | None, typer.Option(help="Bits of a base code: 2, 3, 4, 5.")] = None,
     group_size: Annotated[
@@ -89,7 +89,7 @@ def quantize(
         float | None, typer.Option(help="Share of salient weights, 0.05 for 5 %.")
     ] = None,
     salient_bits: Annotated[
-        int | None, typer.Option(help="Bits of a salient code, those of the base to 8.")
+        int | None, typer.Option(help="Bits of a salient code: those of a base code to 8.")
     ] = None,
     clip: Annotated[
         float | None, typer.Option(help="Share of the non-salient range a min-max grid covers.")
@@ -100,11 +100,13 @@ def quantize(
     ] = None,
     keep: Annotated[
         list[str] | None,
-        typer.Option(metavar="REGEX", help="Leave matching modules as they are."),
+        typer.Option(metavar="REGEX", help="Leave matching modules unquantized."),
     ] = None,
     head: Annotated[
         str | None,
-        typer.Option(metavar="RECIPE", help="Pack the output head, too, which is kept otherwise."),
+        typer.Option(
+            metavar="RECIPE", help="Pack the output head, too, which stays unquantized otherwise."
+        ),
     ] = None,
     jobs: Annotated[int, typer.Option(help="Tensors at a time; 0: one per core.", min=0)] = 0,
     device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda:0.")] = "cpu",
@@ -154,7 +156,7 @@ def quantize(
 def inspect(
     directory: Annotated[Path, typer.Argument(help="Folder of a packed checkpoint.")],
 ) -> None:
-    """Show what is in a packed checkpoint: every tensor, its true bits and its error."""
+    """Show what is in a packed checkpoint: every tensor, its effective bits and its error."""
     packed = open_packed(directory)
     manifest = read_manifest(directory)
     console.show_tensors(manifest)
@@ -180,7 +182,7 @@ def verify(
     if faults:
         console.err.print(f"precalib: {directory} has {faults} fault{'s' * (faults > 1)}")
         raise typer.Exit(1)
-    compared = "; errors and kept tensors agree with the source" if source else ""
+    compared = "; errors and unquantized tensors agree with the source" if source else ""
     count = len(open_packed(directory).config.modules)
     console.out.print(
         f"{directory} is whole: files, structure and values of {count} packed weights are right"
@@ -196,15 +198,10 @@ def dequantize(
     jobs: Annotated[int, typer.Option(help="Tensors at a time; 0: one per core.", min=0)] = 0,
 ) -> None:
     """Turn a packed checkpoint back into one that transformers loads."""
+    jobs = jobs or len(os.sched_getaffinity(0))
     total = open_packed(directory).files.nbytes
     with _resumable("run it again to continue"), console.progress_bar(total) as progress:
-        size = run_dequantize(
-            directory,
-            target,
-            getattr(torch, dtype.value),
-            jobs or len(os.sched_getaffinity(0)),
-            progress,
-        )
+        size = run_dequantize(directory, target, getattr(torch, dtype.value), jobs, progress)
     console.out.print(f"{target}: {console.size(size)} of {dtype.value} weights.")
 
 
