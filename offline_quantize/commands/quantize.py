@@ -1,6 +1,5 @@
 """`precalib quantize`: a checkpoint to a packed checkpoint."""
 
-import contextlib
 import dataclasses
 import functools
 import math
@@ -100,9 +99,7 @@ def _tasks(plan: Plan, device: str) -> Iterator[writer.WriteJob]:
 
 def _pack(path: Path, packing: WeightPlan, device: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     weight = read_tensor(path, packing.origin, packing.entry).to(device)
-    # Elsewhere than on the CPU, the encoder's own tables must be made there too.
-    with contextlib.nullcontext() if weight.device.type == "cpu" else weight.device:
-        encoded = encode(weight, packing.recipe, f"{path}: tensor '{packing.origin}'")
+    encoded = encode(weight, packing.recipe, f"{path}: tensor '{packing.origin}'")
     tensors = {f"{packing.module}.{k}": v.cpu() for k, v in encoded.tensors.items()}
     return tensors, encoded.statistics.summary()
 
