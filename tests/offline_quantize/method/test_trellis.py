@@ -70,9 +70,9 @@ def test_no_path_is_better_than_the_one_found(seed):
     length = 7  # 4**7 paths, all tried
     weights, unit, low_bits = (t[:, :length] if t.ndim == 2 else t for t in inputs(3, 32, seed))
     two = layout(2, 32)
-    _, level = trellis.search(weights.contiguous(), unit, low_bits.contiguous(), two)
+    _, entries = trellis.search(weights.contiguous(), unit, low_bits.contiguous(), two)
     free = low_bits == FREE
-    found = ((level - weights * unit[:, None]).square() * free).sum(1)
+    found = ((entries - weights * unit[:, None]).square() * free).sum(1)
     paths = torch.tensor(list(itertools.product(range(4), repeat=length)), dtype=torch.uint8)
     values = torch.tensor(TRELLIS_CODEBOOKS[2])[reference.codebook_index(paths, two).int()]
     for g in range(3):
@@ -84,10 +84,10 @@ def test_no_path_is_better_than_the_one_found(seed):
 
 def test_codes_decode_to_the_levels_and_keep_forced_bits():
     weights, unit, low_bits = inputs(20, 128)
-    codes, level = trellis.search(weights, unit, low_bits, layout(3))
+    codes, entries = trellis.search(weights, unit, low_bits, layout(3))
     assert torch.equal((codes & 1)[low_bits != FREE], low_bits[low_bits != FREE])
     decoded = torch.tensor(TRELLIS_CODEBOOKS[3])[reference.codebook_index(codes, layout(3)).int()]
-    assert torch.equal(decoded[low_bits == FREE].float(), level[low_bits == FREE])
+    assert torch.equal(decoded[low_bits == FREE].float(), entries[low_bits == FREE])
 
 
 def test_trellis_lowers_the_error_by_about_a_decibel():
@@ -95,10 +95,10 @@ def test_trellis_lowers_the_error_by_about_a_decibel():
     weights = torch.randn((2000, 128), generator=generator)
     unit = 127 / weights.abs().amax(1)
     free = torch.full(weights.shape, FREE, dtype=torch.uint8)
-    _, level = trellis.search(weights, unit, free, layout(4))
-    plain = torch.tensor((*TRELLIS_CODEBOOKS[4][::2], 127))  # as many levels as codes, no trellis
+    _, entries = trellis.search(weights, unit, free, layout(4))
+    plain = torch.tensor((*TRELLIS_CODEBOOKS[4][::2], 127))  # as many entries as codes, no trellis
     nearest = plain[(weights[..., None] * unit[:, None, None] - plain).abs().argmin(-1)]
-    errors = [(x - weights * unit[:, None]).square().mean() for x in (level, nearest)]
+    errors = [(x - weights * unit[:, None]).square().mean() for x in (entries, nearest)]
     assert float(errors[0]) < 0.8 * float(errors[1])
 
 
@@ -123,10 +123,10 @@ def test_without_a_compiler_torch_searches_and_says_so(monkeypatch):
 
 @pytest.mark.parametrize(("bits", "count"), [(2, 4), (3, 4), (4, 2), (5, 2)])
 def test_the_codebooks_of_the_recipes_are_the_trained_ones(bits, count):
-    levels = trained_codebook(bits, 128, count)
-    assert levels == TRELLIS_CODEBOOKS[bits]
-    assert levels == tuple(-level for level in reversed(levels))
-    assert all(level % 2 for level in levels)
+    codebook = trained_codebook(bits, 128, count)
+    assert codebook == TRELLIS_CODEBOOKS[bits]
+    assert codebook == tuple(-entry for entry in reversed(codebook))
+    assert all(entry % 2 for entry in codebook)
 
 
 def test_importances_choose_the_path_of_least_weighed_error():
