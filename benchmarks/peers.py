@@ -18,13 +18,15 @@ Peer = Callable[[Tensor], tuple[Tensor, int]]
 FLOAT16 = 16
 
 
-def rtn(weight: Tensor, bits: int, group_size: int, balance: bool = False) -> tuple[Tensor, int]:
-    """Round to nearest on a min-max grid; balance: on W / column scale (Sinkhorn, as in SINQ).
+def rtn(
+    weight: Tensor, bits: int, group_size: int, with_column_scale: bool = False
+) -> tuple[Tensor, int]:
+    """Round to nearest on a min-max grid; with_column_scale: of W / t (Sinkhorn, as in SINQ).
 
     Stored: codes, per group a float16 scale and a zero point of `bits` bits, column scale float16.
     """
     rows, columns = weight.shape
-    scale = column_scale(weight, 16) if balance else torch.ones(1, columns)
+    scale = column_scale(weight, 16) if with_column_scale else torch.ones(1, columns)
     grouped = to_groups(weight / scale, group_size)
     low = grouped.amin(-1, keepdim=True).clamp(max=0)
     high = grouped.amax(-1, keepdim=True).clamp(min=0)
@@ -33,7 +35,7 @@ def rtn(weight: Tensor, bits: int, group_size: int, balance: bool = False) -> tu
     zero = (-low / step).round().clamp(0, limit)
     values = ((grouped / step + zero).round().clamp(0, limit) - zero) * step
     stored = rows * columns * bits + grouped.shape[:2].numel() * (FLOAT16 + bits)
-    return values.flatten(1)[:, :columns] * scale, stored + FLOAT16 * columns * balance
+    return values.flatten(1)[:, :columns] * scale, stored + FLOAT16 * columns * with_column_scale
 
 
 def hqq(weight: Tensor, bits: int, group_size: int = 64) -> tuple[Tensor, int]:
@@ -123,11 +125,11 @@ def to_groups(weight: Tensor, group_size: int) -> Tensor:
 def peers() -> Mapping[tuple[str, str], Peer]:
     """All peers that can run here, by method and variant."""
     found: dict[tuple[str, str], Peer] = {}
-    for method, balance in (("RTN", False), ("RTN + column scale", True)):
+    for method, scaled in (("RTN", False), ("RTN + column scale", True)):
         for bits in (3, 4, 5):
             for group_size in (128, 64):
                 found[method, f"{bits} bits, g {group_size}"] = functools.partial(
-                    rtn, bits=bits, group_size=group_size, balance=balance
+                    rtn, bits=bits, group_size=group_size, with_column_scale=scaled
                 )
     for bits in (3, 4):
         found["HQQ", f"{bits} bits, g 64"] = functools.partial(hqq, bits=bits)

@@ -29,21 +29,21 @@ from peers import Peer, peers
 from quality_report import insert_table, plot, ranked, table
 from torch import Tensor
 
+from offline_quantize import dequantize_weight, list_recipes, quantize_weight
 from offline_quantize.checkpoint.atomic_files import read_json, write_json
 from offline_quantize.checkpoint.safetensors_file import read_tensor
 from offline_quantize.checkpoint.source import Checkpoint, open_checkpoint
 from offline_quantize.evaluation.command import Original, Request
 from offline_quantize.evaluation.kl import Reference, compare, text_windows
 from offline_quantize.evaluation.models import load_original, load_tokenizer
-from offline_quantize.method.encode import encode
-from offline_quantize.method.recipes import RECIPES, Recipe
 from offline_quantize.planning.options import Options
 from offline_quantize.planning.plan import make_plan
 from precalib_kernels.errors import PrecalibError, RecipeError, SourceError
-from precalib_kernels.format.reference import dequantize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from offline_quantize.method.recipes import Recipe
 
 TARGETS = (3.3, 3.85, 4.3, 4.8)
 OUTSIDE = Path(__file__).with_name("outside_peers.py")
@@ -106,13 +106,14 @@ def methods(arguments: argparse.Namespace, work: Path) -> list[Method]:
     library = ("--libllama", str(arguments.libllama)) if arguments.libllama else ()
     python = (arguments.peers_python, str(OUTSIDE), *library)
     others = outside(python, arguments.source, work, arguments.calibration)
-    return recipes(RECIPES) + targets(arguments.source) + inside + others
+    return recipes(list_recipes()) + targets(arguments.source) + inside + others
 
 
 def recipes(names: Iterable[str]) -> list[Method]:
     """Recipes by name, as the real encoder carries them out."""
+    known = list_recipes()
     return [
-        Method(f"precalib {name.split('-')[0]}", name, each(_through_the_format(RECIPES[name])))
+        Method(f"precalib {name.split('-')[0]}", name, each(_through_the_format(known[name])))
         for name in names
     ]
 
@@ -204,13 +205,13 @@ def decoder_weights(source: Checkpoint) -> dict[str, Tensor]:
     }
 
 
-def _through_the_format(recipe: Recipe) -> Peer:
+def _through_the_format(recipe: "Recipe") -> Peer:
     """A recipe as a function of a weight: packed by the real encoder, and unpacked."""
 
     def quantize(weight: Tensor) -> tuple[Tensor, int]:
-        tensors: Mapping[str, Tensor] = encode(weight.bfloat16(), recipe, "benchmark").tensors
-        stored = 8 * sum(tensor.nbytes for tensor in tensors.values())
-        return dequantize(tensors, recipe.layout, weight.shape[1]), stored
+        packed = quantize_weight(weight.bfloat16(), recipe)
+        stored = 8 * sum(tensor.nbytes for tensor in packed.tensors.values())
+        return dequantize_weight(packed.tensors, packed.layout), stored
 
     return quantize
 

@@ -71,8 +71,11 @@ def synthetic(directory: Path) -> Path:
         "mlp.up_proj": (8192, 2048),
         "mlp.down_proj": (2048, 8192),
     }
+    generator = torch.Generator().manual_seed(0)
     tensors = {
-        f"model.layers.{layer}.{name}.weight": (0.02 * torch.randn(shape)).bfloat16()
+        f"model.layers.{layer}.{name}.weight": (
+            0.02 * torch.randn(shape, generator=generator)
+        ).bfloat16()
         for layer in range(2)
         for name, shape in shapes.items()
     }
@@ -109,16 +112,11 @@ def report(seconds: dict[tuple[str, str], list[float]]) -> None:
 
 
 def time_precalib(source: Path, recipe: str) -> float:
-    from offline_quantize.checkpoint.source import open_checkpoint
-    from offline_quantize.cli.console import NullProgress
-    from offline_quantize.commands.quantize import quantize
-    from offline_quantize.planning.options import Options
-    from offline_quantize.planning.plan import make_plan
+    from offline_quantize import quantize_checkpoint
 
     with tempfile.TemporaryDirectory() as work:
         start = time.perf_counter()
-        plan = make_plan(open_checkpoint(source), Options(recipe))
-        quantize(plan, Path(work) / "out", NullProgress(), jobs=len(os.sched_getaffinity(0)))
+        quantize_checkpoint(source, Path(work) / "out", recipe)
         return time.perf_counter() - start
 
 
@@ -166,14 +164,13 @@ def time_auto_adpq(source: Path, _: str) -> float:
 def time_encoder(source: Path, recipe: str) -> float:
     import torch
 
-    from offline_quantize.method.encode import encode
-    from offline_quantize.method.recipes import RECIPES
+    from offline_quantize import quantize_weight
 
     torch.set_num_threads(1)
     weights = layer_weights(source)
     start = time.perf_counter()
     for name, weight in weights.items():
-        encode(weight, RECIPES[recipe], name)
+        quantize_weight(weight, recipe, name=name)
     return time.perf_counter() - start
 
 

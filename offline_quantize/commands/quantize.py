@@ -1,6 +1,5 @@
 """`precalib quantize`: a checkpoint to a packed checkpoint."""
 
-import contextlib
 import dataclasses
 import functools
 import math
@@ -91,9 +90,7 @@ def _write_jobs(plan: Plan, device: str) -> Iterator[WriteJob]:
 
 def _pack(path: Path, plan: WeightPlan, device: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     weight = read_tensor(path, plan.origin, plan.entry).to(device)
-    # Elsewhere than on the CPU, the encoder's own tables must be made there too.
-    with contextlib.nullcontext() if weight.device.type == "cpu" else weight.device:
-        encoded = encode(weight, plan.recipe, f"{path}: tensor '{plan.origin}'")
+    encoded = encode(weight, plan.recipe, f"{path}: tensor '{plan.origin}'")
     tensors = {f"{plan.module}.{k}": v.cpu() for k, v in encoded.tensors.items()}
     return tensors, encoded.statistics.summary()
 

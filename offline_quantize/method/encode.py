@@ -1,7 +1,16 @@
-"""One weight matrix to packed tensors: balance, find the salient weights, code, pack.
+"""One weight matrix to packed tensors. The stages, in the order in which a weight goes through:
 
-Rows are independent once the column scale and λ' are known, so a matrix is taken in blocks of
-rows that fit the second-level cache, and memory beyond the source and the result stays small.
+    column scale    sinkhorn.py             one factor per input column      of the whole matrix
+    salient choice  salience.py             which weights get wider codes    λ', then row by row
+    scales          scales.py               size of a step, zero point       of rows, of groups
+    codes           codes.py, trellis.py    the number stored per weight     of groups
+    pack            pack.py                 the tensors of the file format   of rows
+    statistics      weight_statistics.py    what was lost
+
+`prepare_matrix` and `prepare_rows` settle what groups share; `encode_groups` then codes any
+consecutive groups of the rows, one or all, so that a caller may change the target of later groups
+by the error of earlier ones. Rows are independent, so a matrix is taken in blocks of rows that fit
+the second-level cache. Everything is computed where the weight lies.
 """
 
 import dataclasses
@@ -10,26 +19,155 @@ import math
 import torch
 from torch import Tensor
 
-from offline_quantize.method import grids, salience
+from offline_quantize.method.arithmetic import power_of_two
+from offline_quantize.method.codes import SQUARED_ERROR, Codes, Objective, find_codes
+from offline_quantize.method.pack import pack_rows
 from offline_quantize.method.recipes import Recipe
+from offline_quantize.method.salience import SalientWeights, choose_salient, penalty
+from offline_quantize.method.scales import GroupScales, RowScales, group_scales, row_scales
 from offline_quantize.method.sinkhorn import column_scale
-from offline_quantize.method.trellis import trellis_search
-from offline_quantize.method.weight_statistics import Statistics, power_of_two
+from offline_quantize.method.weight_statistics import Statistics
 from precalib_kernels.errors import SourceError, UnfitError
-from precalib_kernels.format import reference
-from precalib_kernels.format.bitstream import pack_bits
 from precalib_kernels.format.layout import Layout
-from precalib_kernels.format.salient_index import pack_salient
 
 BLOCK_WEIGHTS = 1 << 18  # 1 MiB of float32
 
 
 @dataclasses.dataclass(frozen=True)
 class Encoded:
-    """Packed tensors of one weight and what was measured while packing it."""
+    """Packed tensors of one weight, their layout, and what was measured while packing them.
+
+    tensors: as `Layout.tensors` names them, on the device of the weight.
+    """
 
     tensors: dict[str, Tensor]
     statistics: Statistics
+    layout: Layout
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparedMatrix:
+    """What all rows of a weight [N, K] share.
+
+    column_scale: float32 [1, K] on the float16 grid, or None for a layout without one.
+    penalty:      λ' of the weight, 0 for the rule "group".
+    largest:      largest magnitude of the weight.
+    """
+
+    column_scale: Tensor | None
+    penalty: float
+    largest: float
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparedRows:
+    """Rows of a weight, ready to be coded group by group.
+
+    target:  float32 [R, G, group_size], what codes are to stand for: the weights without their
+             column scale, zeros in the padding of a ragged last group.
+    salient: which of them are salient.
+    scales:  what all groups of a row share.
+    padding: number of columns of the last group that are padding.
+    """
+
+    target: Tensor
+    salient: SalientWeights
+    scales: RowScales
+    padding: int
+
+    def groups(self, first: int, last: int) -> "PreparedRows":
+        """The same rows with groups first … last - 1 only."""
+        count, size = self.target.shape[1:]
+        return dataclasses.replace(
+            self,
+            target=self.target[:, first:last].contiguous(),
+            salient=SalientWeights.at(self.salient.positions[:, first:last], size),
+            padding=self.padding if last == count else 0,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodedGroups:
+    """Scales and codes of groups; `codes.values` is what they stand for."""
+
+    scales: GroupScales
+    codes: Codes
+
+
+def encode_unchecked(weight: Tensor, recipe: Recipe, where: str) -> Encoded:
+    """Quantize and pack one weight, whatever the error; else as `encode`."""
+    layout, (rows, columns) = recipe.layout, weight.shape
+    matrix = prepare_matrix(weight, recipe, where)
+    tensors = {
+        name: torch.empty(spec.shape, dtype=spec.dtype, device=weight.device)
+        for name, spec in layout.tensors(rows, columns).items()
+    }
+    if matrix.column_scale is not None:
+        tensors["column_scale"].copy_(matrix.column_scale)
+    statistics = Statistics(matrix.largest, weight.device)
+    step = max(1, BLOCK_WEIGHTS // columns)
+    for start in range(0, rows, step):
+        block = weight[start : start + step].float()
+        prepared = prepare_rows(block, matrix, recipe)
+        encoded = encode_groups(prepared, recipe)
+        packed = pack_rows(
+            encoded.codes, prepared.salient, prepared.scales, encoded.scales, layout, columns
+        )
+        for name, part in packed.items():
+            _check_float16(part, name, where)
+            tensors[name][start : start + step] = part
+        values = encoded.codes.values.flatten(1)[:, :columns]
+        if matrix.column_scale is not None:
+            values = values * matrix.column_scale
+        statistics.add(block, values, len(prepared.salient.index), prepared.salient.overflow)
+    return Encoded(tensors, statistics, layout)
+
+
+def prepare_matrix(weight: Tensor, recipe: Recipe, where: str) -> PreparedMatrix:
+    """Find what all rows share: the column scale and the threshold of salient weights.
+
+    Raises SourceError for NaN or infinite weights, UnfitError for weights that no scale can hold.
+    """
+    largest = _largest_magnitude(weight)
+    if not math.isfinite(largest):
+        raise non_finite(weight, where)
+    layout, scale = recipe.layout, None
+    if layout.column_scale:
+        scale = column_scale(weight, recipe.sinkhorn_iterations)
+    if largest >= 2**14:
+        reach = float((weight if scale is None else weight / scale).abs().max())
+        if reach >= 2**24:  # no scale holds it, and products of it would leave float32
+            raise _too_large("row_scale" if layout.scale == "log8" else "scales", where)
+    return PreparedMatrix(scale, penalty(weight, recipe), largest)
+
+
+def prepare_rows(block: Tensor, matrix: PreparedMatrix, recipe: Recipe) -> PreparedRows:
+    """Choose the salient weights of rows [R, K], float32, and find the scales of the rows."""
+    layout, (rows, columns) = recipe.layout, block.shape
+    groups = layout.groups(columns)
+    padding = groups * layout.group_size - columns
+    target = block if matrix.column_scale is None else block / matrix.column_scale
+    target = torch.nn.functional.pad(target, (0, padding)) if padding else target
+    target = target.reshape(rows, groups, layout.group_size)
+    salient = choose_salient(target, recipe, matrix.penalty)
+    return PreparedRows(target, salient, row_scales(target, salient, recipe), padding)
+
+
+def encode_groups(
+    rows: PreparedRows, recipe: Recipe, objective: Objective = SQUARED_ERROR
+) -> EncodedGroups:
+    """Find scales and codes of all groups of `rows`; see `PreparedRows.groups` for some of them."""
+    scales = group_scales(rows.target, rows.salient, rows.scales, recipe)
+    codes = find_codes(
+        rows.target,
+        rows.salient,
+        rows.scales,
+        scales,
+        recipe.layout,
+        padding=rows.padding,
+        objective=objective,
+    )
+    return EncodedGroups(scales, codes)
 
 
 def encode(weight: Tensor, recipe: Recipe, where: str) -> Encoded:
@@ -41,7 +179,7 @@ def encode(weight: Tensor, recipe: Recipe, where: str) -> Encoded:
     Raises SourceError for NaN or infinite weights, and UnfitError for weights too large for float16
     scales or whose error is far above what the recipe gives (`expected_if_ruined`).
     """
-    encoded = _encode(weight, recipe, where)
+    encoded = encode_unchecked(weight, recipe, where)
     error, largest = encoded.statistics.relative_error, encoded.statistics.largest
     expected = expected_if_ruined(weight, recipe, error)
     if expected is not None:
@@ -68,149 +206,9 @@ def expected_if_ruined(weight: Tensor, recipe: Recipe, error: float) -> float | 
     floor = 4 * 4.0**-recipe.layout.bits  # below it no weight is encoded twice
     if error <= floor:
         return None
-    low, high = (float(bound) for bound in weight.aminmax())
-    weight = weight.float() * power_of_two(max(high, -low))
-    expected = _encode(weight, recipe, "size 1").statistics.relative_error
+    weight = weight.float() * power_of_two(_largest_magnitude(weight))
+    expected = encode_unchecked(weight, recipe, "size 1").statistics.relative_error
     return None if error <= max(3 * expected, floor) and error < 1 else expected
-
-
-def _encode(weight: Tensor, recipe: Recipe, where: str) -> Encoded:
-    layout = recipe.layout
-    rows, columns = weight.shape
-    low, high = (float(bound) for bound in weight.aminmax()) if weight.numel() else (0.0, 0.0)
-    if not (math.isfinite(low) and math.isfinite(high)):
-        raise non_finite(weight, where)
-    scale = column_scale(weight, recipe.balance) if layout.column_scale else None
-    if max(high, -low) >= 2**14:
-        reach = float((weight if scale is None else weight / scale).abs().max())
-        if reach >= 2**24:  # no scale holds it, and products of it would leave float32
-            name = "row_scale" if layout.scale == "log8" else "scales"
-            raise UnfitError(f"{where}: weights are too large for float16 '{name}'")
-    penalty = 0.0
-    if layout.salient_count and recipe.rule == "tensor":
-        penalty = salience.penalty_for_share(weight, recipe.alpha)
-
-    specs = layout.tensors(rows, columns)
-    tensors = {name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in specs.items()}
-    if scale is not None:
-        tensors["column_scale"].copy_(scale)
-    statistics = Statistics(max(high, -low))
-    step = max(1, BLOCK_WEIGHTS // columns)
-    for start in range(0, rows, step):
-        block = weight[start : start + step].float()
-        packed, values, counts = encode_rows(block, recipe, scale, penalty)
-        for name, part in packed.items():
-            if part.dtype == torch.float16 and not bool(part.isfinite().all()):
-                raise UnfitError(f"{where}: weights are too large for float16 '{name}'")
-            tensors[name][start : start + step] = part
-        statistics.add(block, values, *counts)
-    return Encoded(tensors, statistics)
-
-
-def encode_rows(
-    block: Tensor, recipe: Recipe, scale: Tensor | None, penalty: float
-) -> tuple[dict[str, Tensor], Tensor, tuple[int, int]]:
-    """Quantize rows [R, K] of a weight.
-
-    scale:   column scale [1, K] as stored, or None.
-    penalty: λ' of the tensor, for recipes with one λ' per tensor.
-    returns: packed tensors but for the column scale, the values they stand for [R, K], and how
-             many weights are salient and how many should have been but found no place.
-    """
-    layout = recipe.layout
-    rows, columns = block.shape
-    groups = layout.groups(columns)
-    padding = groups * layout.group_size - columns
-    grouped = block if scale is None else block / scale
-    grouped = torch.nn.functional.pad(grouped, (0, padding)) if padding else grouped
-    grouped = grouped.reshape(rows, groups, layout.group_size)
-    chosen, wanted = _choose(grouped, recipe, penalty)
-    ordinary = grouped.clone()  # zero in the place of salient weights and of padding
-    if chosen is not None:
-        chosen.put(ordinary, torch.zeros(()))
-    if layout.uniform:
-        packed, codes, level = grids.min_max(grouped, ordinary, recipe)
-        if chosen is not None:
-            chosen.encode(grouped, packed, layout)
-    else:
-        scales = ordinary.abs_().amax(-1)  # see docs/method.md for why it is not a fitted scale
-        packed = grids.store_scales(scales, layout, grouped)
-        if chosen is not None:
-            chosen.encode(grouped, packed, layout)
-        codes, level = _codebook_codes(grouped, padding, chosen, packed, layout)
-
-    step = reference.group_scales(packed, layout) / layout.codebook_limit
-    values, found = level.mul_(step[..., None]), 0
-    if chosen is not None:
-        chosen.put(codes, chosen.codes & (2**layout.bits - 1))
-        chosen.put(values, grids.salient_values(chosen.codes, packed, layout))
-        high = torch.where(chosen.used, chosen.codes >> layout.bits, 0).to(torch.uint8)
-        packed["salient"] = pack_salient(chosen.positions, high, layout)
-        found = int(chosen.used.sum())
-    packed["qweight"] = pack_bits(codes.view(rows, -1)[:, :columns], layout.bits)
-    values = values.view(rows, -1)[:, :columns]
-    return packed, values if scale is None else values * scale, (found, max(wanted - found, 0))
-
-
-@dataclasses.dataclass
-class _Salient:
-    """The salient weights of a block: where they are and, once encoded, their codes.
-
-    positions: int16 [R, G, m], -1 in unused slots;  codes: uint8 [R, G, m].
-    """
-
-    positions: Tensor
-    codes: Tensor
-    group_size: int
-
-    def __post_init__(self) -> None:
-        rows, groups, _ = self.positions.shape
-        start = torch.arange(rows * groups).view(rows, groups, 1) * self.group_size
-        self.used = self.positions >= 0
-        self.flat = (self.positions + start)[self.used]  # index into the whole block
-
-    def put(self, grouped: Tensor, values: Tensor) -> None:
-        """Set `grouped` to `values` at the salient places, in place."""
-        grouped.view(-1)[self.flat] = values.to(grouped.dtype).expand(self.used.shape)[self.used]
-
-    def encode(self, grouped: Tensor, packed: dict[str, Tensor], layout: Layout) -> None:
-        """Find the codes, given the side tensors of the base; adds those of the salient grid."""
-        weights = grouped.gather(2, self.positions.clamp(min=0).long())
-        own, self.codes = grids.salient_codes(weights, self.used, layout, packed)
-        packed.update(own)
-
-
-def _choose(grouped: Tensor, recipe: Recipe, penalty: float) -> tuple[_Salient | None, int]:
-    """The salient weights, and how many a threshold per tensor would have made salient."""
-    count = recipe.layout.salient_count
-    if not count:
-        return None, 0
-    score, wanted = grouped.abs(), 0
-    if recipe.rule == "tensor":
-        score = salience.soft_threshold(grouped, penalty).abs()
-        wanted = int((score > 0).sum())
-    positions = salience.largest_positions(score, count)
-    codes = torch.zeros_like(positions, dtype=torch.uint8)
-    return _Salient(positions, codes, recipe.layout.group_size), wanted
-
-
-def _codebook_codes(
-    grouped: Tensor,
-    padding: int,
-    chosen: _Salient | None,
-    packed: dict[str, Tensor],
-    layout: Layout,
-) -> tuple[Tensor, Tensor]:
-    """Codes and level values for non-uniform levels; those at salient places mean nothing."""
-    scale = reference.group_scales(packed, layout)
-    if not layout.trellis:
-        return grids.nearest_entries(grouped, scale, layout)
-    forced = torch.full(grouped.shape, 2, dtype=torch.uint8)
-    if padding:
-        forced[:, -1, -padding:] = 0
-    if chosen is not None:  # the low bits of salient codes take part in the trellis
-        chosen.put(forced, chosen.codes & 1)
-    return trellis_search(grouped, scale, layout, forced)
 
 
 def non_finite(weight: Tensor, where: str) -> SourceError:
@@ -221,3 +219,18 @@ def non_finite(weight: Tensor, where: str) -> SourceError:
         f"{where}: weight [{row}, {column}] is {float(weight[row, column])}; "
         "the checkpoint is damaged, or keep this tensor with --keep"
     )
+
+
+def _largest_magnitude(weight: Tensor) -> float:
+    """Largest |w|, 0 for an empty weight; not finite if any weight is not."""
+    low, high = (float(bound) for bound in weight.aminmax()) if weight.numel() else (0.0, 0.0)
+    return max(high, -low)
+
+
+def _check_float16(part: Tensor, name: str, where: str) -> None:
+    if part.dtype == torch.float16 and not bool(part.isfinite().all()):
+        raise _too_large(name, where)
+
+
+def _too_large(name: str, where: str) -> UnfitError:
+    return UnfitError(f"{where}: weights are too large for float16 '{name}'")

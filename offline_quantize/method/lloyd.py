@@ -1,60 +1,65 @@
-"""Levels for the trellis: Lloyd's iteration on a Gaussian whose largest weights are salient.
+"""Codebooks for the trellis: Lloyd's iteration on a normal whose largest weights are salient.
 
-The recipes hold its results as plain numbers; `python -m offline_quantize.method.lloyd` prints them
-again. The Gaussian is a model of balanced weights and no model's own: nothing is tuned to data.
+`precalib_kernels/format/codebooks.py` holds its results as plain numbers;
+`python -m offline_quantize.method.lloyd` prints them again. The normal stands for weights whose
+column scale has been taken off, and is no model's own: nothing is tuned to data.
 """
 
 import torch
 from torch import Tensor
 
-from offline_quantize.method.trellis import search
+from offline_quantize.method.trellis import FREE, search
 from precalib_kernels.format.layout import Layout
 
 GROUPS = 2048
 ITERATIONS = 120
+CPU = torch.device("cpu")
 
 
 def trained_codebook(bits: int, group_size: int, salient_count: int) -> tuple[int, ...]:
-    """The 2**(bits+1) int8 levels of least squared error in the trellis, symmetric and odd.
+    """The 2**(bits+1) int8 entries of least squared error in the trellis, symmetric and odd.
 
     Samples are groups of a normal, without their `salient_count` largest members, divided by the
-    largest that is left, as `encode` sees them. Odd levels are 2β − 127 with −level's β being the
-    bitwise complement of β: kernels negate four packed levels by one exclusive or.
+    largest that is left, as `encode` sees them. Odd entries are 2β − 127 with the β of −entry being
+    the bitwise complement of β: kernels negate four packed entries by one exclusive or.
     """
-    generator = torch.Generator().manual_seed(0)
-    normal = torch.randn((GROUPS, group_size), generator=generator)
+    generator = torch.Generator(CPU).manual_seed(0)
+    normal = torch.randn((GROUPS, group_size), generator=generator, device=CPU)
     order = normal.abs().sort(-1, descending=True)
-    ordinary = torch.ones_like(normal).scatter_(1, order.indices[:, :salient_count], 0)
+    non_salient = torch.ones_like(normal).scatter_(1, order.indices[:, :salient_count], 0)
     samples = normal / order.values[:, salient_count, None]
-    forced = torch.where(ordinary > 0, 2, torch.randint(0, 2, normal.shape, generator=generator))
-    levels = _start(2 ** (bits + 1))
+    coins = torch.randint(0, 2, normal.shape, generator=generator, device=CPU)
+    low_bits = torch.where(non_salient > 0, FREE, coins).to(torch.uint8)
+    unit = torch.full((GROUPS,), 127.0, device=CPU)
+    codebook = _start(2 ** (bits + 1))
     for _ in range(ITERATIONS):
-        layout = _layout(bits, group_size, levels)
-        _, level = search(samples, torch.full((GROUPS,), 127.0), forced.to(torch.uint8), layout)
-        mean = _centroids(levels.round(), level, 127 * samples, ordinary)
-        step = 2 * (mean - levels)  # shorter steps get stuck on the whole numbers
-        levels = (levels + step).clamp(-127, 127)
-    return tuple(int(level) for level in 2 * ((levels - 1) / 2).round() + 1)
+        _, chosen = search(samples, unit, low_bits, _layout(bits, group_size, codebook))
+        mean = _centroids(codebook.round(), chosen, 127 * samples, non_salient)
+        step = 2 * (mean - codebook)  # shorter steps get stuck on the whole numbers
+        codebook = (codebook + step).clamp(-127, 127)
+    return tuple(int(entry) for entry in 2 * ((codebook - 1) / 2).round() + 1)
 
 
 def _start(count: int) -> Tensor:
     """Middle quantiles of a normal, stretched to the whole range: a little denser in the middle."""
-    levels = torch.special.ndtri(0.1 + 0.8 * (torch.arange(count) + 0.5) / count)
-    return 120 * levels / levels.max()
+    quantile = 0.1 + 0.8 * (torch.arange(count, device=CPU) + 0.5) / count
+    codebook: Tensor = torch.special.ndtri(quantile)
+    return 120 * codebook / codebook.max()
 
 
-def _layout(bits: int, group_size: int, levels: Tensor) -> Layout:
-    whole = tuple(int(level) for level in levels.round())
+def _layout(bits: int, group_size: int, codebook: Tensor) -> Layout:
+    whole = tuple(int(entry) for entry in codebook.round())
     return Layout(bits=bits, group_size=group_size, codebook=whole, trellis=True)
 
 
-def _centroids(levels: Tensor, chosen: Tensor, samples: Tensor, ordinary: Tensor) -> Tensor:
-    """Means of the samples that chose each level, made symmetric."""
-    index = torch.searchsorted(levels, chosen.flatten())
-    weight = ordinary.flatten().double()
-    count = torch.zeros(len(levels), dtype=torch.float64).index_add_(0, index, weight)
+def _centroids(codebook: Tensor, chosen: Tensor, samples: Tensor, non_salient: Tensor) -> Tensor:
+    """Means of the samples that chose each entry, made symmetric."""
+    index = torch.searchsorted(codebook, chosen.flatten())
+    weight = non_salient.flatten().double()
+    count = torch.zeros(len(codebook), dtype=torch.float64, device=CPU)
+    count.index_add_(0, index, weight)
     total = torch.zeros_like(count).index_add_(0, index, samples.flatten().double() * weight)
-    mean = torch.where(count > 0, total / count.clamp_min(1), levels.double())
+    mean = torch.where(count > 0, total / count.clamp_min(1), codebook.double())
     return ((mean - mean.flip(0)) / 2).float()
 
 

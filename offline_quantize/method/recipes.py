@@ -1,4 +1,11 @@
-"""The recipes, as data: how each weight is laid out and how its codes are found."""
+"""The recipes, as data: how each weight is laid out and how its codes are found.
+
+To add a recipe, add an entry to RECIPES. Its `layout` says what is stored, and any layout that
+`precalib_kernels.format.layout` accepts can be encoded; the other fields of `Recipe` say how.
+Nothing else need change: the command line, --dry-run, the manifest and the tests that run through
+every recipe take it from there, and backends look at the layout alone (`precalib doctor`). A
+codebook of its own goes to `precalib_kernels/format/codebooks.py`; `lloyd.py` computes them.
+"""
 
 import dataclasses
 from collections.abc import Mapping
@@ -7,6 +14,8 @@ from typing import Any, Literal
 from precalib_kernels.errors import FormatError, RecipeError
 from precalib_kernels.format.codebooks import TRELLIS_CODEBOOKS
 from precalib_kernels.format.layout import MAX_SALIENT_COUNT, Layout
+
+JSON_NAMES = {"sinkhorn_iterations": "balance"}  # fields that files call by another name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +28,7 @@ class Recipe:
               group (one λ' per group). "tensor": all above one λ' per tensor (the paper).
     alpha:    share of salient weights the rule aims at; 0 for none.
     clip:     share of the non-salient range that a min-max grid covers.
-    balance:  Sinkhorn iterations that find the column scale.
+    sinkhorn_iterations: that find the column scale, if the layout has one.
     """
 
     about: str
@@ -27,7 +36,7 @@ class Recipe:
     rule: Literal["group", "tensor"] = "group"
     alpha: float = 0.0
     clip: float = 1.0
-    balance: int = 0
+    sinkhorn_iterations: int = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.alpha < 1:
@@ -46,16 +55,23 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form, for the manifest and for comparing runs."""
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        fields = {json: getattr(self, name) for json, name in _json_fields().items()}
         return fields | {"layout": self.layout.to_dict()}
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "Recipe":
         """Inverse of `to_dict`. Raises FormatError or RecipeError for anything else."""
+        names = _json_fields()
         try:
-            return cls(**{**fields, "layout": Layout.from_dict(fields["layout"])})
+            known = {names[json]: value for json, value in {**fields}.items()}
+            return cls(**{**known, "layout": Layout.from_dict(fields["layout"])})
         except (KeyError, TypeError) as error:
             raise FormatError(f"recipe {fields}: {error}") from error
+
+
+def _json_fields() -> dict[str, str]:
+    """Fields of a recipe, by the names they have in files."""
+    return {JSON_NAMES.get(f.name, f.name): f.name for f in dataclasses.fields(Recipe)}
 
 
 def _balanced(bits: int, salient_count: int, salient_bits: int) -> Recipe:
@@ -70,7 +86,7 @@ def _balanced(bits: int, salient_count: int, salient_bits: int) -> Recipe:
         salient_grid="row",
         column_scale=True,
     )
-    return Recipe("trellis, column scale", layout, alpha=salient_count / 128, balance=4)
+    return Recipe("trellis, column scale", layout, alpha=salient_count / 128, sinkhorn_iterations=4)
 
 
 RECIPES: Mapping[str, Recipe] = {
@@ -106,7 +122,7 @@ def find(name: str) -> Recipe:
 def for_head(name: str) -> tuple[str, Recipe]:
     """Label and recipe of that name for an output head: without a column scale.
 
-    The spread of a head's columns does not tell how large its inputs are, and balanced columns hide
+    The spread of a head's columns does not tell how large its inputs are, and even columns hide
     from the salient weights the few columns that all rows have in common (docs/method.md).
     """
     recipe = find(name)
@@ -114,7 +130,8 @@ def for_head(name: str) -> tuple[str, Recipe]:
         return name, recipe
     layout = dataclasses.replace(recipe.layout, column_scale=False)
     about = recipe.about.replace("column scale", "no column scale")
-    return f"{name} (head)", dataclasses.replace(recipe, about=about, layout=layout, balance=0)
+    head = dataclasses.replace(recipe, about=about, layout=layout, sinkhorn_iterations=0)
+    return f"{name} (head)", head
 
 
 def adjust(

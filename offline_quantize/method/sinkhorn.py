@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from offline_quantize.method.weight_statistics import power_of_two
+from offline_quantize.method.arithmetic import power_of_two
 
 # Mean squares below which a row or column counts as zeros, and gets the factor 1: its inverse
 # would leave float32, or outweigh all others.
@@ -30,9 +30,10 @@ def column_scale(weight: Tensor, iterations: int) -> Tensor:
     rows, columns = weight.shape
     peak = torch.maximum(weight.amax(0), -weight.amin(0)).float()  # of each column
     unit = power_of_two(float(peak.max()))
-    row, column = torch.ones(rows), torch.ones(columns)  # inverse squared factors
+    device = weight.device
+    row, column = (torch.ones(n, device=device) for n in (rows, columns))  # 1 / factor²
     for _ in range(iterations):
-        mean_square = torch.zeros(columns)
+        mean_square = torch.zeros(columns, device=device)
         for start in range(0, rows, 256):
             block = (weight[start : start + 256].float() * unit).square()
             part = slice(start, start + 256)

@@ -1,9 +1,13 @@
 """The path of least squared error through each group's trellis (Viterbi search).
 
-The state after weight k is (u[k], u[k-1]), the low bits of two codes. A weight's level index
-modulo 4, its subset, is 2 * (u[k] ^ u[k-2]) + u[k-1]; within a subset the nearest level is best.
+The state after weight k is (u[k], u[k-1]), the low bits of two codes. The index of its
+codebook entry modulo 4, its subset, is 2 * (u[k] ^ u[k-2]) + u[k-1]; within a subset the nearest
+entry is best.
 The search is compiled. Without a compiler a torch version, equal bit for bit, takes about forty
 times as long, and quantizing as a whole about seven times.
+
+`low_bits` says which low bits are given: 0 or 1 at salient places, whose value the trellis does not
+set, and in the padding of a ragged group; FREE for all others.
 """
 
 import ctypes
@@ -18,64 +22,84 @@ from precalib_kernels.format.layout import Layout
 from precalib_kernels.toolchain import compile as build
 
 SOURCE = Path(__file__).parent / "csrc" / "viterbi.cpp"
+FREE = 2  # a low bit that the search may choose; csrc/viterbi.cpp has the same number
 
 
 def trellis_search(
-    grouped: Tensor, scale: Tensor, layout: Layout, forced: Tensor
+    target: Tensor,
+    scale: Tensor,
+    layout: Layout,
+    low_bits: Tensor,
+    importance: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Codes (uint8) and level values (float32) of the best paths, [R, G, group_size].
+    """Codes (uint8) and codebook entries (float32) of the best paths, [R, G, group_size].
 
-    grouped: weights, float32 [R, G, group_size];  scale: as decoded, [R, G].
-    forced:  uint8 like `grouped`: 0 or 1 where the low bit of the code is given (salient weights,
-             whose value the trellis does not set, and padding); 2 for ordinary weights.
+    target:     weights, float32 [R, G, group_size];  scale: as decoded, [R, G].
+    low_bits:   uint8 like `target`: 0, 1 or FREE.
+    importance: weight of each column's squared error, [G, group_size]; None for 1.
     """
     unit = torch.where(scale > 0, layout.codebook_limit / scale, 0).flatten()
-    weights, forced = (t.reshape(len(unit), -1).contiguous() for t in (grouped, forced))
-    codes, level = search(weights, unit, forced, layout)
-    return codes.view(grouped.shape), level.view(grouped.shape)
+    weights, given = (t.reshape(len(unit), -1).contiguous() for t in (target, low_bits))
+    if importance is not None:
+        importance = importance.expand(target.shape).reshape(weights.shape)
+    codes, entries = search(weights, unit, given, layout, importance)
+    return codes.view(target.shape), entries.view(target.shape)
 
 
-def search(weights: Tensor, unit: Tensor, forced: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-    """Codes and level values [n, group_size] of n groups, by the fastest search there is.
+def search(
+    weights: Tensor,
+    unit: Tensor,
+    low_bits: Tensor,
+    layout: Layout,
+    importance: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Codes and codebook entries [n, group_size] of n groups, by the fastest search there is.
 
-    unit: [n], levels per weight unit. A product of weight and unit that is not a number counts as
-          zero, so any input gives codes that exist.
+    weights, low_bits: [n, group_size].
+    unit:       [n], codebook units per weight unit. A product of weight and unit that is not a
+                number counts as zero, so any input gives codes that exist.
+    importance: [n, group_size], or None, which alone the compiled search knows.
     """
-    native = _native() if weights.device.type == "cpu" else None
+    native = _native() if weights.device.type == "cpu" and importance is None else None
     if native is None:
-        return search_torch(weights, unit, forced, layout)
-    return search_native(weights, unit, forced, layout, native)
+        return search_torch(weights, unit, low_bits, layout, importance)
+    return search_native(weights, unit, low_bits, layout, native)
 
 
 def search_native(
-    weights: Tensor, unit: Tensor, forced: Tensor, layout: Layout, library: ctypes.CDLL
+    weights: Tensor, unit: Tensor, low_bits: Tensor, layout: Layout, library: ctypes.CDLL
 ) -> tuple[Tensor, Tensor]:
-    """Compiled search; weights and forced [n, group_size], unit [n] levels per weight unit."""
-    levels = torch.tensor(layout.codebook_values, dtype=torch.int32)
-    codes = torch.empty(weights.shape, dtype=torch.uint8)
-    level = torch.empty(weights.shape)
-    unit, forced = unit.contiguous(), forced.contiguous()
+    """The compiled search, for tensors of the CPU; arguments and results as of `search`."""
+    cpu = torch.device("cpu")
+    codebook = torch.tensor(layout.codebook_values, dtype=torch.int32, device=cpu)
+    codes = torch.empty(weights.shape, dtype=torch.uint8, device=cpu)
+    entries = torch.empty(weights.shape, device=cpu)
+    unit, low_bits = unit.contiguous(), low_bits.contiguous()
     library.trellis_search(
-        *(ctypes.c_void_p(t.data_ptr()) for t in (weights, unit, forced, levels)),
-        ctypes.c_int32(len(levels)),
+        *(ctypes.c_void_p(t.data_ptr()) for t in (weights, unit, low_bits, codebook)),
+        ctypes.c_int32(len(codebook)),
         ctypes.c_int32(layout.codebook_limit),
         ctypes.c_int64(weights.shape[0]),
         ctypes.c_int32(weights.shape[1]),
         ctypes.c_void_p(codes.data_ptr()),
-        ctypes.c_void_p(level.data_ptr()),
+        ctypes.c_void_p(entries.data_ptr()),
     )
-    return codes, level
+    return codes, entries
 
 
 def search_torch(
-    weights: Tensor, unit: Tensor, forced: Tensor, layout: Layout
+    weights: Tensor,
+    unit: Tensor,
+    low_bits: Tensor,
+    layout: Layout,
+    importance: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The same search in torch, all groups at once."""
+    """The same search in torch, on any device, all groups at once."""
     count, size = weights.shape
-    limit = layout.codebook_limit
-    levels = torch.tensor(layout.codebook_values)
-    points = torch.arange(-limit, limit + 1)[:, None]
-    subsets = [levels[start::4] for start in range(4)]
+    limit, device = layout.codebook_limit, weights.device
+    codebook = torch.tensor(layout.codebook_values, device=device)
+    points = torch.arange(-limit, limit + 1, device=device)[:, None]
+    subsets = [codebook[start::4] for start in range(4)]
     rank = torch.stack([(points - subset).abs().argmin(1) for subset in subsets])  # [4, points]
     value = torch.stack([subset[r] for subset, r in zip(subsets, rank, strict=True)]).float()
 
@@ -83,37 +107,40 @@ def search_torch(
     scaled.masked_fill_(scaled.isnan(), 0.0)
     point = scaled.round().clamp_(-limit, limit).add_(limit).int()
     error = torch.stack([scaled - subset[point] for subset in value], 1).square_()  # [g, 4, n]
-    given = forced.T
-    error.masked_fill_((given < 2)[:, None], 0.0)
-    barrier = torch.zeros_like(error[:, :2])  # [g, u, n]
-    barrier[:, 0].masked_fill_(given == 1, torch.inf)
-    barrier[:, 1].masked_fill_(given == 0, torch.inf)
+    if importance is not None:
+        error *= importance.T[:, None]
+    given = low_bits.T
+    error.masked_fill_((given != FREE)[:, None], 0.0)
+    forbidden = torch.zeros_like(error[:, :2])  # [g, u, n]: infinite where u is not the given bit
+    forbidden[:, 0].masked_fill_(given == 1, torch.inf)
+    forbidden[:, 1].masked_fill_(given == 0, torch.inf)
 
-    cost = torch.full((2, 2, count), torch.inf)  # [u[k-1], u[k-2], n]
+    cost = torch.full((2, 2, count), torch.inf, device=device)  # [u[k-1], u[k-2], n]
     cost[0, 0] = 0
-    came = torch.empty((size, 2, 2, count), dtype=torch.bool)  # u[k-2] of the best way here
+    # u[k-2] of the best path to each state
+    survivors = torch.empty((size, 2, 2, count), dtype=torch.bool, device=device)
     for k in range(size):
-        by_subset = error[k].view(2, 2, -1)  # [u[k] ^ u[k-2], u[k-1]]
-        stay = cost[:, 0] + by_subset  # u[k-2] = 0: [u[k], u[k-1]]
-        turn = cost[:, 1] + by_subset.flip(0)  # u[k-2] = 1
-        torch.lt(turn, stay, out=came[k])
-        cost = torch.minimum(stay, turn) + barrier[k][:, None]
-    low, subset = _trace(cost, came)
+        metric = error[k].view(2, 2, -1)  # [u[k] ^ u[k-2], u[k-1]]
+        from_zero = cost[:, 0] + metric  # u[k-2] = 0: [u[k], u[k-1]]
+        from_one = cost[:, 1] + metric.flip(0)  # u[k-2] = 1
+        torch.lt(from_one, from_zero, out=survivors[k])
+        cost = torch.minimum(from_zero, from_one) + forbidden[k][:, None]
+    low, subset = _trace(cost, survivors)
     # index = 4 * rank + subset and code ^ u[k-2] = index >> 1, so the code is 2 * rank + u[k]
     codes = (2 * rank[subset, point.long()] + low).to(torch.uint8)
     return codes.T.contiguous(), value[subset, point.long()].T.contiguous()
 
 
-def _trace(cost: Tensor, came: Tensor) -> tuple[Tensor, Tensor]:
+def _trace(cost: Tensor, survivors: Tensor) -> tuple[Tensor, Tensor]:
     """Low bits of the codes and subsets, both [g, n], along the best paths, found backwards."""
-    size, count = came.shape[0], came.shape[-1]
+    size, count = survivors.shape[0], survivors.shape[-1]
     state = cost.view(4, -1).argmin(0)  # 2 * u[k] + u[k-1]
-    lane = torch.arange(count)
-    ways = came.view(size, 4, count)
-    low = torch.empty((size, count), dtype=torch.int64)
-    subset = torch.empty((size, count), dtype=torch.int64)
+    group = torch.arange(count, device=cost.device)
+    steps = survivors.view(size, 4, count)
+    low = torch.empty((size, count), dtype=torch.int64, device=cost.device)
+    subset = torch.empty((size, count), dtype=torch.int64, device=cost.device)
     for k in range(size - 1, -1, -1):
-        before = ways[k][state, lane].long()  # u[k-2]
+        before = steps[k][state, group].long()  # u[k-2]
         now, last = state >> 1, state & 1
         low[k], subset[k] = now, 2 * (now ^ before) + last
         state = 2 * last + before

@@ -1,37 +1,35 @@
 """What quantizing a tensor did to its weights: error, histograms, information."""
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from offline_quantize.method.arithmetic import power_of_two
+
 BINS = 256
 
 
-def power_of_two(largest: float) -> float:
-    """The factor that brings magnitudes up to `largest` to about 1 and rounds nothing.
-
-    float32 holds it and its inverse: it lies between 2**-126 and 2**126.
-    """
-    return 2.0 ** -max(-126, min(math.frexp(largest)[1], 126))
-
-
 def relative_error(original: Tensor, quantized: Tensor) -> float:
-    """‖W − Ŵ‖² / ‖W‖² of float32 tensors of any size; 0 for an original of zeros alone."""
-    unit = power_of_two(float(original.abs().max())) if original.numel() else 1.0
-    signal = float((original * unit).square_().sum())
-    noise = float((original - quantized).mul_(unit).square_().sum())
+    """‖W − Ŵ‖² / ‖W‖² of float32 tensors of any one shape; 0 for an original of zeros alone.
+
+    Weights of any size are measured: squares neither underflow nor overflow.
+    """
+    if not original.numel():
+        return 0.0
+    unit = power_of_two(float(original.abs().max()))
+    signal, noise = _squares(original * unit, quantized * unit)
     return noise / signal if signal else 0.0
 
 
 class Statistics:
-    """Accumulates over blocks of rows.
+    """What happened to one weight, added up over its blocks of rows.
 
     largest: the largest original magnitude. Histograms have 256 equal bins over ± it.
+    device:  of the blocks.
     """
 
-    def __init__(self, largest: float) -> None:
+    def __init__(self, largest: float, device: torch.device) -> None:
         self.largest = largest
         self.unit = power_of_two(largest)  # without it squares underflow or overflow
         self.width = 2 * largest * self.unit / BINS
@@ -40,8 +38,8 @@ class Statistics:
         self.overflow = 0
         self.signal = 0.0
         self.noise = 0.0
-        self.before = torch.zeros(BINS, dtype=torch.int64)
-        self.after = torch.zeros(BINS, dtype=torch.int64)
+        self.before = torch.zeros(BINS, dtype=torch.int64, device=device)
+        self.after = torch.zeros(BINS, dtype=torch.int64, device=device)
 
     def add(self, original: Tensor, quantized: Tensor, salient: int, overflow: int) -> None:
         """Take in one block of rows and its quantized values, both float32 [R, K]."""
@@ -49,8 +47,9 @@ class Statistics:
         self.salient += salient
         self.overflow += overflow
         original, quantized = original * self.unit, quantized * self.unit
-        self.signal += float(original.square().sum())
-        self.noise += float((original - quantized).square_().sum())
+        signal, noise = _squares(original, quantized)
+        self.signal += signal
+        self.noise += noise
         self.before += self._histogram(original)
         self.after += self._histogram(quantized)
 
@@ -63,7 +62,7 @@ class Statistics:
         """relative_error: ‖W − Ŵ‖² / ‖W‖².  kl: KL(original ‖ quantized) of the histograms, in
         nats, both smoothed by half a weight per bin.  entropy_before, entropy_after: Shannon
         entropy of the histograms, in bits.  salient_share; salient_overflow: weights above λ'
-        that found no place in their group and were quantized as ordinary ones.
+        that found no slot in their group and were quantized like non-salient ones.
         """
         return {
             "relative_error": self.relative_error,
@@ -80,6 +79,11 @@ class Statistics:
         return torch.bincount(index.int().flatten(), minlength=BINS)
 
 
+def _squares(original: Tensor, quantized: Tensor) -> tuple[float, float]:
+    """‖W‖² and ‖W − Ŵ‖²."""
+    return float(original.square().sum()), float((original - quantized).square_().sum())
+
+
 def _entropy(counts: Tensor) -> float:
     shares = counts[counts > 0].double() / counts.sum()
     return float(-(shares * shares.log2()).sum())
@@ -88,4 +92,4 @@ def _entropy(counts: Tensor) -> float:
 def _divergence(before: Tensor, after: Tensor) -> float:
     p, q = before.double() + 0.5, after.double() + 0.5
     p, q = p / p.sum(), q / q.sum()
-    return max(float((p * (p / q).log()).sum()), 0.0) if not math.isnan(float(p[0])) else 0.0
+    return max(float((p * (p / q).log()).sum()), 0.0)

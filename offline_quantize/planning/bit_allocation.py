@@ -1,9 +1,9 @@
-"""`--target-bits`: which layout each weight gets so that all together have a given true size.
+"""`--target-bits`: which layout each weight gets so that all together have a given size.
 
-Nothing is measured on the model: a weight's expected loss is its relative error, which the layout
-alone sets once columns are balanced, times a sensitivity that its name and place tell. Bits go
-where they lower the sum of losses most per byte. Weights that vLLM computes as one layer, and all
-experts of one, get the same layout.
+Nothing is measured on the model: a weight's expected loss is its relative error, which its layout
+alone sets once the column scale is taken off, times a sensitivity that its name and place tell.
+Bits go where they lower the sum of losses most per byte. Weights that vLLM computes as one layer,
+and all experts of one, get the same layout.
 """
 
 import math
@@ -65,7 +65,7 @@ def allocate(
     config: Mapping[str, Any],
     fixed: tuple[int, int] = (0, 0),
 ) -> dict[str, tuple[str, Recipe]]:
-    """Label and recipe of every module, true bits of all together at most `target_bits`.
+    """Label and recipe of every module, effective bits of all together at most `target_bits`.
 
     weights: shape of each module's weight.
     config:  of the language model: its numbers of layers and of attention heads are used.
@@ -164,7 +164,7 @@ def _widths_around(every: list[Shape], allowed: int) -> tuple[BitOption, ...]:
     """
     widths = sorted({option.recipe.layout.bits for option in OPTIONS})
     for width in widths:
-        options = tuple(r for r in OPTIONS if width <= r.recipe.layout.bits <= width + 1)
+        options = tuple(o for o in OPTIONS if width <= o.recipe.layout.bits <= width + 1)
         if allowed <= options[-1].nbytes(every):
             break
     return options
@@ -173,10 +173,10 @@ def _widths_around(every: list[Shape], allowed: int) -> tuple[BitOption, ...]:
 def _units(weights: Mapping[str, Shape]) -> dict[str, list[str]]:
     """Modules that share a layout, by a name for them."""
     unit_of = {module: selection.EXPERT_INDEX.sub(".experts.", module) for module in weights}
-    for parts in selection.fused_siblings(set(unit_of.values())):
+    for siblings in selection.fused_siblings(set(unit_of.values())):
         for module, unit in unit_of.items():
-            if unit in parts:
-                unit_of[module] = parts[0]
+            if unit in siblings:
+                unit_of[module] = siblings[0]
     units: dict[str, list[str]] = {}
     for module, unit in unit_of.items():
         units.setdefault(unit, []).append(module)
@@ -184,8 +184,8 @@ def _units(weights: Mapping[str, Shape]) -> dict[str, list[str]]:
 
 
 def _depth(weights: Mapping[str, Shape], config: Mapping[str, Any]) -> int:
-    depth = config.get("num_hidden_layers")
-    return depth if isinstance(depth, int) else 1 + max(_layer(module) for module in weights)
+    depth = selection.decoder_depth(config)
+    return 1 + max(_layer(module) for module in weights) if depth is None else depth
 
 
 def _layer(module: str) -> int:

@@ -123,9 +123,12 @@ def make_plan(source: Checkpoint, options: Options) -> Plan:
     chosen = RecipeResolver(options)
     wanted: dict[str, tuple[str, Entry]] = {}
     unquantized: dict[str, str] = {}
+    depth = selection.decoder_depth(source.text_config, source.config)
     for file, entries in source.shards.items():
         for name, entry in entries.items():
-            reason = selection.why_kept(source, name, entry, chosen.keep, bool(options.head))
+            reason = selection.classify(
+                name, entry.shape, entry.dtype, depth, chosen.keep, bool(options.head)
+            )
             if reason:
                 unquantized[name] = reason
             else:

@@ -1,19 +1,22 @@
-"""Which tensors of a checkpoint are quantized: by name and shape, with no model class."""
+"""Which tensors of a checkpoint are quantized: by name, shape and type, with no model class.
+
+Nothing here needs files, so the same choice can be made from headers or from tensors in memory.
+"""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
-from offline_quantize.checkpoint.safetensors_file import Entry
-from offline_quantize.checkpoint.source import Checkpoint
 from precalib_kernels.format.layout import COLUMN_UNIT
 
-FLOAT_TYPES = ("BF16", "F16", "F32")
-HEAD = re.compile(r"(?:^|\.)(?:lm_head|output_head|embed_out)$")
+FLOAT_TYPES = ("BF16", "F16", "F32")  # as safetensors calls them
+_HEADS = "lm_head|output_head|embed_out"
+HEAD = re.compile(rf"(?:^|\.)(?:{_HEADS})$")
 TIED_HEAD, TIED_EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks|block)\.(\d+)\.")
 # (what it is, pattern searched in the module name), first match wins
-KEPT = (
-    ("output head", re.compile(r"(?:^|\.)(?:lm_head|output_head|embed_out|score)$")),
+UNQUANTIZED = (
+    ("output head", re.compile(rf"(?:^|\.)(?:{_HEADS}|score)$")),
     ("embedding", re.compile(r"(?:^|\.)(?:\w*embed\w*|wte|wpe)(?:$|\.)")),
     ("norm", re.compile(r"(?:^|\.)(?:\w*norm\w*|ln_?\w*)(?:$|\.)")),
     ("router or gate", re.compile(r"(?:^|\.)(?:gate|\w*router|\w*expert_gate)(?:$|\.)")),
@@ -26,43 +29,53 @@ KEPT = (
     ),
     ("multi-token prediction head", re.compile(r"(?:^|\.)(?:mtp\w*|nextn\w*|eh_proj)(?:$|\.)")),
 )
-EXPERT = re.compile(r"\.experts\.")
 EXPERT_INDEX = re.compile(r"\.experts\.\d+\.")
 
 
-def why_kept(
-    source: Checkpoint, name: str, entry: Entry, keep: list[re.Pattern[str]], head: bool = False
-) -> str:
-    """Why a tensor stays as it is, or "" if it is a linear weight to quantize.
+def classify(
+    name: str,
+    shape: Sequence[int],
+    dtype: str,
+    depth: int | None,
+    keep: Sequence[re.Pattern[str]] = (),
+    head: bool = False,
+) -> str | None:
+    """Why a tensor stays unquantized; None for a linear weight that is to be quantized.
 
-    keep: the user's patterns, searched in the module name.
-    head: whether the output head is to be quantized.
+    shape: [outputs, inputs] of a linear weight.
+    dtype: as safetensors calls it. One that is not in FLOAT_TYPES is for the caller to refuse.
+    depth: number of decoder layers (`decoder_depth`), None if unknown.
+    keep:  the user's patterns, searched in the module name.
+    head:  whether the output head is to be quantized.
     """
     module = module_of(name)
-    if not name.endswith(".weight") or len(entry.shape) != 2:
+    if not name.endswith(".weight") or len(shape) != 2:
         return "not a linear weight"
-    if not entry.weights:
+    if not all(shape):
         return "empty"
-    if head and HEAD.search(module):
-        return _why_unfit(module, entry, keep)
-    for kind, pattern in KEPT:
-        if pattern.search(module):
-            return kind
-    layer = LAYER.search(name)
-    if layer is None:
-        return "outside the decoder layers"
-    depth = source.text_config.get("num_hidden_layers", source.config.get("num_hidden_layers"))
-    if isinstance(depth, int) and int(layer[1]) >= depth:
-        return "multi-token prediction head"  # DeepSeek stores it as a layer past the last
-    return _why_unfit(module, entry, keep)
-
-
-def _why_unfit(module: str, entry: Entry, keep: list[re.Pattern[str]]) -> str:
+    if not (head and HEAD.search(module)):
+        for kind, pattern in UNQUANTIZED:
+            if pattern.search(module):
+                return kind
+        layer = LAYER.search(name)
+        if layer is None:
+            return "outside the decoder layers"
+        if depth is not None and int(layer[1]) >= depth:
+            return "multi-token prediction head"  # DeepSeek stores it as a layer past the last
     if any(pattern.search(module) for pattern in keep):
         return "--keep"
-    if entry.dtype in FLOAT_TYPES and entry.shape[1] % COLUMN_UNIT:
-        return f"input size {entry.shape[1]} is not a multiple of {COLUMN_UNIT}"
-    return ""
+    if dtype in FLOAT_TYPES and shape[1] % COLUMN_UNIT:
+        return f"input size {shape[1]} is not a multiple of {COLUMN_UNIT}"
+    return None
+
+
+def decoder_depth(*configs: Mapping[str, Any]) -> int | None:
+    """Number of decoder layers, from the first of the configurations that tells one."""
+    for config in configs:
+        if "num_hidden_layers" in config:
+            depth = config["num_hidden_layers"]
+            return depth if isinstance(depth, int) else None
+    return None
 
 
 def module_of(name: str) -> str:
@@ -70,7 +83,7 @@ def module_of(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-# Linear layers that vLLM computes as one: their parts must be stored alike.
+# Linear layers that vLLM computes as one: their shards must be stored alike.
 FUSED = (
     ("q_proj", "k_proj", "v_proj"),
     ("gate_proj", "up_proj"),

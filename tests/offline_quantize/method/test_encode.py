@@ -120,17 +120,6 @@ def test_a_group_without_room_counts_its_overflow():
     assert stored >= 16 * recipe.layout.salient_count
 
 
-def test_column_scale_evens_out_the_columns():
-    weight = normal(256, 128) * torch.logspace(-1, 1, 128)
-    scale = column_scale(weight, 16)
-    assert scale.shape == (1, 128)
-    assert torch.equal(scale, scale.half().float())
-    spread = (weight / scale).square().mean(0).sqrt()
-    assert float(spread.max() / spread.min()) < 1.3
-    assert float(scale.log().mean()) == pytest.approx(0, abs=1e-3)
-    assert torch.equal(column_scale(torch.zeros(4, 32), 16), torch.ones(1, 32))
-
-
 # relative error of a normal under plain rounding and with a trellis or salient weights
 ROUNDED = {2: 0.25, 3: 0.047, 4: 0.0105, 5: 0.0026}
 EVERYWHERE = (slice(None), slice(None))

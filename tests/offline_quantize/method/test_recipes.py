@@ -5,7 +5,7 @@ import pytest
 
 from offline_quantize.method.recipes import DEFAULT, RECIPES, Recipe, adjust, find
 from precalib_kernels.errors import FormatError, RecipeError
-from precalib_kernels.format.layout import Layout, eq13_bits
+from precalib_kernels.format.layout import Layout
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -25,13 +25,6 @@ def test_the_names():
     assert set(RECIPES) == expected
     with pytest.raises(RecipeError, match=r"unknown recipe 'x'; there are balanced-4, balanced-3"):
         find("x")
-
-
-def test_true_size_near_equation_13():
-    """b = 4, α = 8 % (10 of 128), group 128, 4-bit salient codes: no more than 0.05 above 4.81."""
-    layout = dataclasses.replace(find("paper-4").layout, salient_count=10)
-    assert eq13_bits(4, 128, 0.08) == pytest.approx(4.81)
-    assert layout.bits_per_weight(4096, 4096) < 4.81 + 0.05
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -73,3 +66,12 @@ def test_damaged_recipes(change):
         Recipe.from_dict(find("rtn-4").to_dict() | change)
     with pytest.raises(FormatError, match="layout"):
         Recipe.from_dict({})
+
+
+def test_files_call_a_field_by_its_first_name():
+    fields = find("balanced-4").to_dict()
+    assert fields["balance"] == 4
+    assert list(fields) == ["about", "layout", "rule", "alpha", "clip", "balance"]
+    for change in ("text", None, [], {"sinkhorn_iterations": 4}):
+        with pytest.raises(FormatError):
+            Recipe.from_dict(fields | change if isinstance(change, dict) else change)

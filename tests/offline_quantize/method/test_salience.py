@@ -15,8 +15,8 @@ def test_penalty_makes_the_wanted_share_salient(dtype, share):
     allowed = int(share * weight.numel())
     assert int(salient.sum()) <= allowed
     # exactly: the next smaller magnitude would be too many
-    ordinary = weight.float().abs()[~salient]
-    too_many = int((weight.float().abs() >= ordinary.max()).sum())
+    non_salient = weight.float().abs()[~salient]
+    too_many = int((weight.float().abs() >= non_salient.max()).sum())
     assert too_many > allowed
 
 

@@ -8,6 +8,7 @@ import torch
 
 from offline_quantize.method import trellis
 from offline_quantize.method.lloyd import trained_codebook
+from offline_quantize.method.trellis import FREE
 from precalib_kernels.format import reference
 from precalib_kernels.format.codebooks import TRELLIS_CODEBOOKS
 from precalib_kernels.format.layout import Layout
@@ -22,9 +23,9 @@ def inputs(groups: int, size: int, seed: int = 0):
     generator = torch.Generator().manual_seed(seed)
     weights = torch.randn((groups, size), generator=generator)
     unit = 127 / weights.abs().amax(1)
-    forced = torch.where(torch.rand((groups, size), generator=generator) < 0.1, 0, 2)
-    forced += (forced == 0) & (torch.rand((groups, size), generator=generator) < 0.5)
-    return weights, unit, forced.to(torch.uint8)
+    low_bits = torch.where(torch.rand((groups, size), generator=generator) < 0.1, 0, FREE)
+    low_bits += (low_bits == 0) & (torch.rand((groups, size), generator=generator) < 0.5)
+    return weights, unit, low_bits.to(torch.uint8)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5])
@@ -39,26 +40,26 @@ def test_compiled_and_torch_search_agree_bit_for_bit(bits, groups):
 def test_degenerate_groups_agree_too():
     weights = torch.tensor([[0.0] * 32, [1e30] * 32, [-1e-30] * 32, [1.0, -1.0] * 16])
     unit = torch.tensor([0.0, 127e-30, 127e30, 127.0])
-    forced = torch.full((4, 32), 2, dtype=torch.uint8)
-    forced[3] = torch.arange(32) % 2
-    ours = trellis.search_native(weights, unit, forced, layout(4), build.load(trellis.SOURCE))
-    theirs = trellis.search_torch(weights, unit, forced, layout(4))
+    low_bits = torch.full((4, 32), FREE, dtype=torch.uint8)
+    low_bits[3] = torch.arange(32) % 2
+    ours = trellis.search_native(weights, unit, low_bits, layout(4), build.load(trellis.SOURCE))
+    theirs = trellis.search_torch(weights, unit, low_bits, layout(4))
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5])
 def test_what_is_not_a_number_counts_as_zero(bits):
-    weights, unit, forced = inputs(40, 64)
+    weights, unit, low_bits = inputs(40, 64)
     chance = torch.rand(weights.shape, generator=torch.Generator().manual_seed(1))
     zeroed = weights.masked_fill(chance < 0.2, 0.0)
     weights = weights.masked_fill(chance < 0.2, torch.nan)
     weights[7], unit[7], zeroed[7] = torch.inf, 0.0, 0.0
     unit[8], zeroed[8] = torch.nan, 0.0
     ours = trellis.search_native(
-        weights, unit, forced, layout(bits, 64), build.load(trellis.SOURCE)
+        weights, unit, low_bits, layout(bits, 64), build.load(trellis.SOURCE)
     )
-    theirs = trellis.search_torch(weights, unit, forced, layout(bits, 64))
-    finite = trellis.search_torch(zeroed, unit.nan_to_num(0.0), forced, layout(bits, 64))
+    theirs = trellis.search_torch(weights, unit, low_bits, layout(bits, 64))
+    finite = trellis.search_torch(zeroed, unit.nan_to_num(0.0), low_bits, layout(bits, 64))
     for one, two, three in zip(ours, theirs, finite, strict=True):
         assert torch.equal(one, two)
         assert torch.equal(two, three)
@@ -67,37 +68,37 @@ def test_what_is_not_a_number_counts_as_zero(bits):
 @pytest.mark.parametrize("seed", range(5))
 def test_no_path_is_better_than_the_one_found(seed):
     length = 7  # 4**7 paths, all tried
-    weights, unit, forced = (t[:, :length] if t.ndim == 2 else t for t in inputs(3, 32, seed))
+    weights, unit, low_bits = (t[:, :length] if t.ndim == 2 else t for t in inputs(3, 32, seed))
     two = layout(2, 32)
-    _, level = trellis.search(weights.contiguous(), unit, forced.contiguous(), two)
-    free = forced > 1
-    found = ((level - weights * unit[:, None]).square() * free).sum(1)
+    _, entries = trellis.search(weights.contiguous(), unit, low_bits.contiguous(), two)
+    free = low_bits == FREE
+    found = ((entries - weights * unit[:, None]).square() * free).sum(1)
     paths = torch.tensor(list(itertools.product(range(4), repeat=length)), dtype=torch.uint8)
     values = torch.tensor(TRELLIS_CODEBOOKS[2])[reference.codebook_index(paths, two).int()]
     for g in range(3):
-        fits = ((paths & 1) == forced[g]) | free[g]
+        fits = ((paths & 1) == low_bits[g]) | free[g]
         allowed = values[fits.all(1)]
         errors = ((allowed - weights[g] * unit[g]).square() * free[g]).sum(1)
         assert float(found[g]) == pytest.approx(float(errors.min()), rel=1e-5)
 
 
 def test_codes_decode_to_the_levels_and_keep_forced_bits():
-    weights, unit, forced = inputs(20, 128)
-    codes, level = trellis.search(weights, unit, forced, layout(3))
-    assert torch.equal((codes & 1)[forced < 2], forced[forced < 2])
+    weights, unit, low_bits = inputs(20, 128)
+    codes, entries = trellis.search(weights, unit, low_bits, layout(3))
+    assert torch.equal((codes & 1)[low_bits != FREE], low_bits[low_bits != FREE])
     decoded = torch.tensor(TRELLIS_CODEBOOKS[3])[reference.codebook_index(codes, layout(3)).int()]
-    assert torch.equal(decoded[forced > 1].float(), level[forced > 1])
+    assert torch.equal(decoded[low_bits == FREE].float(), entries[low_bits == FREE])
 
 
 def test_trellis_lowers_the_error_by_about_a_decibel():
     generator = torch.Generator().manual_seed(3)
     weights = torch.randn((2000, 128), generator=generator)
     unit = 127 / weights.abs().amax(1)
-    free = torch.full(weights.shape, 2, dtype=torch.uint8)
-    _, level = trellis.search(weights, unit, free, layout(4))
-    plain = torch.tensor((*TRELLIS_CODEBOOKS[4][::2], 127))  # as many levels as codes, no trellis
+    free = torch.full(weights.shape, FREE, dtype=torch.uint8)
+    _, entries = trellis.search(weights, unit, free, layout(4))
+    plain = torch.tensor((*TRELLIS_CODEBOOKS[4][::2], 127))  # as many entries as codes, no trellis
     nearest = plain[(weights[..., None] * unit[:, None, None] - plain).abs().argmin(-1)]
-    errors = [(x - weights * unit[:, None]).square().mean() for x in (level, nearest)]
+    errors = [(x - weights * unit[:, None]).square().mean() for x in (entries, nearest)]
     assert float(errors[0]) < 0.8 * float(errors[1])
 
 
@@ -121,8 +122,21 @@ def test_without_a_compiler_torch_searches_and_says_so(monkeypatch):
 
 
 @pytest.mark.parametrize(("bits", "count"), [(2, 4), (3, 4), (4, 2), (5, 2)])
-def test_the_levels_of_the_recipes_are_the_trained_ones(bits, count):
-    levels = trained_codebook(bits, 128, count)
-    assert levels == TRELLIS_CODEBOOKS[bits]
-    assert levels == tuple(-level for level in reversed(levels))
-    assert all(level % 2 for level in levels)
+def test_the_codebooks_of_the_recipes_are_the_trained_ones(bits, count):
+    codebook = trained_codebook(bits, 128, count)
+    assert codebook == TRELLIS_CODEBOOKS[bits]
+    assert codebook == tuple(-entry for entry in reversed(codebook))
+    assert all(entry % 2 for entry in codebook)
+
+
+def test_importances_choose_the_path_of_least_weighed_error():
+    weights, unit, low_bits = inputs(3, 7)
+    low_bits.fill_(FREE)
+    two, importance = layout(2, 32), torch.rand((3, 7), generator=torch.Generator().manual_seed(4))
+    _, entries = trellis.search(weights, unit, low_bits, two, importance)
+    paths = torch.tensor(list(itertools.product(range(4), repeat=7)), dtype=torch.uint8)
+    values = torch.tensor(TRELLIS_CODEBOOKS[2])[reference.codebook_index(paths, two).int()]
+    for g in range(3):
+        found = ((entries[g] - weights[g] * unit[g]).square() * importance[g]).sum()
+        errors = ((values - weights[g] * unit[g]).square() * importance[g]).sum(1)
+        assert float(found) == pytest.approx(float(errors.min()), rel=1e-5)

@@ -7,7 +7,7 @@ from offline_quantize.method.weight_statistics import Statistics, relative_error
 
 
 def summary(original, quantized, blocks=1, salient=0, overflow=0):
-    statistics = Statistics(float(original.abs().max()))
+    statistics = Statistics(float(original.abs().max()), original.device)
     rows = original.shape[0] // blocks
     for i in range(blocks):
         part = slice(i * rows, (i + 1) * rows)

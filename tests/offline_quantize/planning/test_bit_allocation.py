@@ -36,23 +36,23 @@ def bits(weights, allocated):
 
 
 @pytest.mark.parametrize("option", OPTIONS, ids=lambda option: option.label)
-def test_the_errors_of_the_ladder_are_those_of_a_normal(option):
+def test_the_errors_of_the_options_are_those_of_a_normal(option):
     weight = torch.randn((256, 2048), generator=torch.Generator().manual_seed(0))
     measured = encode(weight, option.recipe, "test").statistics.summary()["relative_error"]
     assert option.error == pytest.approx(measured, rel=0.03)
 
 
-def test_the_ladder_climbs():
+def test_larger_options_err_less():
     sizes = [option.nbytes([(256, 544)]) for option in OPTIONS]
     assert sizes == sorted(set(sizes))
-    assert [option.error for option in OPTIONS] == sorted((r.error for r in OPTIONS), reverse=True)
+    assert [option.error for option in OPTIONS] == sorted((o.error for o in OPTIONS), reverse=True)
 
 
 @settings(max_examples=40, deadline=None)
 @given(layers=st.integers(1, 12), share=st.floats(0, 1))
 def test_every_target_in_reach_is_met_closely_and_siblings_stay_together(layers, share):
     weights = llama(layers)
-    ends = [8 * r.nbytes(list(weights.values())) for r in (OPTIONS[0], OPTIONS[-1])]
+    ends = [8 * o.nbytes(list(weights.values())) for o in (OPTIONS[0], OPTIONS[-1])]
     count = sum(rows * columns for rows, columns in weights.values())
     target = (ends[0] + share * (ends[1] - ends[0])) / count + 1e-9
     allocated = allocate(weights, target, CONFIG)

@@ -1,14 +1,14 @@
 """Which tensors are linear weights, by the names that real checkpoints use."""
 
 import re
+from pathlib import Path
 
 import pytest
 
-from offline_quantize.checkpoint.safetensors_file import Entry
 from offline_quantize.checkpoint.source import Checkpoint
-from offline_quantize.planning.selection import fused_siblings, why_kept
+from offline_quantize.planning.selection import classify, decoder_depth, fused_siblings
 
-PACKED = [
+QUANTIZED = [
     "model.layers.0.self_attn.q_proj.weight",
     "model.layers.27.mlp.down_proj.weight",
     "model.decoder.layers.3.fc1.weight",
@@ -29,7 +29,7 @@ PACKED = [
     "language_model.model.layers.5.self_attn.o_proj.weight",
 ]
 
-KEPT = {
+UNQUANTIZED = {
     "output head": ["lm_head.weight", "model.embed_out.weight", "score.weight"],
     "embedding": [
         "model.embed_tokens.weight",
@@ -72,39 +72,33 @@ KEPT = {
 }
 
 
-def source(config):
-    return Checkpoint(None, {}, {}, None, config, (), ())
+def reason(name, shape=(64, 64), dtype="BF16", depth=61, keep=()):
+    return classify(name, shape, dtype, depth, [re.compile(text) for text in keep])
 
 
-def reason(name, shape=(64, 64), dtype="BF16", config=None, keep=()):
-    config = {"num_hidden_layers": 61} if config is None else config
-    entry = Entry(dtype, shape, 0, 0)
-    return why_kept(source(config), name, entry, [re.compile(text) for text in keep])
-
-
-@pytest.mark.parametrize("name", PACKED)
-def test_packed(name):
-    assert reason(name) == ""
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_quantized(name):
+    assert reason(name) is None
 
 
 @pytest.mark.parametrize(
-    ("kind", "name"), [(k, name) for k, names in KEPT.items() for name in names]
+    ("kind", "name"), [(k, name) for k, names in UNQUANTIZED.items() for name in names]
 )
-def test_kept(kind, name):
+def test_unquantized(kind, name):
     assert reason(name) == kind
 
 
 @pytest.mark.parametrize("shape", [(64,), (2, 64, 64), ()])
-def test_other_shapes_are_kept(shape):
+def test_other_shapes_stay_unquantized(shape):
     assert reason("model.layers.0.mlp.experts.down_proj.weight", shape) == "not a linear weight"
 
 
 @pytest.mark.parametrize("shape", [(0, 64), (64, 0)])
-def test_empty_weights_are_kept(shape):
+def test_empty_weights_stay_unquantized(shape):
     assert reason("model.layers.0.mlp.up_proj.weight", shape) == "empty"
 
 
-def test_inputs_that_are_no_whole_number_of_bytes_are_kept():
+def test_inputs_that_are_no_whole_number_of_bytes_stay_unquantized():
     text = "input size 100 is not a multiple of 32"
     assert reason("model.layers.0.mlp.up_proj.weight", (64, 100)) == text
 
@@ -113,21 +107,34 @@ def test_inputs_that_are_no_whole_number_of_bytes_are_kept():
     "config", [{"text_config": {"num_hidden_layers": 2}}, {"llm_config": {"num_hidden_layers": 2}}]
 )
 def test_the_depth_of_a_nested_language_model(config):
+    source = Checkpoint(Path(), {}, {}, None, config, (), ())
+    depth = decoder_depth(source.text_config, config)
     name = "language_model.model.layers.{}.mlp.up_proj.weight"
-    assert reason(name.format(1), config=config) == ""
-    assert reason(name.format(2), config=config) == "multi-token prediction head"
+    assert reason(name.format(1), depth=depth) is None
+    assert reason(name.format(2), depth=depth) == "multi-token prediction head"
+
+
+def test_the_first_configuration_that_tells_the_depth_counts():
+    assert decoder_depth({}, {"num_hidden_layers": 3}) == 3
+    assert decoder_depth({"num_hidden_layers": 2}, {"num_hidden_layers": 3}) == 2
 
 
 @pytest.mark.parametrize("config", [{}, {"num_hidden_layers": "2"}, {"num_hidden_layers": None}])
 def test_an_unknown_depth(config):
-    assert reason("model.layers.99.mlp.up_proj.weight", config=config) == ""
+    assert decoder_depth(config) is None
+    assert reason("model.layers.99.mlp.up_proj.weight", depth=None) is None
+
+
+def test_the_head_is_quantized_on_demand():
+    assert classify("lm_head.weight", (64, 64), "F16", 2, head=True) is None
+    assert classify("score.weight", (64, 64), "F16", 2, head=True) == "output head"
 
 
 def test_keep_is_searched_in_the_module_name():
     name = "model.layers.0.mlp.up_proj.weight"
     assert reason(name, keep=["mlp"]) == "--keep"
     assert reason(name, keep=[r"up_proj$"]) == "--keep"
-    assert reason(name, keep=["weight"]) == ""
+    assert reason(name, keep=["weight"]) is None
 
 
 def test_fused_parts():
