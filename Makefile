@@ -77,7 +77,7 @@ bench-quality: $(STAMP) ## KL against true bits, beside other methods: make benc
 	@test -n "$(TEXT)" || { echo "bench-quality: name a text file: make bench-quality TEXT=file.txt"; exit 1; }
 	@$(BIN)/python deploy/smollm2.py demo-output/SmolLM2-135M-Instruct
 	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/quality.py demo-output/SmolLM2-135M-Instruct --text $(TEXT) \
-	  --out docs --resume $(PEER_OPTIONS)
+	  --out benchmarks/results --resume $(PEER_OPTIONS)
 
 bench-cpu: $(STAMP) ## products and serving on this CPU, beside bfloat16 and other 4-bit ways
 	@$(BIN)/python benchmarks/cpu_linear.py
