@@ -55,7 +55,9 @@ def main() -> None:
     parser.add_argument("source", type=Path, help="folder of an unquantized checkpoint")
     parser.add_argument("--text", type=Path, nargs="+", required=True, metavar="FILE")
     parser.add_argument("--tokens", type=int, default=8192, help="of each text")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="output folder")
+    parser.add_argument(
+        "--out", type=Path, default=Path("benchmarks/results"), help="output folder"
+    )
     parser.add_argument("--only", nargs="*", metavar="WORD")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--checkpoint", type=Path, nargs="+", default=[], metavar="DIR")
