@@ -22,7 +22,7 @@ HEADING = re.compile(r"^#{1,6}\s+(.+?)\s*#*$", re.MULTILINE)
 PATH = re.compile(
     r"(?:kernels|offline_quantize|vllm_precalib|benchmarks|deploy|tests|docs)/[\w./-]*"
 )
-# A span that looks like a source file is the end of a path in the repository.
+# A span that looks like a source file is the end of some path in the repository.
 FILE = re.compile(r"[\w./]+\.(?:py|h|cpp|sh)")
 OF_OTHERS = {"sitecustomize.py"}  # files that pages name and other projects have
 
@@ -53,21 +53,12 @@ def problems(page: Path) -> Iterator[str]:
         elif anchor and anchor not in anchors(file):
             yield f"the link {link} names no heading of {file.name}"
     for span in CODE.findall(text):
-        match = PATH.fullmatch(span)
-        if match and not (ROOT / span).exists():
+        if span in OF_OTHERS or (page.parent / span).exists():
+            continue
+        if PATH.fullmatch(span) and not (ROOT / span).exists():
             yield f"there is no {span} in the repository"
-        elif FILE.fullmatch(span) and span not in OF_OTHERS | names():
+        elif FILE.fullmatch(span) and not any(path.endswith(span) for path in listed()):
             yield f"there is no file {span} in the repository"
-
-
-@functools.cache
-def names() -> set[str]:
-    """Every end of a path of the repository, from the name of a file to its whole path."""
-    ends = set()
-    for path in listed():
-        parts = path.split("/")
-        ends |= {"/".join(parts[start:]) for start in range(len(parts))}
-    return ends
 
 
 def anchors(page: Path) -> set[str]:
