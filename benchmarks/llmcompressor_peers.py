@@ -150,13 +150,17 @@ def calibration_windows(tokenizer: Any, text: str, count: int) -> Any:
     """So many windows of 512 tokens, evenly spread over the text, as a data set."""
     from datasets import Dataset
 
-    tokens = tokenizer(text, add_special_tokens=False).input_ids
+    rows = evenly_spread(tokenizer(text, add_special_tokens=False).input_ids, count)
+    return Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * WINDOW] * len(rows)})
+
+
+def evenly_spread(tokens: list[int], count: int) -> list[list[int]]:
+    """So many whole windows of a text. Raises ValueError if it is too short."""
     whole = len(tokens) // WINDOW
     if whole < count:
         raise ValueError(f"calibration needs {count * WINDOW} tokens, the text has {len(tokens)}")
     starts = [WINDOW * (i * whole // count) for i in range(count)]
-    rows = [tokens[start : start + WINDOW] for start in starts]
-    return Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * WINDOW] * len(rows)})
+    return [tokens[start : start + WINDOW] for start in starts]
 
 
 @torch.no_grad()

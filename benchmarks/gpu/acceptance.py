@@ -59,12 +59,12 @@ def environment() -> dict[str, Any]:
 
 def check(out: Path, jobs: int, seconds: float) -> dict[str, Any]:
     """Runs the kernels' tests on this GPU; counts, and the names and texts of failures."""
-    suites = ["interpreted.py", "test_gpu.py"]
+    suites = ["interpreted_suite.py", "test_op.py"]
     report = out / "tests.xml"
     command = [
         sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--import-mode=importlib",
         f"--junitxml={report}", *(["-n", str(jobs)] if jobs > 1 else []),
-        *(str(ROOT / "tests" / "kernels" / "gpu" / name) for name in suites),
+        *(str(ROOT / "tests/kernels/backends/triton" / name) for name in suites),
     ]  # fmt: skip
     paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
     try:

@@ -101,7 +101,7 @@ def salient_codes(
     start = torch.arange(positions.shape[1], device=positions.device) * layout.group_size
     column = torch.where(positions < 0, input_size, positions + start[:, None]).flatten(1)
     base = unpack_bits(tensors["qweight"], layout.bits, input_size)
-    low = torch.nn.functional.pad(base, (0, 1)).gather(1, column)
+    low: Tensor = torch.nn.functional.pad(base, (0, 1)).gather(1, column)
     return column, low | high.flatten(1) << layout.bits
 
 

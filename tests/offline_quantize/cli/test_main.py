@@ -128,7 +128,7 @@ def test_bad_options_are_one_sentence(checkpoint, precalib, tmp_path, options, t
     assert not (tmp_path / "target").exists()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_a_device_that_is_not_there(checkpoint, precalib, tmp_path):
     ran = precalib("quantize", checkpoint(), tmp_path / "target", "--device", "cuda:0")
     assert "--device cuda:0: cannot be used here (" in ran.sentence
