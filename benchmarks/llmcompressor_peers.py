@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 WINDOW = 512  # tokens
+Found = tuple[dict[str, Tensor], dict[str, int]]  # weights and stored bits, by name
 FLOAT16 = 16
 
 
@@ -57,7 +58,7 @@ SCHEMES = (
 )
 
 
-def make(scheme: Scheme, source: Path, calibration: Path | None) -> tuple[dict, dict]:
+def make(scheme: Scheme, source: Path, calibration: Path | None) -> Found:
     """Quantize a model: its changed parameters by name, and the bits stored for each weight."""
     from llmcompressor import oneshot
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -164,7 +165,7 @@ def evenly_spread(tokens: list[int], count: int) -> list[list[int]]:
 
 
 @torch.no_grad()
-def changed(model: Any, before: Mapping[str, Tensor]) -> tuple[dict, dict]:
+def changed(model: Any, before: Mapping[str, Tensor]) -> Found:
     """What differs from the original, with weights as their codes stand for them."""
     from compressed_tensors.quantization import fake_quantize
 

@@ -51,8 +51,13 @@ def pytest_runtest_makereport(
         if not accepted(reason):
             report.outcome = "failed"
             report.longrepr = refusal(item.nodeid, reason)
-    if report.failed:
-        report.sections.append(("seed", f"{seed_of(item.nodeid)}, from {item.nodeid}"))
+    if report.failed and "run_suite" not in getattr(item, "fixturenames", ()):
+        add = getattr(report.longrepr, "addsection", None)  # absent from a text without traceback
+        seed = f"{seed_of(item.nodeid)}, from {item.nodeid}"
+        if add:
+            add("seed", seed)
+        else:
+            report.longrepr = f"{report.longreprtext}\n{seed}"
     return report
 
 

@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +102,7 @@ def compile_entry(name: str, m: int, blocks: Blocks | None) -> None:
     torch.cuda.synchronize()
 
 
-def compiled(entries: list[tuple[str, int, Blocks | None]], jobs: int) -> set[int]:
+def compiled(entries: Sequence[tuple[str, int, Blocks | None]], jobs: int) -> set[int]:
     """Compiles entries side by side; the indices of those that this GPU can run."""
     context = multiprocessing.get_context("spawn")
     good = set()
@@ -189,6 +189,7 @@ def tune(names: list[str], jobs: int, deadline: float) -> Iterator[dict[str, Any
             b for b in candidates(most) if (name, most, dataclasses.replace(b, waves=0)) in good
         ]
         now = blocks_for(family, most, triton_layout(layout).step)
+        assert now, f"the table has no entry for M = {most}"
         logs = dict.fromkeys([*every, now], 0.0)
         m = 1 if most == 8 else min(most, 128)
         for rows, columns in shapes:
@@ -246,7 +247,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         parser.exit(1, "acceptance: this machine has no GPU that torch can use\n")
     options.out.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + options.seconds
+    deadline: float = time.monotonic() + options.seconds
     results: dict[str, Any] = {"environment": environment()}
 
     def save() -> None:

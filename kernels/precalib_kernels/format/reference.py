@@ -101,14 +101,14 @@ def salient_codes(
     start = torch.arange(positions.shape[1], device=positions.device) * layout.group_size
     column = torch.where(positions < 0, input_size, positions + start[:, None]).flatten(1)
     base = unpack_bits(tensors["qweight"], layout.bits, input_size)
-    low: Tensor = torch.nn.functional.pad(base, (0, 1)).gather(1, column)
+    low = torch.nn.functional.pad(base, (0, 1)).gather(1, column)
     return column, low | high.flatten(1) << layout.bits
 
 
 def salient_grid_values(codes: Tensor, tensors: Mapping[str, Tensor], layout: Layout) -> Tensor:
     """Value of each salient code on its row's grid, float32, codes being [N, any]."""
     if layout.salient_grid == "row":
-        half = 2 ** (layout.salient_bits - 1)
+        half = 1 << layout.salient_bits - 1
         return tensors["row_scale"].float() / (half - 1) * (codes.float() - half)
     scale, offset = tensors["salient_scale"].float(), tensors["salient_offset"].float()
     if layout.salient_grid == "min-max":
