@@ -125,7 +125,7 @@ def quick_gptq() -> type:
     from pydantic import PrivateAttr
 
     class QuickGPTQModifier(GPTQModifier):
-        _last: tuple = PrivateAttr(default=(None, None))
+        _last: tuple[Any, ...] = PrivateAttr(default=(None, None))
 
         def calibrate_module(self, module: Any, args: Any, _output: Any) -> None:
             inputs = args[0]

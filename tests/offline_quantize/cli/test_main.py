@@ -37,6 +37,7 @@ def test_recipes(precalib):
     assert all(line.endswith("true bits") for line in ran.out.splitlines())
 
 
+@pytest.mark.slow
 def test_a_first_use(checkpoint, precalib, tmp_path, contents):
     source, target, back = checkpoint(), tmp_path / "out put", tmp_path / "back"
     before = contents(source)
@@ -284,6 +285,7 @@ def peak_memory(*arguments):
     return usage.ru_maxrss * 1024
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["rtn-4"])
 def test_memory_is_bounded_by_the_largest_tensor(checkpoint, weights, tmp_path, recipe):
     """One file of 400 MB; `large_checkpoint.py` does the same with 8 GB and every recipe."""
