@@ -1,5 +1,6 @@
 """What all tests share: seeds, which skips are accepted, suites in processes, real models."""
 
+import importlib.util
 import os
 import random
 import re
@@ -25,6 +26,16 @@ ACCEPTED_SKIPS = (
     r"needs? AVX",
 )
 NO_BROWSER = r"there is no Chromium"  # `make test` may not install one everywhere; CI has to
+
+
+def pytest_configure() -> None:
+    """Hypothesis has no deadline, which a busy machine misses; in CI its examples are fixed."""
+    if importlib.util.find_spec("hypothesis"):  # a bare GPU machine has none
+        from hypothesis import settings
+
+        parent = settings.get_profile("ci" if os.environ.get("CI") else "default")
+        settings.register_profile("precalib", parent, deadline=None, print_blob=True)
+        settings.load_profile("precalib")
 
 
 def accepted(reason: str) -> bool:

@@ -358,6 +358,7 @@ def refused_or_done(ran):
     return ran
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", ["config.json", "model.safetensors.index.json"])
 def test_any_damage_to_the_source_is_a_sentence(checkpoint, weights, precalib, tmp_path, file):
     tensors = {f"{LAYER}.up_proj.weight": weights()(4, 64), "lm_head.weight": weights()(1, 64)}
@@ -374,6 +375,7 @@ def test_any_damage_to_the_source_is_a_sentence(checkpoint, weights, precalib, t
     fuzz()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", ["config.json", "precalib.json", "model.safetensors.index.json"])
 def test_any_damage_to_a_packed_checkpoint_is_a_sentence(
     checkpoint, weights, precalib, quantize, tmp_path, file
