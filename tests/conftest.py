@@ -48,7 +48,7 @@ def accepted(reason: str) -> bool:
 
 def refusal(name: str, reason: str) -> str:
     """Text of a failure that would have been a skip."""
-    return f"{name} would skip: {reason}\nPRECALIB_NO_SKIP accepts no such reason."
+    return f"{name} would skip: {reason.removeprefix('Skipped: ')}\nPRECALIB_NO_SKIP accepts no such reason."
 
 
 @pytest.hookimpl(wrapper=True)
@@ -62,7 +62,7 @@ def pytest_runtest_makereport(
         if not accepted(reason):
             report.outcome = "failed"
             report.longrepr = refusal(item.nodeid, reason)
-    if report.failed and "run_suite" not in getattr(item, "fixturenames", ()):
+    elif report.failed and "run_suite" not in getattr(item, "fixturenames", ()):
         add = getattr(report.longrepr, "addsection", None)  # absent from a text without traceback
         seed = f"{seed_of(item.nodeid)}, from {item.nodeid}"
         if add:
