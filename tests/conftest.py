@@ -48,7 +48,8 @@ def accepted(reason: str) -> bool:
 
 def refusal(name: str, reason: str) -> str:
     """Text of a failure that would have been a skip."""
-    return f"{name} would skip: {reason.removeprefix('Skipped: ')}\nPRECALIB_NO_SKIP accepts no such reason."
+    reason = reason.removeprefix("Skipped: ")
+    return f"{name} would skip: {reason}\nPRECALIB_NO_SKIP accepts no such reason."
 
 
 @pytest.hookimpl(wrapper=True)
