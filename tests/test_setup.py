@@ -17,9 +17,12 @@ from precalib_kernels.backends.x86 import library
 from precalib_kernels.toolchain import compile as build
 
 ROOT = Path(__file__).resolve().parent.parent
-pytestmark = pytest.mark.skipif(
-    platform.machine() not in ("x86_64", "AMD64"), reason="this processor has no kernels here"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        platform.machine() not in ("x86_64", "AMD64"), reason="this processor has no kernels here"
+    ),
+]
 
 
 def file_names():
