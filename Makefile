@@ -52,7 +52,7 @@ demo: $(STAMP) ## quantize a real model, serve it in vLLM, ask it, measure it
 
 # PRECALIB_NO_SKIP: what set-up brings may not be missing (tests/README.md, "Skips").
 test: lint chromium ## lint, types and the whole test suite, with its coverage
-	@PRECALIB_NO_SKIP=1 OMP_NUM_THREADS=1 $(BIN)/pytest --cov --cov-fail-under=$(COVERAGE)
+	@PRECALIB_NO_SKIP=1 COVERAGE_FILE=.venv/.coverage OMP_NUM_THREADS=1 $(BIN)/pytest --cov --cov-fail-under=$(COVERAGE)
 
 test-fast: $(STAMP) ## tests without engines, real models, compilers and interpreted kernels
 	@OMP_NUM_THREADS=1 $(BIN)/pytest -m 'not slow and not engine and not gpu'
@@ -102,7 +102,7 @@ kernels-report: $(STAMP) ## compile every GPU kernel for every chip, fail on new
 
 clean: ## remove .venv, caches and the demo's output
 	rm -rf .venv demo-output build deploy/vllm-metapackage/build *.egg-info deploy/*/*.egg-info \
-	  .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	  .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
