@@ -61,7 +61,7 @@ def environment() -> dict[str, Any]:
 
 def check(out: Path, jobs: int, seconds: float) -> dict[str, Any]:
     """Runs the kernels' tests on this GPU; counts, and the names and texts of failures."""
-    suites = ["interpreted.py", "test_op.py"]
+    suites = ["interpreted_suite.py", "test_op.py"]
     report = out / "tests.xml"
     command = [
         sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--import-mode=importlib",
@@ -202,7 +202,7 @@ def tune(names: list[str], jobs: int, deadline: float) -> Iterator[dict[str, Any
             b for b in candidates(most) if (name, most, dataclasses.replace(b, waves=0)) in good
         ]
         now = blocks_for(family, most, triton_layout(layout).step)
-        assert now is not None  # every entry of the table has blocks
+        assert now, f"the table has no entry for M = {most}"
         logs = dict.fromkeys([*every, now], 0.0)
         m = 1 if most == 8 else min(most, 128)
         for rows, columns in shapes:
@@ -263,7 +263,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         parser.exit(1, "acceptance: this machine has no GPU that torch can use\n")
     options.out.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + options.seconds
+    deadline: float = time.monotonic() + options.seconds
     results: dict[str, Any] = {"environment": environment()}
 
     def save() -> None:

@@ -18,6 +18,8 @@ from offline_quantize.planning.options import Options
 from offline_quantize.planning.plan import make_plan
 from precalib_kernels.errors import SourceError
 
+pytestmark = pytest.mark.slow
+
 Load = Callable[[str], ModuleType]
 
 
