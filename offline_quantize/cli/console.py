@@ -17,6 +17,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from offline_quantize.planning.plan import Plan, WeightPlan
+from offline_quantize.units import size as size
 
 # nothing is markup: names and paths may hold brackets
 out = Console(soft_wrap=True, markup=False, highlight=False, emoji=False)
@@ -66,13 +67,17 @@ def progress_bar(total: int) -> Iterator[NullProgress]:
         yield ProgressBar(progress, total)
 
 
-def size(nbytes: float) -> str:
-    """Bytes for people, in decimal units."""
-    for unit in ("B", "kB", "MB"):
-        if nbytes < 1000:
-            return f"{nbytes:.4g} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.2f} GB"
+def new_table(heading: str, *numbers: str, no_wrap: bool = False) -> Table:
+    """A table in the style of all commands.
+
+    heading: of the first column, whose text is folded where it is too wide.
+    numbers: headings of the right-aligned columns after it.
+    """
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    table.add_column(heading, overflow="fold")
+    for name in numbers:
+        table.add_column(name, justify="right", no_wrap=no_wrap)
+    return table
 
 
 def show_table(table: Table) -> None:
@@ -83,16 +88,9 @@ def show_table(table: Table) -> None:
         Console(file=out.file, width=FILE_WIDTH, markup=False).print(table)
 
 
-def _table() -> Table:
-    return Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
-
-
 def show_plan(plan: Plan) -> None:
     """Print what a run would do."""
-    table = _table()
-    table.add_column("recipe", overflow="fold")
-    for name in ("weights", "tensors", "true bits"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table = new_table("recipe", "weights", "tensors", "true bits", no_wrap=True)
     table.add_column("about")
     by_label: dict[str, list[WeightPlan]] = {}
     for packing in plan.packings.values():
@@ -158,12 +156,8 @@ def show_totals(totals: Mapping[str, Any], seconds: float | None = None) -> None
 def show_tensors(manifest: Mapping[str, Any]) -> None:
     """Print the per-tensor table of a manifest; overflow only where there is any."""
     overflow = bool(manifest["totals"]["salient_overflow"])
-    table = _table()
-    table.add_column("module", overflow="fold")
-    for name in ("shape", "bits", "error", "KL", "entropy", "salient"):
-        table.add_column(name, justify="right", no_wrap=True)
-    if overflow:
-        table.add_column("overflow", justify="right", no_wrap=True)
+    names = ["shape", "bits", "error", "KL", "entropy", "salient"]
+    table = new_table("module", *names, *["overflow"] * overflow, no_wrap=True)
     for module, tensor in manifest["tensors"].items():
         cells = [
             module,
