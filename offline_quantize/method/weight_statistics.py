@@ -7,6 +7,12 @@ import torch
 from torch import Tensor
 
 BINS = 256
+ERROR_TOLERANCE = 1e-3  # relative: sums are taken in another order than while quantizing
+
+
+def errors_agree(one: float, other: float) -> bool:
+    """Whether two relative errors of one weight differ by no more than the order of sums can."""
+    return abs(one - other) <= ERROR_TOLERANCE * max(one, other, 1e-9)
 
 
 def power_of_two(largest: float) -> float:
