@@ -112,7 +112,8 @@ def time_precalib(source: Path, recipe: str) -> float:
     from offline_quantize.checkpoint.source import open_checkpoint
     from offline_quantize.cli.console import NullProgress
     from offline_quantize.commands.quantize import quantize
-    from offline_quantize.planning.plan import Options, make_plan
+    from offline_quantize.planning.options import Options
+    from offline_quantize.planning.plan import make_plan
 
     with tempfile.TemporaryDirectory() as work:
         start = time.perf_counter()
