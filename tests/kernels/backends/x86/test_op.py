@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
+from packed_tensors import RECIPE_LAYOUTS
 
-from offline_quantize.method.recipes import RECIPES
 from precalib_kernels.backends.x86 import huge_pages, library, op
 from precalib_kernels.backends.x86.memory_layout import X86Layout, X86LayoutStruct
 from precalib_kernels.backends.x86.repack import pack
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(not LEVELS, reason="no kernels for this machine"
 
 PLAIN_CODEBOOK = (-128, -90, -50, -20, 0, 25, 60, 127)
 LAYOUTS = {
-    **{name: recipe.layout for name, recipe in RECIPES.items()},
+    **RECIPE_LAYOUTS,
     "two bits": Layout(bits=2, group_size=32),
     "two bits, trellis": Layout(
         bits=2,
@@ -62,7 +62,7 @@ class Case:
         return op.linear(x, *self.arguments(level, bias))
 
     def arguments(self, level, bias=None):
-        plan = op.plan_tensor(X86Layout(self.layout, self.columns, self.parts, self.int8_inputs))
+        plan = op.layout_tensor(X86Layout(self.layout, self.columns, self.parts, self.int8_inputs))
         return self.packed, plan, bias, sum(self.parts), library.LEVELS.index(level)
 
 
@@ -142,7 +142,7 @@ def test_the_last_level_is_the_default(make_case):
     case = make_case(LAYOUTS["balanced-4"])
     x = torch.randn(3, case.columns)
     *arguments, _ = case.arguments(LEVELS[-1])
-    assert torch.equal(op.linear(x, *arguments, level=-1), case.linear(x, LEVELS[-1]))
+    assert torch.equal(op.linear(x, *arguments, isa=-1), case.linear(x, LEVELS[-1]))
 
 
 def test_python_and_the_kernels_mean_the_same_plan():
