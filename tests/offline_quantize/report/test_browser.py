@@ -1,7 +1,5 @@
 """The page in a browser: it renders, fits, can be read and sorted, and asks nobody for anything."""
 
-import json
-
 import pytest
 
 pytestmark = pytest.mark.slow
@@ -67,101 +65,99 @@ def page(checkpoint, quantize, precalib, evaluation, tmp_path):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 400])
-def test_it_renders_and_fits_and_can_be_read(browser, page, width, scheme):
-    browser.open(page, width, scheme)
-    assert browser.complaints == []
-    assert {url for url in browser.requests if not url.startswith("data:")} == {page.as_uri()}
-    across, inside = browser.run(
+def test_it_renders_and_fits_and_can_be_read(opened, page, width, scheme):
+    found = opened(page, width, scheme)
+    run = found.page.evaluate
+    assert found.complaints == []
+    assert {url for url in found.requests if not url.startswith("data:")} == {page.as_uri()}
+    across, inside = run(
         "[document.documentElement.scrollWidth, document.documentElement.clientWidth]"
     )
     assert width - 30 <= inside <= width
     assert across <= inside
-    pictures = browser.run(
+    pictures = run(
         "[...document.querySelectorAll('figure svg, .wide svg')].map((svg) =>"
         " [svg.getBoundingClientRect().width, svg.getBoundingClientRect().height])"
     )
     assert len(pictures) == 7 + 2  # a kind each, heat map and curve
     assert all(across > 200 and down > 100 for across, down in pictures)
 
-    texts = browser.run(TEXTS)
+    texts = run(TEXTS)
     assert len(texts) > 300
     assert [text for text in texts if text["contrast"] < 4.5] == []
     assert [text for text in texts if text["pixels"] < 9] == []
-    paper = browser.run("getComputedStyle(document.body).backgroundColor")
+    paper = run("getComputedStyle(document.body).backgroundColor")
     assert (paper == "rgb(255, 255, 255)") == (scheme == "light")
 
 
 @pytest.mark.parametrize("way", ["mouse", "keyboard"])
-def test_a_heading_sorts(browser, page, way):
-    browser.open(page)
+def test_a_heading_sorts(opened, page, way):
+    found = opened(page)
+    run = found.page.evaluate
 
     def use(column):
+        heading = found.page.locator(HEADING.format(column + 1))
         if way == "mouse":
-            return browser.click(HEADING.format(column + 1))
-        browser.run(f"document.querySelector({json.dumps(HEADING.format(column + 1))}).focus()")
-        return browser.press("Enter", 13, "\r")
+            heading.click()
+        else:
+            heading.focus()
+            found.page.keyboard.press("Enter")
 
-    names = browser.run("[...document.querySelectorAll('#weights thead th')].map(h => h.innerText)")
+    names = run("[...document.querySelectorAll('#weights thead th')].map(h => h.innerText)")
     bits, weight = names.index("bits"), 0
     error = names.index("error")
-    first = browser.run(COLUMN % error)
+    first = run(COLUMN % error)
     assert [float(text) for text in first] == sorted(map(float, first), reverse=True)
-    assert [i for i, order in enumerate(browser.run(SORTED)) if order] == [error]
+    assert [i for i, order in enumerate(run(SORTED)) if order] == [error]
     for order in ("descending", "ascending", "descending"):
         use(bits)
-        shown = [float(text) for text in browser.run(COLUMN % bits)]
+        shown = [float(text) for text in run(COLUMN % bits)]
         assert len(set(shown)) > 2
         assert shown == sorted(shown, reverse=order == "descending")
-        state = browser.run(SORTED)
+        state = run(SORTED)
         assert state[bits] == order
         assert [i for i, other in enumerate(state) if other] == [bits]
     use(weight)
-    modules = browser.run(COLUMN % weight)
+    modules = run(COLUMN % weight)
     assert modules == sorted(modules)
     assert modules[0] == "model.layers.0.mlp.down_proj"
     assert len(modules) == 14
-    assert browser.complaints == []
+    assert found.complaints == []
 
 
-def test_every_heading_button_can_be_reached_with_tab(browser, page):
-    browser.open(page)
-    browser.run("document.querySelector('#filter').focus()")
+def test_every_heading_button_can_be_reached_with_tab(opened, page):
+    tab = opened(page).page
+    tab.locator("#filter").focus()
     reached = []
     for _ in range(12):
-        browser.press("Tab", 9)
-        reached.append(browser.run("document.activeElement.innerText"))
-    buttons = browser.run("[...document.querySelectorAll('#weights button')].map(b => b.innerText)")
+        tab.keyboard.press("Tab")
+        reached.append(tab.evaluate("document.activeElement.innerText"))
+    buttons = tab.evaluate("[...document.querySelectorAll('#weights button')].map(b=>b.innerText)")
     start = reached.index("weight")
     assert reached[start : start + len(buttons)] == buttons[: len(reached) - start]
 
 
-def test_the_filter_shows_what_it_names(browser, page):
-    browser.open(page)
-    browser.run("document.querySelector('#filter').focus()")
-    browser.call("Input.insertText", text="Q_PROJ")
-    shown = browser.run(
+def test_the_filter_shows_what_it_names(opened, page):
+    tab = opened(page).page
+    tab.locator("#filter").press_sequentially("Q_PROJ")
+    shown = tab.evaluate(
         "[...document.querySelectorAll('#weights tbody tr')].filter(row => row.offsetHeight)"
         ".map(row => row.cells[0].innerText)"
     )
     assert sorted(shown) == [f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)]
-    assert browser.run("document.querySelector('#shown').innerText") == "2 shown"
+    assert tab.locator("#shown").inner_text() == "2 shown"
 
 
-def test_without_scripts_the_worst_still_come_first(browser, page):
-    browser.call("Emulation.setScriptExecutionDisabled", value=True)
-    try:
-        browser.open(page)
-        errors = [float(row) for row in browser.run(COLUMN % 2)]
-        assert errors == sorted(errors, reverse=True)
-        assert not browser.run("document.querySelector('#filter').offsetHeight")
-    finally:
-        browser.call("Emulation.setScriptExecutionDisabled", value=False)
+def test_without_scripts_the_worst_still_come_first(opened, page):
+    tab = opened(page, scripts=False).page
+    errors = [float(row) for row in tab.evaluate(COLUMN % 2)]
+    assert errors == sorted(errors, reverse=True)
+    assert not tab.locator("#filter").is_visible()
 
 
-def test_a_name_in_the_table_leads_to_its_picture(browser, page):
-    browser.open(page)
-    browser.click("#weights tbody a")
-    assert browser.run("document.querySelector(':target').tagName") == "FIGURE"
-    assert browser.run("document.querySelector(':target h3').innerText") == browser.run(
-        "document.querySelector('#weights tbody a').innerText"
-    )
+def test_a_name_in_the_table_leads_to_its_picture(opened, page):
+    tab = opened(page).page
+    name = tab.locator("#weights tbody a").first
+    name.click()
+    assert tab.evaluate("document.querySelector(':target').tagName") == "FIGURE"
+    assert tab.locator(":target h3").inner_text() == name.inner_text()

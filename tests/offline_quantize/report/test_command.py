@@ -74,7 +74,7 @@ def test_it_says_what_the_manifest_says_and_is_whole(checkpoint, quantize, repor
     page = report(target, "--against", source)
     manifest = json.loads((target / "precalib.json").read_text())
     totals = manifest["totals"]
-    assert f"true bits per weight {totals['bits_per_weight']:.3f}" in page.text
+    assert f"effective bits per weight {totals['bits_per_weight']:.3f}" in page.text
     assert f"relative error {totals['mean_relative_error']:.5f}" in page.text
     assert r"with --keep 'layers\.1\.mlp\.down'" in page.text
     assert "--keep, 1 tensor: model.layers.1.mlp.down_proj.weight" in page.text
@@ -119,11 +119,11 @@ def test_what_is_missing_is_told_with_the_command_that_brings_it(
     assert f"precalib report {target} --against SOURCE" in page.text
     assert f"precalib eval {target} --against SOURCE --self-generated --json" in page.text
     assert "precalib quantize SOURCE TARGET --report FILE" in page.text
-    assert "original, ordinary" not in page.text
+    assert "original, non-salient" not in page.text
     own = evaluation("own.json", target, "balanced-4", 4.3, 0.1)
     page = report(target, "--against", source, "--eval", own)
     assert "--against SOURCE" not in page.text
-    assert "original, ordinary" in page.text
+    assert "original, non-salient" in page.text
 
 
 def test_quantize_writes_a_report_with_its_seconds(checkpoint, precalib, tmp_path):
@@ -134,7 +134,7 @@ def test_quantize_writes_a_report_with_its_seconds(checkpoint, precalib, tmp_pat
     seconds = re.search(r" in (\d+\.\d) s: ", ran.out)[1]
     page = Page(out.read_text())
     assert f"seconds to quantize {seconds}the whole run" in page.text
-    assert "original, ordinary" in page.text
+    assert "original, non-salient" in page.text
     assert "quantize SOURCE TARGET" not in page.text
     again = precalib("quantize", source, tmp_path / "target", "--report", out, "--resume")
     assert again.code == 0
@@ -151,7 +151,7 @@ def test_other_files_are_not_replaced(checkpoint, quantize, precalib, tmp_path):
     assert not (tmp_path / "b").exists()
     assert out.read_text() == "<html>ten years of work</html>"
     assert precalib("report", target, "--out", out, "--force").code == 0
-    assert "true bits" in out.read_text()
+    assert "effective bits" in out.read_text()
     assert "is a directory" in precalib("report", target, "--out", tmp_path).sentence
 
 
@@ -195,6 +195,7 @@ def test_an_evaluation_is_shown(checkpoint, quantize, report, evaluation, tmp_pa
     target = quantize(checkpoint())
     task = {"questions": 50, "accuracy": 0.5, "accuracy_interval": [0.4, 0.6], "same_choice": 0.9}
     task |= {"original_accuracy": 0.6, "original_accuracy_interval": [0.5, 0.7]}
+    task |= {"normalisation": "by length", "difference_interval": [-0.2, 0.1]}
     files = [
         evaluation("a.json", target, "balanced-4", 4.317, 0.1078, tasks={"x/quiz.jsonl": task}),
         evaluation("b.json", tmp_path / "b", "balanced-3", 3.452, 0.3346),
@@ -215,11 +216,19 @@ def test_an_evaluation_is_shown(checkpoint, quantize, report, evaluation, tmp_pa
     [
         (lambda value: value.pop("bits_per_weight") and None, "'bits_per_weight' is missing"),
         (lambda value: value.update(bits_per_weight=float("nan")), "'bits_per_weight' is missing"),
+        (lambda value: value["text"].update(kl=float("inf")), "'text.kl' is inf"),
+        (
+            lambda value: value["text"].update(kl_interval=[0, float("nan")]),
+            "'text.kl_interval' is",
+        ),
         (lambda value: value.update(recipe=4), "'recipe' is missing or damaged"),
         (lambda value: value["text"].update(kl_interval=[1]), "'text' is missing or damaged"),
         (lambda value: value["text"].update(tokens="all"), "'text' is missing or damaged"),
-        (lambda value: value.pop("text") and None, "'tasks' is missing or damaged"),
-        (lambda value: value.update(tasks={"a": {}}), "'tasks' is missing or damaged"),
+        (lambda value: value.pop("text") and None, "neither 'text' nor 'tasks' was measured"),
+        (
+            lambda value: value.update(tasks={"a": {}}),
+            "the entry of task 'a' is missing or damaged",
+        ),
         (lambda value: [value], "not a JSON object"),
     ],
 )
@@ -290,7 +299,7 @@ def test_the_page_of_a_large_model_is_small(checkpoint, quantize, tmp_path):
     target = quantize(checkpoint(), "--recipe", "paper-4")
     contents = gather(target, Request(tmp_path / "r.html"), NullProgress())
     columns = torch.randint(0, 600, (4096,), generator=torch.Generator().manual_seed(0))
-    where = Positions(columns, torch.rand(32, 64))
+    where = Positions(columns, torch.rand(32, 64, generator=torch.Generator().manual_seed(0)))
 
     def grown(layers, kinds):
         return [

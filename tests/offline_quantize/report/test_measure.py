@@ -66,8 +66,8 @@ def test_a_layout_without_salient_weights(packed):
     assert measure.positions(checkpoint, UP) is None
     found = measure.histogram(checkpoint, UP, None, 0.0)
     assert not found.salient.any()
-    assert found.original_ordinary is None
-    assert found.ordinary.sum() == 96 * 128
+    assert found.original_non_salient is None
+    assert found.non_salient.sum() == 96 * 128
 
 
 def test_histograms_hold_every_weight_once_and_by_class(packed):
@@ -83,11 +83,11 @@ def test_histograms_hold_every_weight_once_and_by_class(packed):
     assert found.largest == float(original.abs().max())
     salient = int(measure.positions(checkpoint, DOWN).columns.sum())
     assert found.salient.sum() == found.original_salient.sum() == salient > 0
-    assert found.ordinary.sum() == found.original_ordinary.sum() == 80 * 160 - salient
+    assert found.non_salient.sum() == found.original_non_salient.sum() == 80 * 160 - salient
     # λ' cuts a gap around zero out of the salient weights of the original
     middle = slice(measure.BINS // 2 - 2, measure.BINS // 2 + 2)
     assert found.original_salient[middle].sum() == 0
-    assert found.original_ordinary[middle].sum() > 0
+    assert found.original_non_salient[middle].sum() > 0
 
 
 def test_layers_and_kinds():
