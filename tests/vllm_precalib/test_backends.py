@@ -97,7 +97,7 @@ def test_activations_in_8_bits_are_for_who_can_round_them(rounded, logged, monke
     assert text.endswith("x86 (first that can run; activations in 8 bits, as asked for)")
     with pytest.raises(ServingError, match=r"\(dense: has no 8-bit activations\)$"):
         choose(rounded, "dense", "fc", "row")
-    monkeypatch.setattr(library, "machine_levels", lambda: ("avx2", "avx512"))
+    monkeypatch.setattr(library, "supported_isas", lambda: ("avx2", "avx512"))
     with pytest.raises(ServingError, match=r"x86: 8-bit activations need AVX-512 with VNNI"):
         choose(rounded, None, "fc", "row")
 

@@ -32,7 +32,7 @@ def linear(
     plan:    uint8, from `plan_tensor`.
     bias:    [N] in the type of x, or None.
     outputs: N.
-    level:   index of one of `library.machine_levels`, -1 for the last.
+    level:   index of one of `library.supported_isas`, -1 for the last.
 
     Raises RuntimeError for sizes and types that do not belong together.
     """
