@@ -2,12 +2,17 @@
 
 import ctypes
 import itertools
+import platform
+import subprocess
 import types
 
 import pytest
 
 from precalib_kernels.backends.x86 import library
 from precalib_kernels.toolchain import compile as build
+
+if platform.machine() not in ("x86_64", "AMD64"):
+    pytest.skip("there are CPU kernels for x86-64 only", allow_module_level=True)
 
 SCRIPT = """#!/bin/sh
 for argument; do case "$argument" in
@@ -52,6 +57,17 @@ def test_clang_is_refused_and_gcc_used_instead(compiler, tmp_path):
     assert remark.startswith(f"{script} failed on linear.cpp: ")
     assert "the kernels need GCC" in remark
     assert remark.endswith(f"; {build.find_compilers()[1]} is used instead")
+
+
+@pytest.mark.parametrize(
+    "unit", library.definition().units, ids=lambda unit: unit.optional or unit.source.name
+)
+def test_the_kernels_compile_without_warnings(unit):
+    command = [build.find_compiler(), *unit.flags, "-Werror", "-fsyntax-only", str(unit.source)]
+    version = subprocess.run([command[0], "-dumpversion"], capture_output=True, text=True)
+    if version.stdout.strip().partition(".")[0] != "12":
+        pytest.skip("each version of GCC has warnings of its own; the sources are clean with 12")
+    subprocess.run(command, check=True)
 
 
 def test_isas_have_the_features_of_those_before_them():

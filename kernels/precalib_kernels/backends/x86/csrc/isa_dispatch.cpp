@@ -67,7 +67,7 @@ struct IsaEntry {
   bool (*machine_has)();
 };
 // By `Isa`.
-constexpr int64_t kIsaCount = 5;
+constexpr int64_t kIsaCount = kAmx + 1;
 const IsaEntry kIsas[kIsaCount] = {
     {"avx2", avx2::linear, has_avx2},
     {"avx512", avx512::linear, has_avx512},
@@ -110,6 +110,7 @@ extern "C" EXPORT int64_t precalib_isa_index(const char* name) {
 
 // Bit 0: the library was compiled for this ISA; bit 1: this machine has it.
 extern "C" EXPORT int32_t precalib_isa_state(int64_t isa) {
+  if (isa < 0 || isa >= kIsaCount) return 0;
   __builtin_cpu_init();
   return (kIsas[isa].function != nullptr) | kIsas[isa].machine_has() << 1;
 }

@@ -21,7 +21,7 @@ using LinearFunction = void(const Call&);
 // asks the processor, which takes microseconds on a virtual machine.
 struct SupportedIsas {
   int64_t count;
-  Isa isas[5];
+  Isa isas[kAmx + 1];
 };
 const SupportedIsas& supported_isas();
 

@@ -21,23 +21,23 @@ class QuantizedActivations {
         totals_(count * layout.groups * kTile),
         starts_(count * layout.groups * kTile * kSplits),
         columns_(layout.salient_count ? count * layout.columns * kTile : 0),
-        slots_(count) {
+        quantized_(count) {
     for (int64_t i = 0; i < count; ++i) {
       const int64_t groups = i * layout.groups * kTile;
-      slots_.data[i] = {tiles_.data + i * int8_tiles(layout) * kSplits * kInt8TileBytes,
-                        units_.data + groups, totals_.data + groups,
-                        starts_.data + groups * kSplits,
-                        columns_.data + i * layout.columns * kTile};
+      quantized_.data[i] = {tiles_.data + i * int8_tiles(layout) * kSplits * kInt8TileBytes,
+                            units_.data + groups, totals_.data + groups,
+                            starts_.data + groups * kSplits,
+                            columns_.data + i * layout.columns * kTile};
     }
   }
-  const QuantizedTile& operator[](int64_t i) const { return slots_.data[i]; }
+  const QuantizedTile& operator[](int64_t i) const { return quantized_.data[i]; }
 
  private:
   Buffer<int8_t> tiles_;
   Buffer<float> units_, totals_;
   Buffer<int32_t> starts_;
   Buffer<float> columns_;
-  Buffer<QuantizedTile> slots_;
+  Buffer<QuantizedTile> quantized_;
 };
 
 template <int kBits, int kSplits>
