@@ -31,8 +31,8 @@ def native_product(
     tensors = checkpoint.tensors(module)
     if "column_scale" in tensors:
         tensors["column_scale"] = tensors["column_scale"].view(1, columns)
-    packed, bytes_of_plan = repack(tensors, plan, module), op.plan_tensor(plan)
-    return lambda x: op.linear(x, packed, bytes_of_plan, None, rows, level=-1)
+    packed, bytes_of_plan = repack(tensors, plan, module), op.layout_tensor(plan)
+    return lambda x: op.linear(x, packed, bytes_of_plan, None, rows, isa=-1)
 
 
 def main() -> None:

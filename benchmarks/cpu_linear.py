@@ -46,13 +46,13 @@ def packed_operators(size: int) -> Operators:
         finite_values(packed, plan)
         print(f"# {name}: {plan.nbytes / (2 * size * size):.3f} of the memory of bfloat16")
         operators[name] = functools.partial(
-            _packed_product, packed=packed, plan=op.plan_tensor(plan), size=size
+            _packed_product, packed=packed, plan=op.layout_tensor(plan), size=size
         )
     return operators
 
 
 def _packed_product(x: Tensor, packed: Tensor, plan: Tensor, size: int) -> Tensor:
-    return op.linear(x, packed, plan, None, size, level=-1)
+    return op.linear(x, packed, plan, None, size, isa=-1)
 
 
 def finite_values(packed: Tensor, plan: X86Layout) -> None:

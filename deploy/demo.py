@@ -6,7 +6,7 @@ Everything is written to demo-output/, everything that is started is stopped.
 import contextlib
 import json
 import os
-import re
+import shlex
 import shutil
 import signal
 import statistics
@@ -26,6 +26,7 @@ OUTPUT = Path("demo-output")  # commands run in ROOT and are shown as one would 
 RECIPE = "balanced-4"
 SOURCE = OUTPUT / "SmolLM2-135M-Instruct"
 TARGET = OUTPUT / f"SmolLM2-135M-Instruct-{RECIPE}"
+CHOICES = OUTPUT / "backends.jsonl"  # the plugin says here which backend computes each layer
 BENCH_ROUNDS = 3
 BENCH_LOAD = "8 requests, 4 at a time, 32 random tokens in, 32 out"
 
@@ -63,7 +64,11 @@ def _demonstrate(stack: contextlib.ExitStack) -> None:
     title(2, f"Quantize it without data, recipe {RECIPE}")
     seconds = quantize()
     title(3, "Serve it in vLLM")
-    packed = start(stack, "precalib", TARGET, "--quantization", "precalib")
+    CHOICES.unlink(missing_ok=True)
+    options = json.dumps({"precalib": {"choices_file": str(CHOICES)}})
+    packed = start(
+        stack, "precalib", TARGET, "--quantization", "precalib", "--additional-config", options
+    )
     title(4, "Ask it through the OpenAI client")
     try:
         ask(packed)
@@ -73,7 +78,7 @@ def _demonstrate(stack: contextlib.ExitStack) -> None:
     plain = start(stack, "bf16", SOURCE)
     speeds = bench({"bf16": plain, "precalib": packed})
     title(6, "Result")
-    report(seconds, speeds, backends(packed.log))
+    report(seconds, speeds, backends(CHOICES))
 
 
 def title(number: int, text: str) -> None:
@@ -105,7 +110,8 @@ def quantize() -> float:
 
 def start(stack: contextlib.ExitStack, name: str, model: Path, *flags: str) -> Server:
     """A ready server that `stack` will stop."""
-    console.print(f"[dim]$ {' '.join(['vllm serve', str(model), *flags])}", soft_wrap=True)
+    command = shlex.join(["vllm", "serve", str(model), *flags])
+    console.print(f"$ {command}", style="dim", markup=False, soft_wrap=True)
     server = Server(name, model, OUTPUT / f"server-{name}.log", *flags)
     stack.callback(server.stop)
     with working(f"waiting for /health, log in {server.log}"):
@@ -199,9 +205,9 @@ def report(seconds: float, speeds: dict[str, list[float]], computed_by: set[str]
         )
 
 
-def backends(log: Path) -> set[str]:
-    """Names of the backends that the plugin said it uses."""
-    return set(re.findall(r"precalib computes .* with backend (\w+)", log.read_text()))
+def backends(choices: Path) -> set[str]:
+    """Names of the backends that compute the layers, from the plugin's `choices_file`."""
+    return {json.loads(line)["backend"] for line in choices.read_text().splitlines()}
 
 
 def linear_bytes(directory: Path, modules: dict[str, str]) -> int:

@@ -5,10 +5,11 @@ from typing import Any
 
 import torch
 
+from precalib_kernels.backends.registry import BackendChoice, BackendRegistry
 from precalib_kernels.errors import ServingError
 from precalib_kernels.format.checkpoint_config import QUANT_METHOD, CheckpointConfig
 from vllm_precalib.compat import vllm_names
-from vllm_precalib.packed_module import PackedModule
+from vllm_precalib.packed_module import PackedModule, find_packed_module
 
 with vllm_names():
     from vllm.model_executor.layers.quantization import register_quantization_config
@@ -22,9 +23,18 @@ class PrecalibConfig(QuantizationConfig):
     """vLLM's view of a checkpoint's quantization_config.
 
     It is built in the main process and pickled to the others, so it holds plain data only.
+
+    checkpoint: quantization_config, parsed.
+    registry:   backends to choose from, None for the plugin's own.
+    choices:    which backend computes each packed layer that this process has made, by vLLM's
+                name of the layer. Elsewhere, ask for a file: see `backends.Options`.
     """
 
-    def __init__(self, checkpoint: CheckpointConfig | None = None) -> None:
+    def __init__(
+        self,
+        checkpoint: CheckpointConfig | None = None,
+        registry: BackendRegistry | None = None,
+    ) -> None:
         super().__init__()
         if checkpoint is None:  # vLLM passes nothing when config.json has no quantization_config
             raise ServingError(
@@ -33,6 +43,8 @@ class PrecalibConfig(QuantizationConfig):
                 "'precalib quantize SRC DST' and serve DST"
             )
         self.checkpoint = checkpoint
+        self.registry = registry
+        self.choices: dict[str, BackendChoice] = {}
 
     def get_name(self) -> Any:
         """The name users give to --quantization."""
@@ -65,35 +77,35 @@ class PrecalibConfig(QuantizationConfig):
     def packed_module(self, prefix: str) -> PackedModule | None:
         """How the layer `prefix` is stored; None if it is not packed.
 
-        Raises ServingError if vLLM fuses it from parts that are not stored alike.
+        Raises ServingError if vLLM fuses it from shards that are not stored alike.
         """
-        modules, layouts = self.checkpoint.modules, self.checkpoint.layouts
-        if prefix in modules:
-            return PackedModule(layouts[modules[prefix]], modules[prefix], (prefix,))
-        parent, dot, fused = prefix.rpartition(".")
-        shards = tuple(parent + dot + shard for shard in self.packed_modules_mapping.get(fused, ()))
-        packed = [shard for shard in shards if shard in modules]
-        if not packed:
-            return None
-        name = modules[packed[0]]
-        if packed != list(shards) or any(layouts[modules[p]] != layouts[name] for p in shards):
-            stored = ", ".join(f"{shard} ({modules.get(shard, 'kept')})" for shard in shards)
-            raise ServingError(
-                f"{prefix}: vLLM fuses its parts into one matrix, so they must be stored alike, "
-                f"but they are not: {stored}; quantize the model again with one recipe for all "
-                "of them, or --keep all of them"
-            )
-        return PackedModule(layouts[name], name, shards)
+        return find_packed_module(self.checkpoint, self.packed_modules_mapping, prefix)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        """The method for one layer; None leaves a layer that is not linear to vLLM.
+        """The method for the layer `prefix`; None where vLLM's own default is right.
 
-        Raises ServingError for a packed layer of a kind that cannot be served.
+        Raises ServingError for packed experts and packed embeddings, which cannot be served.
         """
         # imported here so that a vLLM without these names can still serve other models
-        from vllm_precalib.linear_method import quant_method
+        from vllm_precalib import linear_method as methods
 
-        return quant_method(self, layer, prefix)
+        kind = methods.layer_kind(layer)
+        if kind == "experts":
+            if any(module.startswith(prefix + ".") for module in self.checkpoint.modules):
+                raise ServingError(
+                    f"{prefix}: this precalib cannot serve packed experts; "
+                    r"quantize the model again with --keep '\.experts\.'"
+                )
+            return None
+        module = self.packed_module(prefix) if kind else None
+        if module is None:
+            return methods.CheckedUnquantizedLinearMethod(prefix) if kind == "linear" else None
+        if kind == "embedding":
+            raise ServingError(
+                f"{prefix}: this precalib cannot serve packed embeddings; "
+                f"quantize the model again with --keep '{prefix.rpartition('.')[2]}'"
+            )
+        return methods.PrecalibLinearMethod(prefix, module, self.registry, self.choices)
 
 
 def register_config() -> None:

@@ -1,18 +1,18 @@
-"""The linear layers of a precalib checkpoint: packed ones and kept ones."""
+"""The linear layers of a precalib checkpoint: packed ones and unquantized ones."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, MutableMapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
 from precalib_kernels.backends.base import LinearSpec
+from precalib_kernels.backends.registry import BackendChoice, BackendRegistry
 from precalib_kernels.errors import ServingError
 from precalib_kernels.format.layout import COLUMN_UNIT
-from vllm_precalib.backends import choose
+from vllm_precalib.backends import Options, choose, plugin_registry
 from vllm_precalib.compat import vllm_names
-from vllm_precalib.config import PrecalibConfig
 from vllm_precalib.load_guard import WeightLoadGuard
 from vllm_precalib.packed_module import PackedModule
 from vllm_precalib.parameters import packed_parameter
@@ -26,7 +26,6 @@ with vllm_names():
         UnquantizedLinearMethod,
         register_weight_loader_v2_supported_method,
     )
-    from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
     from vllm.model_executor.layers.vocab_parallel_embedding import (
         ParallelLMHead,
         VocabParallelEmbedding,
@@ -34,41 +33,42 @@ with vllm_names():
     from vllm.platforms import current_platform
 
 
-def quant_method(
-    config: PrecalibConfig, layer: torch.nn.Module, prefix: str
-) -> QuantizeMethodBase | None:
-    """The method for the layer `prefix`, None where vLLM's own default is right.
-
-    Raises ServingError for packed experts and packed embeddings, which cannot be served.
-    """
+def layer_kind(
+    layer: torch.nn.Module,
+) -> Literal["experts", "linear", "head", "embedding"] | None:
+    """What vLLM's `layer` is to a quantization method; None if nothing."""
     if isinstance(layer, RoutedExperts):
-        if any(module.startswith(prefix + ".") for module in config.checkpoint.modules):
-            raise ServingError(
-                f"{prefix}: this precalib cannot serve packed experts; "
-                r"quantize the model again with --keep '\.experts\.'"
-            )
-        return None
-    if isinstance(layer, LinearBase | ParallelLMHead):
-        if module := config.packed_module(prefix):
-            return PrecalibLinearMethod(prefix, module)
-        return CheckedUnquantizedLinearMethod(prefix) if isinstance(layer, LinearBase) else None
-    if isinstance(layer, VocabParallelEmbedding) and config.packed_module(prefix):
-        raise ServingError(
-            f"{prefix}: this precalib cannot serve packed embeddings; "
-            f"quantize the model again with --keep '{prefix.rpartition('.')[2]}'"
-        )
-    return None
+        return "experts"
+    if isinstance(layer, LinearBase):
+        return "linear"
+    if isinstance(layer, ParallelLMHead):  # a kind of embedding to vLLM
+        return "head"
+    return "embedding" if isinstance(layer, VocabParallelEmbedding) else None
 
 
 @register_weight_loader_v2_supported_method
 class PrecalibLinearMethod(LinearMethodBase):
-    """One packed linear layer, or the output head; made anew for each."""
+    """One packed linear layer, or the output head; made anew for each.
 
-    def __init__(self, prefix: str, module: PackedModule) -> None:
+    prefix:   the layer's name in vLLM.
+    module:   how it is stored.
+    registry: backends to choose from, None for the plugin's own.
+    choices:  gets the choice under `prefix`.
+    """
+
+    def __init__(
+        self,
+        prefix: str,
+        module: PackedModule,
+        registry: BackendRegistry | None,
+        choices: MutableMapping[str, BackendChoice],
+    ) -> None:
         self.prefix = prefix
         self.module = module
+        self.registry = registry or plugin_registry()
+        self.choices = choices
         config = get_current_vllm_config()
-        self.wanted_backend, self.int8_activations = _options(config.additional_config)
+        self.options = Options.parse(config.additional_config)
         self.dummy = config.load_config.load_format == "dummy"
 
     def create_weights(
@@ -85,27 +85,21 @@ class PrecalibLinearMethod(LinearMethodBase):
 
         Raises ServingError if tensor parallelism cuts through a group or no backend can run.
         """
-        layout = self.module.layout
         self._check_slices(input_size, input_size_per_partition)
         self.spec = LinearSpec(
-            layout,
+            self.module.layout,
             input_size_per_partition,
             tuple(output_partition_sizes),
             params_dtype,
             current_platform.device_type,
-            self.int8_activations,
+            int8_activations=self.options.int8_activations,
         )
-        self.backend = choose(self.spec, self.wanted_backend, self.prefix, self.module.layout_name)
-        self.guard = WeightLoadGuard(
-            self.prefix, self.module, input_size, output_size, output_partition_sizes
+        self._register_packed(layer, input_size, output_size, extra_weight_attrs["weight_loader"])
+        choice = choose(
+            self.spec, self.options, self.registry, self.prefix, self.module.layout_name
         )
-        specs = layout.tensors(sum(output_partition_sizes), input_size_per_partition)
-        self.names = tuple(specs)
-        loader: Callable[..., None] = extra_weight_attrs["weight_loader"]
-        for name, spec in specs.items():
-            watched = self.guard.watch(name, layer, loader)
-            param = packed_parameter(name, spec, len(output_partition_sizes), watched)
-            layer.register_parameter(name, param)
+        self.choices[self.prefix] = choice
+        self.backend = choice.make()
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Check what was loaded and hand it to the backend; runs again after a reload.
@@ -138,6 +132,23 @@ class PrecalibLinearMethod(LinearMethodBase):
             f"quantize the model again with --keep '{self.prefix.rpartition('.')[2]}'"
         )
 
+    def _register_packed(
+        self,
+        layer: torch.nn.Module,
+        input_size: int,
+        output_size: int,
+        loader: Callable[..., None],
+    ) -> None:
+        """A parameter for every packed tensor, whose loading the guard watches."""
+        shard_sizes = self.spec.shard_sizes
+        self.guard = WeightLoadGuard(self.prefix, self.module, input_size, output_size, shard_sizes)
+        specs = self.module.layout.tensors(self.spec.output_size, self.spec.input_size)
+        self.names = tuple(specs)
+        for name, spec in specs.items():
+            watched = self.guard.watch(name, layer, loader)
+            param = packed_parameter(name, spec, len(shard_sizes), watched)
+            layer.register_parameter(name, param)
+
     def _check_slices(self, input_size: int, slice_size: int) -> None:
         group = self.module.layout.group_size
         if slice_size == input_size or slice_size % group == 0:
@@ -157,7 +168,9 @@ class PrecalibLinearMethod(LinearMethodBase):
 class CheckedUnquantizedLinearMethod(UnquantizedLinearMethod):
     """A linear layer that was not packed, with a guard: vLLM has none in a quantized model.
 
-    It catches modules whose names vLLM and the checkpoint do not agree about.
+    It catches modules whose names vLLM and the checkpoint do not agree about. A weight that is
+    still not-a-number in the whole first row of a shard was never loaded: unlike a wrapped loader,
+    that mark works for every loader of vLLM's, and a weight of numbers cannot carry it.
     """
 
     def __init__(self, prefix: str) -> None:
@@ -192,21 +205,4 @@ class CheckedUnquantizedLinearMethod(UnquantizedLinearMethod):
         super().process_weights_after_loading(layer)
 
     def _shards(self, layer: torch.nn.Module) -> tuple[Tensor, ...]:
-        weight = layer.get_parameter("weight").data
-        return weight.split(self.shard_sizes)
-
-
-def _options(additional_config: Any) -> tuple[str | None, bool]:
-    """Backend, and whether activations become 8 bits: "precalib" of --additional-config.
-
-    vLLM hashes additional_config into the key of its compile cache, so two backends never share
-    compiled code. Raises ServingError for anything else under "precalib".
-    """
-    ours = additional_config.get("precalib", {}) if isinstance(additional_config, dict) else {}
-    known = isinstance(ours, dict) and not set(ours) - {"backend", "activations"}
-    if not known or ours.get("activations", "int8") != "int8":
-        raise ServingError(
-            f'additional_config: "precalib" is {ours!r}, but only {{"backend": NAME, '
-            '"activations": "int8"} is known'
-        )
-    return ours.get("backend"), "activations" in ours
+        return torch.split(layer.get_parameter("weight").data, self.shard_sizes)

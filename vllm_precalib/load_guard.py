@@ -50,8 +50,7 @@ class WeightLoadGuard:
     ) -> Callable[..., None]:
         """`loader` with the checks of tensor `name` around it.
 
-        The result is a method of `layer`, not a closure over it: vLLM keeps parameters for
-        reloading and cuts their references to the layer where it finds them in methods.
+        The result is a method of `layer` like `loader` itself, see below.
         """
         load_shard = loader.__func__ if isinstance(loader, MethodType) else _ignore_self(loader)
 
@@ -67,6 +66,8 @@ class WeightLoadGuard:
             load_shard(layer, param, loaded_weight, *shard_id)
             self.filled[name].update(shards)
 
+        # Not a closure over `layer`: for reloading vLLM keeps copies of parameters, and it only
+        # finds the references to the layer that have to be cut for that in bound methods.
         return MethodType(load, layer)
 
     def finish(self, names: Sequence[str]) -> None:
@@ -136,7 +137,7 @@ class WeightLoadGuard:
     def _stored_rows(self, shards: Sequence[int], layer: torch.nn.Module) -> int:
         """Rows that `shards` have in the checkpoint."""
         if vocabulary := getattr(layer, "org_vocab_size", None):
-            return vocabulary  # vLLM pads an output head
+            return int(vocabulary)  # vLLM pads an output head
         # ranks beyond the number of key-value heads hold copies
         copies = getattr(layer, "num_kv_head_replicas", 1)
         return sum(self.shard_sizes[p] * self.ranks // (copies if p else 1) for p in shards)

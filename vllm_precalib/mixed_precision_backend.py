@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from precalib_kernels.backends.base import Backend, LinearSpec
+from precalib_kernels.backends.triton import backend as triton
 from precalib_kernels.backends.triton import salient_op
 from precalib_kernels.errors import FormatError
 from precalib_kernels.format import reference
 from precalib_kernels.format.bitstream import pack_bits
 from vllm_precalib.compat import vllm_names
-from vllm_precalib.triton_backend import first_inputs
 
 with vllm_names():
     from vllm.model_executor.kernels.linear import (
@@ -29,7 +29,6 @@ with vllm_names():
     )
     from vllm.model_executor.parameter import GroupQuantScaleParameter, PackedvLLMParameter
     from vllm.scalar_type import scalar_types
-    from vllm.triton_utils import HAS_TRITON
 
 CODES_PER_WORD = 8  # of four bits in 32
 # Kernels that keep three tensors under names they are given. Humming has names of its own.
@@ -53,9 +52,11 @@ class MixedPrecisionBackend(Backend):
             for index, rows in enumerate(row_slices(spec))
         ]
 
-    @staticmethod
-    def can_run(spec: LinearSpec) -> str | None:
+    @classmethod
+    def can_run(cls, spec: LinearSpec) -> str | None:
         """It needs a GPU, half-precision activations, and a kernel of vLLM for the layout."""
+        if reason := super().can_run(spec):
+            return reason
         layout = spec.layout
         if spec.device != "cuda":
             return f"computes on GPUs, not on {spec.device}"
@@ -66,7 +67,7 @@ class MixedPrecisionBackend(Backend):
         if not layout.uniform:
             what = "a trellis" if layout.trellis else "a table of levels"
             return f"vLLM's own kernels know uniform levels only, not {what}"
-        if layout.salient_count and not HAS_TRITON:
+        if layout.salient_count and not triton.has_triton():
             return "salient weights need Triton, which is not installed or has no driver"
         for rows in row_slices(spec):
             if reason := reason_against(spec, rows.stop - rows.start):
@@ -118,9 +119,11 @@ class MixedPrecisionBackend(Backend):
             y = product.kernel.apply_weights(layer, wide)  # no bias: Marlin wants it permuted
             shift = None if bias is None else bias[product.rows]
             if self.spec.layout.salient_count:
-                arrays = [layer.get_parameter(product.name(key)) for key in salient_op.NAMES]
-                y = torch.ops.precalib.gpu_sparse(
-                    y, scaled, *arrays, shift, self.spec.layout.group_size
+                positions, values, unit = (
+                    layer.get_parameter(product.name(key)) for key in salient_op.NAMES
+                )
+                y = salient_op.gpu_sparse(
+                    y, scaled, positions, values, unit, shift, self.spec.layout.group_size
                 )
             elif shift is not None:
                 y = y + shift
@@ -214,9 +217,15 @@ def reason_against(spec: LinearSpec, rows: int) -> str | None:
     return None
 
 
-def warm_up(backend: MixedPrecisionBackend, layer: torch.nn.Module, device: torch.device) -> None:
+def warm_up(
+    backend: MixedPrecisionBackend,
+    layer: torch.nn.Module,
+    device: torch.device,
+    warm_ups: triton.WarmUps = triton.WARM_UPS,
+) -> None:
     """Run every kernel of `salient_op` once, for the first layer of its kind in this process."""
-    for x, bias in first_inputs(backend.name, backend.spec, device, salient_op.warm_up_rows()):
+    rows = salient_op.warm_up_rows()
+    for x, bias in warm_ups.inputs(backend.name, backend.spec, device, rows):
         backend.apply(layer, x, bias)
 
 

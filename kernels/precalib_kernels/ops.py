@@ -1,86 +1,234 @@
-"""The operators of the `precalib::` namespace: schema, checks and fakes in one place.
+"""The operators of the `precalib::` namespace: schema, argument checks and fakes in one place.
 
-Packed tensors travel as a list in the order of `Layout.tensors`, the layout as its one-line text,
-so one schema serves every layout and torch.compile sees only tensors and constants.
+| operator       | computes         | from                               | implemented in          |
+|----------------|------------------|------------------------------------|-------------------------|
+| linear         | x·Ŵᵀ + bias      | packed tensors of the file         | backends/reference.py   |
+| dequantize     | Ŵ                | packed tensors of the file         | backends/reference.py   |
+| cpu_linear     | x·Ŵᵀ + bias      | bytes, x86/memory_layout.py        | x86/csrc (C++)          |
+| gpu_linear     | x·Ŵᵀ + bias      | arrays, triton/memory_layout.py    | triton/op.py            |
+| gpu_dequantize | Ŵ                | arrays, triton/memory_layout.py    | triton/op.py            |
+| gpu_sparse     | y + x·Sᵀ + bias  | arrays of salient weights S        | triton/salient_op.py    |
+
+The calling convention is the same for all of them:
+
+- `x` comes first where there is one: [..., K] in bfloat16, float16 or float32, which is also the
+  type of the result [..., N]. Then come the weight's tensors, the bias ([N], None for none), and
+  what is constant for a layer.
+- A weight of several tensors is a list in a fixed order: that of `Layout.tensors` for the tensors
+  of the file, that of `array_order` for the arrays of a GPU. `column_scale` has a row per shard.
+- `shard_sizes` are the rows of the matrices fused into the layer. `layout` is `Layout.to_text()`,
+  so one schema serves every layout and torch.compile sees only tensors and constants.
+- Nothing is changed in place. Arguments that do not belong together raise FormatError, in the fakes
+  as well; `cpu_linear` on real tensors is C++ and raises RuntimeError.
+
+A backend implements an operator with `torch.library.register_kernel`, and its module offers the
+operator as a typed function.
 """
 
-from collections.abc import Mapping
+import ctypes
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from precalib_kernels.backends.triton.memory_layout import padded, triton_layout
+from precalib_kernels.backends.x86.memory_layout import X86LayoutStruct
 from precalib_kernels.errors import FormatError
-from precalib_kernels.format import reference
 from precalib_kernels.format.layout import Layout
 
-
-def packed_list(tensors: Mapping[str, Tensor], layout: Layout, input_size: int) -> list[Tensor]:
-    """The packed tensors in the order in which the operators take them."""
-    rows = tensors["qweight"].shape[0]
-    return [tensors[name] for name in layout.tensors(rows, input_size)]
+_Fake = TypeVar("_Fake", bound=Callable[..., Tensor])
+ACTIVATION_TYPES = (torch.bfloat16, torch.float16, torch.float32)
+X86_LAYOUT_BYTES = ctypes.sizeof(X86LayoutStruct)  # and 8 for each shard
 
 
-@torch.library.custom_op("precalib::dequantize", mutates_args=())
-def dequantize(
-    packed: list[Tensor], input_size: int, shard_sizes: list[int], layout: str, dtype: torch.dtype
-) -> Tensor:
-    """Ŵ [N, input_size] in `dtype`; see `reference.dequantize`."""
-    parsed = Layout.from_text(layout)
-    tensors = _named(packed, input_size, shard_sizes, parsed)
-    weight = reference.dequantize(tensors, parsed, input_size, shard_sizes)
-    return weight.to(dtype, copy=False).contiguous()
+def array_order(layout: Layout) -> list[str]:
+    """Names of the arrays of a weight in GPU memory, in the order in which operators take them."""
+    form = triton_layout(layout)
+    names = ["qweight", "group_data", "row_unit", "tiles", "table", "constants"]
+    if form.in_place:
+        names.append("salient_lines")
+    if form.slots:
+        names += ["salient_positions", "salient_values", "salient_unit"]
+    if layout.column_scale:
+        names.append("column_scale")
+    return names
 
 
-@dequantize.register_fake
-def _(
-    packed: list[Tensor], input_size: int, shard_sizes: list[int], layout: str, dtype: torch.dtype
-) -> Tensor:
-    _named(packed, input_size, shard_sizes, Layout.from_text(layout))
-    return packed[0].new_empty((packed[0].shape[0], input_size), dtype=dtype)
-
-
-@torch.library.custom_op("precalib::linear", mutates_args=())
-def linear(
-    x: Tensor, packed: list[Tensor], bias: Tensor | None, shard_sizes: list[int], layout: str
-) -> Tensor:
-    """x·Ŵᵀ + bias straight from the packed tensors, by the reference on every device.
-
-    x: [..., K] in bfloat16, float16 or float32, which is also the type of the result [..., N].
-    """
-    parsed = Layout.from_text(layout)
-    tensors = _named(packed, x.shape[-1], shard_sizes, parsed)
-    return reference.linear(x, tensors, parsed, bias, shard_sizes)
-
-
-@linear.register_fake
-def _(
-    x: Tensor, packed: list[Tensor], bias: Tensor | None, shard_sizes: list[int], layout: str
-) -> Tensor:
-    _named(packed, int(x.shape[-1]), shard_sizes, Layout.from_text(layout))
-    return empty_result(x, bias, packed[0].shape[0])
-
-
-def empty_result(x: Tensor, bias: Tensor | None, rows: int) -> Tensor:
-    """What x·Ŵᵀ + bias goes into: [..., rows]. Raises FormatError for a bias of another size."""
-    if bias is not None and bias.shape != (rows,):
-        raise FormatError(f"bias has shape {list(bias.shape)}, expected [{rows}]")
-    return x.new_empty((*x.shape[:-1], rows))
-
-
-def _named(
-    packed: list[Tensor], input_size: int, shard_sizes: list[int], layout: Layout
+def named_tensors(
+    packed: Sequence[Tensor], input_size: int, shard_sizes: Sequence[int], layout: Layout
 ) -> dict[str, Tensor]:
+    """The packed tensors of the file by name.
+
+    packed: in the order of `Layout.tensors`.
+
+    Raises FormatError for tensors of another number, shape or type, and for shards that are not
+    all of the rows.
+    """
     rows = packed[0].shape[0]
     specs = layout.tensors(rows, input_size)
     if sum(shard_sizes) != rows:
-        raise FormatError(f"parts {shard_sizes} do not add up to {rows} output rows")
+        raise FormatError(f"parts {list(shard_sizes)} do not add up to {rows} output rows")
     if len(packed) != len(specs):
         raise FormatError(f"{len(packed)} packed tensors, expected {list(specs)}")
     for (name, spec), tensor in zip(specs.items(), packed, strict=True):
         shape = (len(shard_sizes), input_size) if name == "column_scale" else spec.shape
-        if tuple(tensor.shape) != shape or tensor.dtype != spec.dtype:
-            raise FormatError(
-                f"'{name}' is {list(tensor.shape)} {tensor.dtype}, "
-                f"expected {list(shape)} {spec.dtype}"
-            )
+        _check_tensor(name, tensor, shape, spec.dtype)
     return dict(zip(specs, packed, strict=True))
+
+
+def named_arrays(
+    packed: Sequence[Tensor], input_size: int, shard_sizes: Sequence[int], layout: Layout
+) -> dict[str, Tensor]:
+    """The arrays of a weight in GPU memory by name.
+
+    packed: in the order of `array_order`.
+
+    Raises FormatError for another number of arrays, and for a `qweight` of another shape or type.
+    """
+    names = array_order(layout)
+    if len(packed) != len(names):
+        raise FormatError(f"{len(packed)} arrays of the in-memory form, expected {names}")
+    form = triton_layout(layout)
+    rows = sum(padded(size) for size in shard_sizes)
+    shape = (form.steps(input_size), form.stored_tiles, rows, 16)
+    _check_tensor("qweight", packed[0], shape, torch.int16)
+    return dict(zip(names, packed, strict=True))
+
+
+def check_sparse(
+    y: Tensor, x: Tensor, positions: Tensor, values: Tensor, unit: Tensor, group_size: int
+) -> None:
+    """Check the arguments of `gpu_sparse` against each other.
+
+    y: [..., N]; x: [..., K]; positions, values: [N, slots], a whole number of slots for each
+    group; unit: [N].
+
+    Raises FormatError.
+    """
+    outputs, groups = y.shape[-1], -(-x.shape[-1] // group_size)
+    if y.shape[:-1] != x.shape[:-1] or y.dtype != x.dtype:
+        raise FormatError(
+            f"y is {list(y.shape)} {y.dtype}, expected {[*x.shape[:-1], outputs]} {x.dtype}"
+        )
+    slots = positions.shape[-1]
+    if not slots or slots % groups:
+        raise FormatError(f"{slots} slots are no whole number for each of {groups} groups")
+    _check_tensor("salient_positions", positions, (outputs, slots), torch.uint8)
+    _check_tensor("salient_values", values, (outputs, slots), torch.float16)
+    _check_tensor("salient_unit", unit, (outputs,), torch.float32)
+
+
+def empty_result(x: Tensor, bias: Tensor | None, outputs: int) -> Tensor:
+    """What x·Ŵᵀ + bias goes into: [..., outputs] of the type of x.
+
+    Raises FormatError for a bias of another size.
+    """
+    if bias is not None and bias.shape != (outputs,):
+        raise FormatError(f"bias has shape {list(bias.shape)}, expected [{outputs}]")
+    return x.new_empty((*x.shape[:-1], outputs))
+
+
+def _check_tensor(name: str, tensor: Tensor, shape: Sequence[int], dtype: torch.dtype) -> None:
+    if tuple(tensor.shape) != tuple(shape) or tensor.dtype != dtype:
+        raise FormatError(
+            f"'{name}' is {list(tensor.shape)} {tensor.dtype}, expected {list(shape)} {dtype}"
+        )
+
+
+def _operator(name: str, arguments: str) -> Callable[[_Fake], _Fake]:
+    """Declare `precalib::name`, whose fake, with all checks of shapes, is what this decorates."""
+
+    def declare(fake: _Fake) -> _Fake:
+        tags = (torch.Tag.pt2_compliant_tag,)
+        torch.library.define(f"precalib::{name}", f"({arguments}) -> Tensor", tags=tags)
+        torch.library.register_fake(f"precalib::{name}", fake)
+        return fake
+
+    return declare
+
+
+@_operator(
+    "linear",
+    "Tensor x, Tensor[] packed, Tensor? bias, SymInt[] shard_sizes, str layout",
+)
+def _linear(
+    x: Tensor, packed: list[Tensor], bias: Tensor | None, shard_sizes: list[int], layout: str
+) -> Tensor:
+    named_tensors(packed, x.shape[-1], shard_sizes, Layout.from_text(layout))
+    return empty_result(x, bias, packed[0].shape[0])
+
+
+@_operator(
+    "dequantize",
+    "Tensor[] packed, SymInt input_size, SymInt[] shard_sizes, str layout, ScalarType dtype",
+)
+def _dequantize(
+    packed: list[Tensor], input_size: int, shard_sizes: list[int], layout: str, dtype: torch.dtype
+) -> Tensor:
+    named_tensors(packed, input_size, shard_sizes, Layout.from_text(layout))
+    return packed[0].new_empty((packed[0].shape[0], input_size), dtype=dtype)
+
+
+@_operator(
+    "cpu_linear",
+    "Tensor x, Tensor packed, Tensor x86_layout, Tensor? bias, int outputs, int isa",
+)
+def _cpu_linear(
+    x: Tensor, packed: Tensor, x86_layout: Tensor, bias: Tensor | None, outputs: int, isa: int
+) -> Tensor:
+    """All checks that need no look into `x86_layout`, whose bytes a fake does not have."""
+    del isa
+    if not x.dim() or x.dtype not in ACTIVATION_TYPES:
+        raise FormatError(
+            f"x is {list(x.shape)} {x.dtype}, expected [..., K] bfloat16, float16 or float32"
+        )
+    _check_tensor("packed", packed, (packed.numel(),), torch.uint8)
+    _check_tensor("x86_layout", x86_layout, (x86_layout.numel(),), torch.uint8)
+    if x86_layout.numel() <= X86_LAYOUT_BYTES:
+        raise FormatError(
+            f"'x86_layout' has {x86_layout.numel()} bytes, expected more than {X86_LAYOUT_BYTES}"
+        )
+    if bias is not None and bias.dtype != x.dtype:
+        raise FormatError(f"bias is {bias.dtype}, expected {x.dtype}")
+    return empty_result(x, bias, outputs)
+
+
+@_operator(
+    "gpu_linear",
+    "Tensor x, Tensor[] packed, Tensor? bias, SymInt[] shard_sizes, str layout",
+)
+def _gpu_linear(
+    x: Tensor, packed: list[Tensor], bias: Tensor | None, shard_sizes: list[int], layout: str
+) -> Tensor:
+    named_arrays(packed, x.shape[-1], shard_sizes, Layout.from_text(layout))
+    return empty_result(x, bias, sum(shard_sizes))
+
+
+@_operator(
+    "gpu_dequantize",
+    "Tensor[] packed, SymInt input_size, SymInt[] shard_sizes, str layout, ScalarType dtype",
+)
+def _gpu_dequantize(
+    packed: list[Tensor], input_size: int, shard_sizes: list[int], layout: str, dtype: torch.dtype
+) -> Tensor:
+    named_arrays(packed, input_size, shard_sizes, Layout.from_text(layout))
+    return packed[0].new_empty((sum(shard_sizes), input_size), dtype=dtype)
+
+
+@_operator(
+    "gpu_sparse",
+    "Tensor y, Tensor x, Tensor positions, Tensor values, Tensor unit, "
+    "Tensor? bias, SymInt group_size",
+)
+def _gpu_sparse(
+    y: Tensor,
+    x: Tensor,
+    positions: Tensor,
+    values: Tensor,
+    unit: Tensor,
+    bias: Tensor | None,
+    group_size: int,
+) -> Tensor:
+    check_sparse(y, x, positions, values, unit, group_size)
+    return empty_result(x, bias, y.shape[-1])

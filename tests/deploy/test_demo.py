@@ -1,3 +1,5 @@
+import json
+
 import demo
 import torch
 from safetensors.torch import save_file
@@ -14,10 +16,8 @@ def test_linear_bytes_counts_what_replaces_a_weight(tmp_path):
     assert demo.linear_bytes(tmp_path, {"a.q_proj": "4-bit"}) == 4 * 16 + 4 * 2
 
 
-def test_backends_are_read_from_the_log(tmp_path):
-    log = tmp_path / "server.log"
-    log.write_text(
-        "INFO precalib computes layout balanced-4 with backend dense (first that can run)\n"
-        "INFO precalib computes layout paper-3 with backend reference (asked for)\n"
-    )
-    assert demo.backends(log) == {"dense", "reference"}
+def test_backends_are_read_from_the_file_of_choices(tmp_path):
+    choices = tmp_path / "backends.jsonl"
+    names = ("dense", "reference", "dense")
+    choices.write_text("".join(json.dumps({"backend": name}) + "\n" for name in names))
+    assert demo.backends(choices) == {"dense", "reference"}

@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 HERE = Path(__file__).parent
 
@@ -92,3 +93,16 @@ def rank(monkeypatch: pytest.MonkeyPatch) -> Callable[..., contextlib.AbstractCo
             yield
 
     return pretend
+
+
+@pytest.fixture(params=["x86", "dense", "reference"])
+def additional(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """vLLM's additional_config that takes each backend which can run without a GPU."""
+    from precalib_kernels.backends.base import LinearSpec
+    from precalib_kernels.format.layout import Layout
+    from vllm_precalib.backends import plugin_registry
+
+    spec = LinearSpec(Layout(bits=4, group_size=128), 128, (16,), torch.float32, "cpu")
+    if reason := plugin_registry().reasons(spec)[request.param]:
+        pytest.skip(reason)
+    return {"precalib": {"backend": request.param}}

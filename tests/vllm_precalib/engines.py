@@ -14,7 +14,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import tiny
 import torch
 import transformers
 import vllm
@@ -22,6 +21,9 @@ from safetensors.torch import save_file
 from vllm.lora.request import LoRARequest
 
 from precalib_kernels.backends.x86 import library
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))  # as pyproject.toml does for pytest
+import tiny
 
 PROMPTS = [[5, 17, 101, 44, 3, 150], [199, 1, 64], list(range(20, 70))]
 TOKENS = 8
@@ -108,10 +110,21 @@ def qwen2(folder: Path, seed: int) -> tiny.Checkpoint:
     return tiny.build(folder, tiny.model_config("qwen2", **heads), layout_of, seed)
 
 
-def case_llama(folder: Path, **options: Any) -> dict[str, Any]:
+def recording(file: Path, **ours: str) -> dict[str, Any]:
+    """Options of an engine that writes to `file` which backend computes each layer."""
+    return {"additional_config": {"precalib": {"choices_file": str(file), **ours}}}
+
+
+def recorded(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def case_llama(folder: Path, backend: str | None = None, **options: Any) -> dict[str, Any]:
     first, second = llama(folder / "1", 1), llama(folder / "2", 2)
-    llm = start(first.packed, **options)
+    ours = {"backend": backend} if backend else {}
+    llm = start(first.packed, **recording(folder / "choices", **ours), **options)
     result = {
+        "choices": recorded(folder / "choices"),
         "quantization": llm.llm_engine.vllm_config.model_config.quantization,
         "first": (answers(llm), truth(first)),
     }
@@ -120,11 +133,11 @@ def case_llama(folder: Path, **options: Any) -> dict[str, Any]:
 
 
 def case_llama_dense(folder: Path) -> dict[str, Any]:
-    return case_llama(folder, **DENSE)
+    return case_llama(folder, "dense")
 
 
 def case_llama_reference(folder: Path) -> dict[str, Any]:
-    return case_llama(folder, quantization="precalib", **REFERENCE)
+    return case_llama(folder, "reference", quantization="precalib")
 
 
 def case_qwen2(folder: Path) -> dict[str, Any]:
@@ -271,8 +284,10 @@ def case_compiled_reference(folder: Path) -> dict[str, Any]:
 
 def case_parallel(folder: Path) -> dict[str, Any]:
     checkpoint = llama(folder, 10)
-    llm = start(checkpoint.packed, tensor_parallel_size=2, quantization="precalib")
-    return {"first": (answers(llm), truth(checkpoint))}
+    options = {"tensor_parallel_size": 2, "quantization": "precalib"}
+    llm = start(checkpoint.packed, **recording(folder / "choices"), **options)
+    choices = recorded(folder / "choices")
+    return {"choices": choices, "first": (answers(llm), truth(checkpoint))}
 
 
 SUITES = {

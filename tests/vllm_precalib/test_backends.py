@@ -1,28 +1,24 @@
-"""The choice of a backend, and that each means what the reference means."""
+"""The backends inside vLLM: their order, what users may say, what is logged and written down."""
 
 import dataclasses
+import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
 from vllm.model_executor.layers.linear import ReplicatedLinear
 
-from precalib_kernels.backends.base import LinearSpec
-from precalib_kernels.backends.x86 import library
+from precalib_kernels.backends.base import Backend, LinearSpec
+from precalib_kernels.backends.reference import ReferenceBackend, unpacked_rows
+from precalib_kernels.backends.registry import FORMER_NAMES, BackendRegistry
 from precalib_kernels.backends.x86.backend import X86Backend
 from precalib_kernels.errors import ServingError
+from precalib_kernels.format.checkpoint_config import CheckpointConfig
 from precalib_kernels.format.reference import dequantize
-from vllm_precalib import backends
-from vllm_precalib.backends import (
-    FORMER_NAMES,
-    Backend,
-    DenseBackend,
-    ReferenceBackend,
-    choose,
-    describe,
-    unpacked_rows,
-)
+from vllm_precalib.backends import Options, choose, describe, plugin_registry
 from vllm_precalib.config import PrecalibConfig
+from vllm_precalib.dense_backend import DenseBackend
 
 
 class Fussy(ReferenceBackend):
@@ -30,8 +26,8 @@ class Fussy(ReferenceBackend):
 
     name = "fussy"
 
-    @staticmethod
-    def can_run(spec):
+    @classmethod
+    def can_run(cls, spec):
         return f"needs a quantum computer, not a {spec.device}"
 
 
@@ -40,48 +36,28 @@ def spec(tiny):
     return LinearSpec(tiny.ROW, 160, (48,), torch.float32, "cpu")
 
 
-def test_the_default_is_native_or_else_dense(spec, monkeypatch):
-    assert isinstance(choose(spec, None, "fc", "row"), X86Backend)
-    monkeypatch.setattr(X86Backend, "can_run", lambda _: "no compiler")
-    assert isinstance(choose(spec, None, "fc", "row"), DenseBackend)
-    assert isinstance(choose(spec, "reference", "fc", "row"), ReferenceBackend)
+@pytest.fixture
+def config_of(tiny):
+    """Makes the configuration of a checkpoint whose modules are packed as "row"."""
 
+    def make(*modules, registry=None):
+        checkpoint = CheckpointConfig("t", tiny.LAYOUTS, dict.fromkeys(modules, "row"))
+        return PrecalibConfig(checkpoint, registry)
 
-def test_the_first_that_can_run_is_taken(spec):
-    table = (Fussy, ReferenceBackend, DenseBackend)
-    assert type(choose(spec, None, "fc", "row", table)) is ReferenceBackend
-
-
-def test_a_backend_that_cannot_run_is_not_forced(spec):
-    with pytest.raises(
-        ServingError,
-        match=r"^a\.fc: no backend can run this layer \(fussy: needs a quantum computer, not a cpu",
-    ):
-        choose(spec, "fussy", "a.fc", "row", (Fussy, DenseBackend))
-
-
-def test_describe_names_every_backend():
-    assert dict(describe()) == {
-        "x86": None,
-        "triton": "computes on GPUs, not on cpu",
-        "vllm_mixed_precision": "computes on GPUs, not on cpu",
-        "dense": None,
-        "reference": None,
-    }
-
-
-def test_an_unknown_backend_is_refused_with_the_known_ones(spec):
-    known = "x86, triton, vllm_mixed_precision, dense, reference"
-    with pytest.raises(ServingError, match=rf"no such backend; choose one of {known}$"):
-        choose(spec, "turbo", "a.fc", "row")
+    return make
 
 
 @pytest.fixture
-def rounded(spec):
-    rounded = dataclasses.replace(spec, int8_activations=True)
-    if reason := X86Backend.can_run(rounded):
-        pytest.skip(reason)
-    return rounded
+def make_layer(config_of, rank):
+    """Makes the layer "fc" [32, 160], packed as "row", in an engine with these options."""
+
+    def make(ours=None, registry=None, **more):
+        config = config_of("fc", registry=registry)
+        with rank(additional_config={"precalib": ours or {}}):
+            options = {"quant_config": config, "prefix": "fc", "return_bias": False, **more}
+            return ReplicatedLinear(160, 32, False, **options), config
+
+    return make
 
 
 def load(layer, tensors):
@@ -91,35 +67,67 @@ def load(layer, tensors):
     layer.quant_method.process_weights_after_loading(layer)
 
 
-def test_activations_in_8_bits_are_for_who_can_round_them(rounded, logged, monkeypatch):
-    assert choose(rounded, None, "fc", "rounded").plan.int8_inputs
-    (_, text), *_ = logged
-    assert text.endswith("x86 (first that can run; activations in 8 bits, as asked for)")
-    with pytest.raises(ServingError, match=r"\(dense: has no 8-bit activations\)$"):
-        choose(rounded, "dense", "fc", "row")
-    monkeypatch.setattr(library, "supported_isas", lambda: ("avx2", "avx512"))
-    with pytest.raises(ServingError, match=r"x86: 8-bit activations need AVX-512 with VNNI"):
-        choose(rounded, None, "fc", "row")
+def test_the_order_of_backends(spec):
+    """The one that reads packed weights first; `dense` before what is only for comparison."""
+    names = ("x86", "triton", "vllm_mixed_precision", "dense", "reference")
+    assert plugin_registry().names == names
+    reasons = plugin_registry().reasons(spec)
+    assert reasons["triton"] == reasons["vllm_mixed_precision"] == "computes on GPUs, not on cpu"
+    assert reasons["dense"] is None
+    assert reasons["reference"] is None
+    assert reasons["x86"] == X86Backend.can_run(spec)
+    assert dict(describe()) == reasons
 
 
-@pytest.mark.usefixtures("rounded")
-def test_activations_in_8_bits_change_a_product_a_little(tiny, config_of, rank):
-    tensors = tiny.random_packed(tiny.ROW, 32, 160)
-    x = torch.randn(3, 160)
-    results = []
-    for ours in ({}, {"activations": "int8"}):
-        with rank(additional_config={"precalib": ours}):
-            layer = ReplicatedLinear(
-                160, 32, False, quant_config=config_of("fc"), prefix="fc", return_bias=False
-            )
-        load(layer, tensors)
-        results.append(layer(x))
-    exact, rounded = results
-    error = (rounded - exact).norm() / exact.norm()
-    assert 1e-4 < float(error) < 0.02
+def test_without_x86_a_cpu_takes_dense(spec):
+    others = BackendRegistry(kind for kind in plugin_registry() if kind is not X86Backend)
+    assert choose(spec, Options(), others, "fc", "row").backend is DenseBackend
 
 
-@pytest.mark.parametrize("ours", ["dense", {"backends": "dense"}, {"activations": "int4"}])
+@pytest.mark.parametrize("name", ["vllm_mixed_precision", "dense"])
+def test_experts_are_refused_with_a_sentence(spec, name):
+    reasons = plugin_registry().reasons(dataclasses.replace(spec, experts=4))
+    assert reasons[name] == "computes one matrix per layer, not 4 experts"
+
+
+def test_one_that_cannot_run_is_refused_with_the_layer(spec):
+    registry = BackendRegistry((Fussy, DenseBackend))
+    with pytest.raises(
+        ServingError,
+        match=r"^a\.fc: no backend can run this layer \(fussy: needs a quantum computer, not a cpu",
+    ):
+        choose(spec, Options("fussy"), registry, "a.fc", "row")
+
+
+def test_an_unknown_one_is_refused_with_the_option(spec):
+    known = "x86, triton, vllm_mixed_precision, dense, reference"
+    with pytest.raises(
+        ServingError,
+        match=r'^additional_config \{"precalib": \{"backend": "turbo"\}\}: '
+        rf"there is no such backend; choose one of {known}$",
+    ):
+        choose(spec, Options("turbo"), plugin_registry(), "a.fc", "row")
+
+
+@pytest.mark.parametrize(("former", "name"), FORMER_NAMES.items())
+def test_former_names_are_understood(spec, former, name):
+    registry = plugin_registry()
+    if reason := registry.reasons(spec)[name]:
+        with pytest.raises(ServingError, match=f"{name}: {re.escape(reason)}"):
+            choose(spec, Options(former), registry, "fc", "row")
+    else:
+        assert choose(spec, Options(former), registry, "fc", "row").backend.name == name
+
+
+def test_options():
+    assert Options.parse({}) == Options.parse({"precalib": {}, "other": 1}) == Options()
+    ours = {"backend": "dense", "activations": "int8", "choices_file": "/tmp/choices"}
+    assert Options.parse({"precalib": ours}) == Options("dense", True, Path("/tmp/choices"))
+
+
+@pytest.mark.parametrize(
+    "ours", ["dense", {"backends": "dense"}, {"activations": "int4"}, {"choices_file": 3}]
+)
 def test_anything_else_in_additional_config_is_refused(config_of, rank, ours):
     with (
         rank(additional_config={"precalib": ours}),
@@ -128,22 +136,12 @@ def test_anything_else_in_additional_config_is_refused(config_of, rank, ours):
         ReplicatedLinear(160, 32, quant_config=config_of("fc"), prefix="fc")
 
 
-@pytest.fixture
-def config_of(tiny):
-    from precalib_kernels.format.checkpoint_config import CheckpointConfig
-
-    def make(*modules):
-        return PrecalibConfig(CheckpointConfig("t", tiny.LAYOUTS, dict.fromkeys(modules, "row")))
-
-    return make
-
-
 def test_the_choice_is_logged_once_with_its_reason(spec, logged):
-    table = (Fussy, DenseBackend)
+    registry = BackendRegistry((Fussy, DenseBackend))
     for where in ("first", "second"):
-        choose(spec, None, where, "once", table)
-    choose(spec, None, "third", "another", table)
-    choose(spec, "dense", "fourth", "another", table)
+        choose(spec, Options(), registry, where, "once")
+    choose(spec, Options(), registry, "third", "another")
+    choose(spec, Options("dense"), registry, "fourth", "another")
     reason = "first that can run; fussy: needs a quantum computer, not a cpu"
     assert logged == [
         ("INFO", f"precalib computes layout once with backend dense ({reason})"),
@@ -152,40 +150,76 @@ def test_the_choice_is_logged_once_with_its_reason(spec, logged):
     ]
 
 
+def test_the_choice_is_recorded_for_every_layer(make_layer, tiny):
+    layer, config = make_layer({"backend": "dense"})
+    choice = config.choices["fc"]
+    assert set(config.choices) == {"fc"}
+    assert choice.backend is DenseBackend
+    assert choice.spec == layer.quant_method.spec
+    assert choice.spec.layout == tiny.ROW
+
+
+def test_choices_are_written_to_a_file(make_layer, tmp_path):
+    file = tmp_path / "choices.jsonl"
+    for backend in ("dense", "reference"):
+        _, config = make_layer({"backend": backend, "choices_file": str(file)})
+    first, second = map(json.loads, file.read_text().splitlines())
+    assert second == {"layer": "fc", "layout_name": "row", "rank": 0} | (
+        config.choices["fc"].to_dict()
+    )
+    assert first["backend"] == "dense"
+    assert first["reasons"]["reference"] == "dense was asked for"
+
+
+def test_a_file_that_cannot_be_written_is_named(make_layer, tmp_path):
+    file = tmp_path / "missing" / "choices.jsonl"
+    with pytest.raises(
+        ServingError, match=r'^additional_config: "choices_file" .*choices.jsonl cannot be written'
+    ):
+        make_layer({"choices_file": str(file)})
+
+
+def test_activations_in_8_bits_change_a_product_a_little(make_layer, tiny, spec):
+    if reason := X86Backend.can_run(dataclasses.replace(spec, int8_activations=True)):
+        pytest.skip(reason)
+    tensors = tiny.random_packed(tiny.ROW, 32, 160)
+    x = torch.randn(3, 160)
+    results = []
+    for ours in ({}, {"activations": "int8"}):
+        layer, _ = make_layer(ours)
+        load(layer, tensors)
+        results.append(layer(x))
+    exact, rounded = results
+    error = (rounded - exact).norm() / exact.norm()
+    assert 1e-4 < float(error) < 0.02
+
+
 @pytest.mark.parametrize("name", ["row", "sign", "min-max", "plain", "trellis"])
-def test_unpacking_in_pieces_changes_nothing(tiny, monkeypatch, name):
+def test_dense_weights_are_the_reference_rounded_once(tiny, name):
     layout = tiny.LAYOUTS[name]
     parts = [tiny.random_packed(layout, rows, 160, seed=rows) for rows in (48, 17, 1)]
     tensors = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
     whole = torch.cat([dequantize(part, layout, 160) for part in parts])
-    monkeypatch.setattr(backends, "CHUNK_WEIGHTS", 5 * 160)
     for dtype in (torch.float32, torch.bfloat16):
         spec = LinearSpec(layout, 160, (48, 17, 1), dtype, "cpu")
         prepared = DenseBackend(spec).prepare(tensors, "fc")
         assert torch.equal(prepared["weight"], whole.to(dtype))
 
 
-def test_each_backend_keeps_only_its_own_form(tiny, config_of, rank):
+def test_each_backend_keeps_only_its_own_tensors(make_layer, tiny, additional):
     tensors = tiny.random_packed(tiny.ROW, 32, 160)
-    kept = {}
-    for backend in ("x86", "dense", "reference"):
-        with rank(additional_config={"precalib": {"backend": backend}}):
-            layer = ReplicatedLinear(160, 32, False, quant_config=config_of("fc"), prefix="fc")
-        load(layer, tensors)
-        kept[backend] = {name for name, _ in layer.named_parameters()}
-    native = {"qweight", "plan"}
-    assert kept == {"x86": native, "dense": {"weight"}, "reference": set(tensors)}
+    layer, _ = make_layer(additional["precalib"])
+    load(layer, tensors)
+    kept = {"x86": {"qweight", "x86_layout"}, "dense": {"weight"}, "reference": set(tensors)}
+    names = {name for name, _ in layer.named_parameters()}
+    assert names == kept[additional["precalib"]["backend"]]
 
 
-def test_a_backend_of_its_own_in_memory_form_is_one_class(tiny, config_of, rank, monkeypatch):
-    """The slot for native kernels: other tensors under other names, and its own product."""
+def test_a_backend_of_its_own_is_one_class(make_layer, tiny):
+    """Other tensors under other names, and its own product; the registry is the caller's."""
 
     class Transposed(Backend):
         name = "transposed"
-
-        @staticmethod
-        def can_run(spec):
-            return None if spec.device == "cpu" else "needs a CPU"
 
         def prepare(self, tensors, where):
             weight = torch.cat([rows for _, rows in unpacked_rows(tensors, self.spec, where)])
@@ -195,23 +229,10 @@ def test_a_backend_of_its_own_in_memory_form_is_one_class(tiny, config_of, rank,
             y = x @ layer.qweight / layer.factor * 2
             return y if bias is None else y + bias
 
-    monkeypatch.setattr(choose, "__defaults__", ((Transposed, DenseBackend),))
     tensors = tiny.random_packed(tiny.ROW, 32, 160)
-    with rank():
-        layer = ReplicatedLinear(
-            160, 32, False, quant_config=config_of("fc"), prefix="fc", return_bias=False
-        )
+    layer, config = make_layer(registry=BackendRegistry((Transposed, DenseBackend)))
     load(layer, tensors)
+    assert config.choices["fc"].reasons == {"dense": "lower priority"}
     assert {name for name, _ in layer.named_parameters()} == {"qweight", "factor"}
     weight = dequantize(tensors, tiny.ROW, 160)
     torch.testing.assert_close(layer(torch.eye(160)), weight.T)
-
-
-@pytest.mark.parametrize(("former", "name"), FORMER_NAMES.items())
-def test_former_names_are_understood(spec, former, name):
-    known = {backend.name: backend for backend in backends.BACKENDS}
-    if reason := known[name].can_run(spec):
-        with pytest.raises(ServingError, match=f"{name}: {re.escape(reason)}"):
-            choose(spec, former, "fc", "row")
-    else:
-        assert choose(spec, former, "fc", "row").name == name

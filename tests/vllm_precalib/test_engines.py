@@ -1,11 +1,22 @@
 """vLLM engines against transformers on the weights as the reference unpacks them."""
 
 import pytest
+import torch
+
+from precalib_kernels.backends.base import LinearSpec
+from precalib_kernels.format.layout import Layout
+from vllm_precalib.backends import plugin_registry
 
 pytestmark = pytest.mark.engine
 
 # Both sides compute in float32; what differs is the order of additions. Observed: 5e-6.
 LOGPROB_TOLERANCE = 1e-3
+
+
+def default_backend():
+    """Of packed layers on this machine: `x86`, or `dense` without AVX2."""
+    spec = LinearSpec(Layout(bits=4, group_size=128), 128, (16,), torch.float32, "cpu")
+    return plugin_registry().choose(spec).backend.name
 
 
 @pytest.fixture
@@ -31,6 +42,29 @@ def assert_same(pair, tolerance=LOGPROB_TOLERANCE):
 @pytest.mark.parametrize("weights", ["first", "reloaded"])
 def test_answers_are_those_of_transformers(case, name, weights):
     assert_same(case("eager", name)[weights])
+
+
+PACKED = {  # how vLLM fuses what `engines.llama` packs
+    f"model.layers.{layer}.{name}"
+    for layer in range(2)
+    for name in ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
+} - {"model.layers.1.mlp.down_proj"}
+
+
+@pytest.mark.parametrize("name", ["llama", "llama_dense", "llama_reference"])
+def test_every_layer_is_computed_by_the_backend_that_is_meant(case, name):
+    backend = name.partition("_")[2]
+    choices = case("eager", name)["choices"]
+    assert sorted(choice["layer"] for choice in choices) == sorted(PACKED)
+    assert {choice["backend"] for choice in choices} == {backend or default_backend()}
+    assert {choice["asked_for"] for choice in choices} == {bool(backend)}
+
+
+def test_every_rank_writes_down_its_choices(case):
+    choices = case("parallel", "parallel")["choices"]
+    expected = [(rank, layer) for rank in range(2) for layer in sorted(PACKED)]
+    assert sorted((choice["rank"], choice["layer"]) for choice in choices) == expected
+    assert {choice["backend"] for choice in choices} == {default_backend()}
 
 
 def test_reloading_changes_the_answers(case):
@@ -95,5 +129,5 @@ def test_two_ranks_answer_like_one(case):
 def test_the_backend_is_logged_once_for_all_layers_and_ranks(suite):
     log = suite("parallel")["log"]
     for layout in ("row", "sign"):
-        line = f"precalib computes layout {layout} with backend x86 (first that can run)"
+        line = f"precalib computes layout {layout} with backend {default_backend()} ("
         assert log.count(line) == 1

@@ -144,7 +144,6 @@ def test_the_part_that_is_not_finite_is_named(attention, name, part):
         process(layer)
 
 
-@pytest.mark.parametrize("additional", [{}, REFERENCE], ids=["dense", "reference"])
 @pytest.mark.parametrize("layout_name", ["row", "sign", "min-max"])
 def test_positions_out_of_range(row_layer, layout_name, additional):
     layer, tensors = row_layer(layout_name, additional_config=additional)
@@ -154,7 +153,6 @@ def test_positions_out_of_range(row_layer, layout_name, additional):
         process(layer)
 
 
-@pytest.mark.parametrize("additional", [{}, REFERENCE], ids=["dense", "reference"])
 @pytest.mark.parametrize("layout_name", ["row", "sign", "min-max", "plain"])
 def test_dummy_weights_compute(row_layer, layout_name, additional):
     layer, tensors = row_layer(

@@ -18,7 +18,6 @@ from vllm_precalib.config import PrecalibConfig
 
 FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 NAMES = ["row", "sign", "min-max", "plain", "trellis"]
-REFERENCE = {"precalib": {"backend": "reference"}}
 
 
 @pytest.fixture
@@ -49,7 +48,6 @@ def options(config, **more):
     return {"quant_config": config, "bias": False, "params_dtype": torch.float32, **more}
 
 
-@pytest.mark.parametrize("additional", [{}, REFERENCE], ids=["dense", "reference"])
 @pytest.mark.parametrize("name", NAMES)
 def test_column_parallel_takes_rows(tiny, config, rank, name, additional):
     layout = tiny.LAYOUTS[name]
@@ -62,7 +60,6 @@ def test_column_parallel_takes_rows(tiny, config, rank, name, additional):
         torch.testing.assert_close(unpacked(layer), whole[24 * index : 24 * (index + 1)])
 
 
-@pytest.mark.parametrize("additional", [{}, REFERENCE], ids=["dense", "reference"])
 @pytest.mark.parametrize("name", NAMES)
 def test_row_parallel_takes_columns_at_group_boundaries(tiny, config, rank, name, additional):
     layout = tiny.LAYOUTS[name]
@@ -76,22 +73,22 @@ def test_row_parallel_takes_columns_at_group_boundaries(tiny, config, rank, name
 
 
 @pytest.mark.parametrize("ragged", [96, 160])
-def test_row_parallel_alone_may_be_ragged(tiny, config, rank, ragged):
+def test_row_parallel_alone_may_be_ragged(tiny, config, rank, ragged, additional):
     tensors = tiny.random_packed(tiny.ROW, 40, ragged)
-    with rank():
+    with rank(additional_config=additional):
         layer = RowParallelLinear(ragged, 40, prefix="down", **options(config(down="row")))
     load(layer, tensors)
     torch.testing.assert_close(unpacked(layer), dequantize(tensors, tiny.ROW, ragged))
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_merged_parts_keep_their_own_column_scale(tiny, config, rank, name):
+def test_merged_parts_keep_their_own_column_scale(tiny, config, rank, name, additional):
     layout = tiny.LAYOUTS[name]
     parts = [tiny.random_packed(layout, rows, 160, seed=rows) for rows in (32, 64)]
     gate, up = (dequantize(tensors, layout, 160) for tensors in parts)
     packed = config(mlp__gate_proj=name, mlp__up_proj=name)
     for index in range(2):
-        with rank(index, of=2):
+        with rank(index, of=2, additional_config=additional):
             layer = MergedColumnParallelLinear(
                 160, [32, 64], prefix="mlp.gate_up_proj", **options(packed)
             )
@@ -102,7 +99,9 @@ def test_merged_parts_keep_their_own_column_scale(tiny, config, rank, name):
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_key_and_value_heads_are_copied_when_ranks_outnumber_them(tiny, config, rank, ranks):
+def test_key_and_value_heads_are_copied_when_ranks_outnumber_them(
+    tiny, config, rank, ranks, additional
+):
     parts = {
         shard: tiny.random_packed(tiny.ROW, rows, 160, seed=rows)
         for shard, rows in {"q": 128, "k": 64, "v": 64}.items()
@@ -110,7 +109,7 @@ def test_key_and_value_heads_are_copied_when_ranks_outnumber_them(tiny, config, 
     q, k, v = (dequantize(tensors, tiny.ROW, 160) for tensors in parts.values())
     packed = config(q_proj="row", k_proj="row", v_proj="row")
     for index in range(ranks):
-        with rank(index, of=ranks):
+        with rank(index, of=ranks, additional_config=additional):
             layer = QKVParallelLinear(160, 32, 4, 2, prefix="qkv_proj", **options(packed))
         for shard, tensors in parts.items():
             load(layer, tensors, shard)
@@ -121,13 +120,13 @@ def test_key_and_value_heads_are_copied_when_ranks_outnumber_them(tiny, config, 
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_parts_fused_in_the_checkpoint(tiny, config, rank, ranks):
+def test_parts_fused_in_the_checkpoint(tiny, config, rank, ranks, additional):
     qkv, gate_up = (tiny.random_packed(tiny.ROW, rows, 160, seed=rows) for rows in (256, 64))
     packed = config(qkv_proj="row", gate_up_proj="row")
     whole = dequantize(qkv, tiny.ROW, 160).split([128, 64, 64])
     halves = dequantize(gate_up, tiny.ROW, 160).split([32, 32])
     for index in range(ranks):
-        with rank(index, of=ranks):
+        with rank(index, of=ranks, additional_config=additional):
             attention = QKVParallelLinear(160, 32, 4, 2, prefix="qkv_proj", **options(packed))
             mlp = MergedColumnParallelLinear(
                 160, [32, 32], prefix="gate_up_proj", **options(packed)
@@ -141,23 +140,23 @@ def test_parts_fused_in_the_checkpoint(tiny, config, rank, ranks):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_replicated(tiny, config, rank, name):
+def test_replicated(tiny, config, rank, name, additional):
     layout = tiny.LAYOUTS[name]
     tensors = tiny.random_packed(layout, 24, 160)
-    with rank(1, of=2):
+    with rank(1, of=2, additional_config=additional):
         layer = ReplicatedLinear(160, 24, prefix="fc", **options(config(fc=name)))
     load(layer, tensors)
     torch.testing.assert_close(unpacked(layer), dequantize(tensors, layout, 160))
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_padded_output_head(tiny, config, rank, name):
+def test_padded_output_head(tiny, config, rank, name, additional):
     layout = tiny.LAYOUTS[name]
     tensors = tiny.random_packed(layout, 100, 160)
     padded = torch.zeros(128, 160)
     padded[:100] = dequantize(tensors, layout, 160)
     for index in range(2):
-        with rank(index, of=2):
+        with rank(index, of=2, additional_config=additional):
             layer = ParallelLMHead(
                 100,
                 160,
@@ -169,7 +168,6 @@ def test_padded_output_head(tiny, config, rank, name):
         torch.testing.assert_close(unpacked(layer), padded[64 * index :][:64])
 
 
-@pytest.mark.parametrize("additional", [{}, REFERENCE], ids=["dense", "reference"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_bias_and_type(tiny, config, rank, dtype, additional):
     tensors = tiny.random_packed(tiny.MIN_MAX, 48, 160)

@@ -4,23 +4,25 @@ import dataclasses
 
 import pytest
 import torch
+from packed_tensors import RECIPE_LAYOUTS
 from vllm.model_executor.kernels.linear import MPLinearKernel
 from vllm.model_executor.kernels.linear.mixed_precision import machete, marlin
 from vllm.platforms import current_platform
 from vllm.platforms.interface import DeviceCapability, PlatformEnum
 
-from offline_quantize.method.recipes import RECIPES
 from precalib_kernels.backends.base import LinearSpec
+from precalib_kernels.backends.triton import backend as triton_backend
 from precalib_kernels.backends.triton import salient_op
+from precalib_kernels.backends.triton.backend import WarmUps
 from precalib_kernels.errors import FormatError
 from precalib_kernels.format import reference
 from precalib_kernels.format.bitstream import unpack_bits
 from precalib_kernels.format.layout import Layout
-from vllm_precalib import mixed_precision_backend, triton_backend
-from vllm_precalib.backends import choose
+from vllm_precalib import mixed_precision_backend
+from vllm_precalib.backends import plugin_registry
 from vllm_precalib.mixed_precision_backend import MixedPrecisionBackend
 
-PLAIN, SALIENT = RECIPES["rtn-4"].layout, RECIPES["paper-4"].layout
+PLAIN, SALIENT = RECIPE_LAYOUTS["rtn-4"], RECIPE_LAYOUTS["paper-4"]
 SCALED = Layout(4, 64, scale="log8", column_scale=True)
 SPEC = LinearSpec(PLAIN, 4096, (4096,), torch.bfloat16, "cuda")
 
@@ -37,8 +39,8 @@ def card(monkeypatch, rank):
             "get_device_capability",
             classmethod(lambda *_, **__: DeviceCapability(major, minor)),
         )
-        monkeypatch.setattr(mixed_precision_backend, "HAS_TRITON", True)
-        monkeypatch.setattr(triton_backend, "HAS_TRITON", True)
+        monkeypatch.setattr(triton_backend, "has_triton", lambda: True)
+        monkeypatch.setattr(triton_backend, "compute_capability", lambda: (major, minor))
 
     with rank():
         yield pretend
@@ -114,8 +116,8 @@ def test_it_takes_what_vllm_takes(card, capability, size, kernel):
     [
         ({"device": "cpu"}, "computes on GPUs, not on cpu"),
         ({"dtype": torch.float32}, "not in torch.float32"),
-        ({"layout": RECIPES["rtn-3"].layout}, "for 4-bit codes, not for 3 bits"),
-        ({"layout": RECIPES["balanced-4"].layout}, "uniform levels only, not a trellis"),
+        ({"layout": RECIPE_LAYOUTS["rtn-3"]}, "for 4-bit codes, not for 3 bits"),
+        ({"layout": RECIPE_LAYOUTS["balanced-4"]}, "uniform levels only, not a trellis"),
         (
             {"layout": Layout(4, 128, tuple(range(-120, 121, 16)))},
             "uniform levels only, not a table of levels",
@@ -140,7 +142,7 @@ def test_it_says_why_not(card, change, reason):
 
 def test_without_triton_there_are_no_salient_weights(card, monkeypatch):
     card(8)
-    monkeypatch.setattr(mixed_precision_backend, "HAS_TRITON", False)
+    monkeypatch.setattr(triton_backend, "has_triton", lambda: False)
     assert MixedPrecisionBackend.can_run(SPEC) is None
     assert "need Triton" in MixedPrecisionBackend.can_run(dataclasses.replace(SPEC, layout=SALIENT))
 
@@ -153,8 +155,11 @@ def test_a_kernel_of_another_layout_is_refused(recorded, monkeypatch):
 def test_it_is_next_when_triton_refuses(card):
     card(7, 5)  # too old for triton
     spec = dataclasses.replace(SPEC, dtype=torch.float16)
-    assert choose(spec, None, "fc", "plain").name == "vllm_mixed_precision"
-    assert choose(SPEC, "vllm_mixed_precision", "fc", "plain").name == "vllm_mixed_precision"
+    registry = plugin_registry()
+    choice = registry.choose(spec)
+    assert choice.backend is MixedPrecisionBackend
+    assert choice.reasons["triton"] == "needs compute capability 8.0"
+    assert registry.choose(SPEC, "vllm_mixed_precision").backend is MixedPrecisionBackend
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -272,6 +277,7 @@ def test_kinds_of_layers_are_warmed_up_once(recorded, monkeypatch):
         MixedPrecisionBackend, "apply", lambda _, __, x, bias: runs.append((len(x), bias is None))
     )
     backend = MixedPrecisionBackend(LinearSpec(SALIENT, 128, (8,), torch.float16, "cuda"))
+    warm_ups = WarmUps()
     for _ in range(3):
-        mixed_precision_backend.warm_up(backend, torch.nn.Module(), torch.device("cpu"))
+        mixed_precision_backend.warm_up(backend, torch.nn.Module(), torch.device("cpu"), warm_ups)
     assert runs == [(rows, without) for rows in (1, 8, 16, 32) for without in (True, False)]

@@ -9,16 +9,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import packed_tensors
 import torch
 import transformers
 from safetensors.torch import save_file
 from torch import Tensor
 
-from precalib_kernels.format.bitstream import pack_bits
 from precalib_kernels.format.checkpoint_config import CheckpointConfig
 from precalib_kernels.format.layout import Layout
 from precalib_kernels.format.reference import dequantize
-from precalib_kernels.format.salient_index import pack_salient
 
 ROW = Layout(
     bits=4,
@@ -48,33 +47,17 @@ class Checkpoint:
 
 
 def random_packed(layout: Layout, rows: int, columns: int, seed: int = 0) -> dict[str, Tensor]:
-    """Valid packed tensors of a weight [rows, columns], with every code in use."""
-    make = torch.Generator().manual_seed(seed)
-    groups, count = layout.groups(columns), layout.salient_count
+    """Valid packed tensors of a weight [rows, columns] of WEIGHT_SIZE, with every code in use.
 
-    def integers(high: int, *shape: int) -> Tensor:
-        return torch.randint(high, shape, generator=make, dtype=torch.uint8)
-
-    def floats(low: float, high: float, *shape: int) -> Tensor:
-        return (low + (high - low) * torch.rand(shape, generator=make)).half()
-
-    values = {
-        "qweight": lambda: pack_bits(integers(2**layout.bits, rows, columns), layout.bits),
-        "scales": lambda: (
-            integers(64, rows, groups) if layout.scale == "log8" else floats(0.5, 1, rows, groups)
-        ),
-        "row_scale": lambda: floats(0.5, 1, rows, 1),
-        "zeros": lambda: integers(2**layout.bits, rows, groups),
-        "salient": lambda: pack_salient(
-            _random_positions(layout, rows, columns, make),
-            integers(2 ** (layout.salient_bits - layout.bits), rows, groups, count),
-            layout,
-        ),
-        "salient_scale": lambda: floats(0.01, 0.02, rows, 1),
-        "salient_offset": lambda: floats(1, 2, rows, 1),
-        "column_scale": lambda: floats(0.5, 1.5, 1, columns),
+    Salient weights are larger than the others, and both matter.
+    """
+    ranges = {
+        **dict.fromkeys(("scales", "row_scale"), (0.5, 1.0)),
+        "salient_scale": (0.01, 0.02),
+        "salient_offset": (1.0, 2.0),
+        "column_scale": (0.5, 1.5),
     }
-    tensors = {name: values[name]() for name in layout.tensors(rows, columns)}
+    tensors = packed_tensors.random_packed(layout, rows, columns, seed, 64, ranges).tensors
     layout.check(tensors, columns, "test")
     size = dequantize(tensors, layout, columns).square().mean().sqrt()
     scaled = ["row_scale"] if layout.scale == "log8" else ["scales"]
@@ -82,16 +65,6 @@ def random_packed(layout: Layout, rows: int, columns: int, seed: int = 0) -> dic
         if name in tensors:
             tensors[name] = (tensors[name].float() * WEIGHT_SIZE / size).half()
     return tensors
-
-
-def _random_positions(layout: Layout, rows: int, columns: int, make: torch.Generator) -> Tensor:
-    groups, group, count = layout.groups(columns), layout.group_size, layout.salient_count
-    draw = torch.rand(rows, groups, group, generator=make)
-    draw[:, -1, columns - (groups - 1) * group :] = 2  # not in the ragged group
-    chosen = draw.argsort(-1)[..., :count]
-    used = torch.randint(count + 1, (rows, groups, 1), generator=make)
-    chosen = torch.where(torch.arange(count) < used, chosen, group).sort(-1).values
-    return torch.where(chosen < group, chosen, -1)
 
 
 def model_config(kind: str, **changes: Any) -> transformers.PreTrainedConfig:

@@ -1,13 +1,14 @@
-"""What a backend is: a way to compute with packed weights.
+"""What a backend is: one way to compute with packed weights.
 
-It is one class, which says whether it can run, turns the tensors of the file into its own in-memory
-form once, and multiplies.
+A backend is one class. It says whether it can run a layer, turns the packed tensors of the file
+into its own tensors in memory once, and multiplies. Nothing here knows an inference engine: an
+engine makes the layers and loads the tensors, and asks `registry` which backend to use.
 """
 
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -17,11 +18,14 @@ from precalib_kernels.format.layout import Layout
 
 @dataclasses.dataclass(frozen=True)
 class LinearSpec:
-    """Everything the choice of a backend may depend on, for one layer on one rank.
+    """Everything that a backend is told about one linear layer on one rank.
 
-    shard_sizes: rows of the matrices fused into the layer, in order.
+    layout:      how the weight is packed.
+    input_size:  K of this rank.
+    shard_sizes: rows of the matrices fused into the layer on this rank, in order; their sum is N.
     dtype:       type of the activations and of the result.
     device:      torch's name for the kind of device, "cpu" or "cuda".
+    experts:     matrices of this shape in the layer; more than one for a mixture of experts.
     int8_activations: whether products are to round activations to 8 bits.
     """
 
@@ -30,37 +34,94 @@ class LinearSpec:
     shard_sizes: tuple[int, ...]
     dtype: torch.dtype
     device: str
+    experts: int = 1
     int8_activations: bool = False
+
+    @property
+    def output_size(self) -> int:
+        """N of this rank."""
+        return sum(self.shard_sizes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        return {
+            "layout": self.layout.to_dict(),
+            "input_size": self.input_size,
+            "shard_sizes": list(self.shard_sizes),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "device": self.device,
+            "experts": self.experts,
+            "int8_activations": self.int8_activations,
+        }
 
 
 class Backend(ABC):
-    """How one layer computes. What it keeps between calls are parameters of the layer."""
+    """How one layer computes. What it keeps between calls are parameters of that layer.
+
+    name:             what users call it.
+    int8_activations: whether it can round activations to 8 bits.
+    experts:          whether it can compute a layer of several experts.
+
+    An engine calls `prepare` once the packed tensors are loaded, makes parameters of what it
+    returns, calls `finish`, and then `apply` for every product.
+    """
 
     name: ClassVar[str]
-    int8_activations: ClassVar[bool] = False  # whether it can round activations to 8 bits
+    int8_activations: ClassVar[bool] = False
+    experts: ClassVar[bool] = False
 
     def __init__(self, spec: LinearSpec) -> None:
         self.spec = spec
 
-    @staticmethod
-    @abstractmethod
-    def can_run(spec: LinearSpec) -> str | None:
-        """None, or the reason why this backend cannot take the layer."""
+    @classmethod
+    def can_run(cls, spec: LinearSpec) -> str | None:
+        """None, or the reason why this backend cannot compute such a layer on this machine.
+
+        A subclass with limits of its own asks this one first. The reason reads well after
+        "NAME: ".
+        """
+        if spec.experts > 1 and not cls.experts:
+            return f"computes one matrix per layer, not {spec.experts} experts"
+        if spec.int8_activations and not cls.int8_activations:
+            return "has no 8-bit activations"
+        return None
+
+    @classmethod
+    def can_embed(cls, spec: LinearSpec) -> str | None:
+        """None, or the reason why this backend cannot look rows of such a weight up."""
+        del spec
+        return f"backend {cls.name} cannot look up rows of packed embeddings"
 
     @abstractmethod
     def prepare(self, tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
-        """The in-memory form, which becomes parameters of the layer under these names.
+        """The tensors to keep, which become parameters of the layer under these names.
 
-        tensors: as named by `Layout.tensors`; column_scale has a row per shard.
+        tensors: the packed tensors as named by `Layout.tensors`, each with N rows; column_scale
+                 has a row per shard. They may be changed or returned, and are not used after.
         where:   the layer's name, for errors.
 
         Raises FormatError for positions out of range. It is called again after a reload, and
-        must then return the same names and shapes.
+        must then return the same names, shapes and types.
         """
 
     def finish(self, layer: torch.nn.Module) -> None:  # noqa: B027
-        """Do what has to be done after the parameters are in place; by default nothing."""
+        """Do what has to be done once the parameters are in place; by default nothing."""
 
     @abstractmethod
     def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
-        """x·Ŵᵀ + bias, traceable by torch.compile: x [..., K] to [..., N]."""
+        """x·Ŵᵀ + bias, traceable by torch.compile.
+
+        layer: holds the parameters that `prepare` returned.
+        x:     [..., K] in the spec's type, which is also that of the result [..., N].
+        bias:  [N] in the same type, or None.
+        """
+
+    def embedding(self, layer: torch.nn.Module, ids: Tensor) -> Tensor:
+        """Rows of Ŵ, [..., K] in the spec's type, traceable by torch.compile.
+
+        ids: [...] int64, all of them at least 0 and below N.
+
+        Raises NotImplementedError where `can_embed` gives a reason.
+        """
+        del layer, ids
+        raise NotImplementedError(self.can_embed(self.spec))

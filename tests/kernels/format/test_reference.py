@@ -2,15 +2,15 @@
 
 import pytest
 import torch
+from packed_tensors import RECIPE_LAYOUTS
 
-from offline_quantize.method.recipes import RECIPES
 from precalib_kernels.errors import FormatError
 from precalib_kernels.format import reference
 from precalib_kernels.format.codebooks import TRELLIS_CODEBOOKS
 from precalib_kernels.format.layout import Layout
 
 LAYOUTS = {
-    **{name: recipe.layout for name, recipe in RECIPES.items()},
+    **RECIPE_LAYOUTS,
     "uniform-2": Layout(2, 64),
     "table-4": Layout(4, 32, codebook=tuple(range(-120, 121, 16)), salient_count=3),
     "trellis-2": Layout(2, 64, codebook=TRELLIS_CODEBOOKS[2], trellis=True, column_scale=True),

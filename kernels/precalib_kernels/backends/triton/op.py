@@ -1,4 +1,4 @@
-"""`precalib::gpu_linear` and `precalib::gpu_dequantize`: the operators over the in-memory form."""
+"""`precalib::gpu_linear` and `precalib::gpu_dequantize`: typed functions and the implementation."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -16,36 +16,39 @@ from precalib_kernels.backends.triton.launch_configs import (
     splits,
 )
 from precalib_kernels.backends.triton.memory_layout import ROWS, TritonLayout, padded, triton_layout
-from precalib_kernels.errors import FormatError
 from precalib_kernels.format.layout import Layout
-from precalib_kernels.ops import empty_result
+from precalib_kernels.ops import array_order as array_order
+from precalib_kernels.ops import named_arrays
 
 PANEL_WEIGHTS = 1 << 25  # dequantized at a time for a plain product: 64 MiB of bfloat16
 
 
-def array_order(layout: Layout) -> list[str]:
-    """Names of the in-memory form's arrays in the order in which the operators take them."""
-    form = triton_layout(layout)
-    chosen = ["qweight", "group_data", "row_unit", "tiles", "table", "constants"]
-    if form.in_place:
-        chosen.append("salient_lines")
-    if form.slots:
-        chosen += ["salient_positions", "salient_values", "salient_unit"]
-    if layout.column_scale:
-        chosen.append("column_scale")
-    return chosen
-
-
-@torch.library.custom_op("precalib::gpu_linear", mutates_args=())
 def gpu_linear(
     x: Tensor, packed: list[Tensor], bias: Tensor | None, shard_sizes: list[int], layout: str
 ) -> Tensor:
-    """x·Ŵᵀ + bias from the in-memory form: [..., K] to [..., N] in the type of x.
+    """`precalib::gpu_linear`: x·Ŵᵀ + bias, [..., K] to [..., N] in the type of x; see `ops`.
 
     packed: as `repack` gives them, in the order of `array_order`.
     """
+    result: Tensor = torch.ops.precalib.gpu_linear(x, packed, bias, shard_sizes, layout)
+    return result
+
+
+def gpu_dequantize(
+    packed: list[Tensor], input_size: int, shard_sizes: list[int], layout: str, dtype: torch.dtype
+) -> Tensor:
+    """`precalib::gpu_dequantize`: Ŵ [N, input_size] in `dtype`; see `ops`."""
+    result: Tensor = torch.ops.precalib.gpu_dequantize(
+        packed, input_size, shard_sizes, layout, dtype
+    )
+    return result
+
+
+def _gpu_linear(
+    x: Tensor, packed: list[Tensor], bias: Tensor | None, shard_sizes: list[int], layout: str
+) -> Tensor:
     parsed = Layout.from_text(layout)
-    arrays = _named(packed, parsed, x.shape[-1], shard_sizes)
+    arrays = named_arrays(packed, x.shape[-1], shard_sizes, parsed)
     flat = x.reshape(-1, x.shape[-1])
     if flat.shape[0] == 0:
         return x.new_empty((*x.shape[:-1], sum(shard_sizes)))
@@ -57,32 +60,21 @@ def gpu_linear(
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
-@gpu_linear.register_fake
-def _(
-    x: Tensor, packed: list[Tensor], bias: Tensor | None, shard_sizes: list[int], layout: str
-) -> Tensor:
-    _named(packed, Layout.from_text(layout), int(x.shape[-1]), shard_sizes)
-    return empty_result(x, bias, sum(shard_sizes))
+# for every device: under Triton's interpreter kernels run on the CPU
+torch.library.register_kernel("precalib::gpu_linear", None, _gpu_linear)
 
 
-@torch.library.custom_op("precalib::gpu_dequantize", mutates_args=())
-def gpu_dequantize(
+def _gpu_dequantize(
     packed: list[Tensor], input_size: int, shard_sizes: list[int], layout: str, dtype: torch.dtype
 ) -> Tensor:
-    """Ŵ [N, input_size] in `dtype` from the in-memory form."""
     parsed = Layout.from_text(layout)
-    arrays = _named(packed, parsed, input_size, shard_sizes)
+    arrays = named_arrays(packed, input_size, shard_sizes, parsed)
     weight = packed[0].new_empty((sum(shard_sizes), input_size), dtype=dtype)
     panel(weight, arrays, parsed, 0, packed[0].shape[2] // ROWS)
     return weight
 
 
-@gpu_dequantize.register_fake
-def _(
-    packed: list[Tensor], input_size: int, shard_sizes: list[int], layout: str, dtype: torch.dtype
-) -> Tensor:
-    _named(packed, Layout.from_text(layout), input_size, shard_sizes)
-    return packed[0].new_empty((sum(shard_sizes), input_size), dtype=dtype)
+torch.library.register_kernel("precalib::gpu_dequantize", None, _gpu_dequantize)
 
 
 def product(
@@ -262,20 +254,3 @@ def processors(device: torch.device) -> int:
     if device.type != "cuda":
         return 3
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
-def _named(
-    packed: list[Tensor], layout: Layout, input_size: int, shard_sizes: Sequence[int]
-) -> dict[str, Tensor]:
-    wanted = array_order(layout)
-    if len(packed) != len(wanted):
-        raise FormatError(f"{len(packed)} arrays of the in-memory form, expected {wanted}")
-    arrays = dict(zip(wanted, packed, strict=True))
-    form = triton_layout(layout)
-    rows = sum(padded(size) for size in shard_sizes)
-    shape = (form.steps(input_size), form.stored_tiles, rows, 16)
-    if tuple(packed[0].shape) != shape or packed[0].dtype != torch.int16:
-        raise FormatError(
-            f"'qweight' is {list(packed[0].shape)} {packed[0].dtype}, expected {list(shape)} int16"
-        )
-    return arrays

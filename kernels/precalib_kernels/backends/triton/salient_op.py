@@ -17,11 +17,10 @@ from precalib_kernels.backends.triton.launch_configs import (
     sparse_blocks,
 )
 from precalib_kernels.backends.triton.repack import CHUNK_WEIGHTS, salient_slots
-from precalib_kernels.errors import FormatError
 from precalib_kernels.format import reference
 from precalib_kernels.format.bitstream import unpack_bits
 from precalib_kernels.format.layout import Layout
-from precalib_kernels.ops import empty_result
+from precalib_kernels.ops import check_sparse, empty_result
 
 NAMES = ("salient_positions", "salient_values", "salient_unit")
 
@@ -55,7 +54,6 @@ def salient_arrays(
     return {name: torch.cat(parts) for name, *parts in zip(NAMES, *pieces, strict=True)}
 
 
-@torch.library.custom_op("precalib::gpu_sparse", mutates_args=())
 def gpu_sparse(
     y: Tensor,
     x: Tensor,
@@ -65,11 +63,25 @@ def gpu_sparse(
     bias: Tensor | None,
     group_size: int,
 ) -> Tensor:
-    """Y + x·(what salient weights add)ᵀ + bias, in float32 and rounded once to the type of y.
+    """`precalib::gpu_sparse`: y + x·(what salient weights add)ᵀ + bias; see `ops`.
 
+    It is summed in float32 and rounded once to the type of y.
     y: [..., N];  x: [..., K];  positions, values, unit: see `salient_arrays`;  bias: [N] or None.
     """
-    _check(y, x, positions, values, unit, group_size)
+    result: Tensor = torch.ops.precalib.gpu_sparse(y, x, positions, values, unit, bias, group_size)
+    return result
+
+
+def _gpu_sparse(
+    y: Tensor,
+    x: Tensor,
+    positions: Tensor,
+    values: Tensor,
+    unit: Tensor,
+    bias: Tensor | None,
+    group_size: int,
+) -> Tensor:
+    check_sparse(y, x, positions, values, unit, group_size)
     from precalib_kernels.backends.triton.salient_kernel import sparse_kernel
 
     out = empty_result(x, bias, y.shape[-1])
@@ -87,18 +99,7 @@ def gpu_sparse(
     return out
 
 
-@gpu_sparse.register_fake
-def _(
-    y: Tensor,
-    x: Tensor,
-    positions: Tensor,
-    values: Tensor,
-    unit: Tensor,
-    bias: Tensor | None,
-    group_size: int,
-) -> Tensor:
-    _check(y, x, positions, values, unit, group_size)
-    return empty_result(x, bias, int(y.shape[-1]))
+torch.library.register_kernel("precalib::gpu_sparse", None, _gpu_sparse)
 
 
 def by_column(x: Tensor, blocks: SparseBlocks) -> Tensor:
@@ -123,26 +124,3 @@ def specialization(blocks: SparseBlocks, bias: bool) -> dict[str, int | bool]:
 def warm_up_rows() -> list[int]:
     """Values of M that reach every kernel."""
     return [blocks.block_m for blocks in SPARSE_TABLE]
-
-
-def _check(
-    y: Tensor, x: Tensor, positions: Tensor, values: Tensor, unit: Tensor, group_size: int
-) -> None:
-    outputs, groups = y.shape[-1], -(-x.shape[-1] // group_size)
-    if y.shape[:-1] != x.shape[:-1] or y.dtype != x.dtype:
-        raise FormatError(
-            f"y is {list(y.shape)} {y.dtype}, expected {[*x.shape[:-1], outputs]} {x.dtype}"
-        )
-    slots = positions.shape[-1]
-    if not slots or slots % groups:
-        raise FormatError(f"{slots} slots are no whole number for each of {groups} groups")
-    specs = {
-        "salient_positions": (positions, (outputs, slots), torch.uint8),
-        "salient_values": (values, (outputs, slots), torch.float16),
-        "salient_unit": (unit, (outputs,), torch.float32),
-    }
-    for name, (tensor, shape, dtype) in specs.items():
-        if tuple(tensor.shape) != shape or tensor.dtype != dtype:
-            raise FormatError(
-                f"'{name}' is {list(tensor.shape)} {tensor.dtype}, expected {list(shape)} {dtype}"
-            )

@@ -21,14 +21,16 @@ class X86Backend(Backend):
 
     def __init__(self, spec: LinearSpec) -> None:
         super().__init__(spec)
-        self.plan = X86Layout(
+        self.layout = X86Layout(
             spec.layout, spec.input_size, spec.shard_sizes, int8_inputs=spec.int8_activations
         )
-        self.outputs = sum(spec.shard_sizes)
+        self.outputs = spec.output_size
 
-    @staticmethod
-    def can_run(spec: LinearSpec) -> str | None:
+    @classmethod
+    def can_run(cls, spec: LinearSpec) -> str | None:
         """It needs an x86 processor with AVX2, and the compiled kernels or a compiler."""
+        if reason := super().can_run(spec):
+            return reason
         if spec.device != "cpu":
             return f"computes on CPUs, not on {spec.device}"
         try:
@@ -41,10 +43,11 @@ class X86Backend(Backend):
 
     def prepare(self, tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
         """Two tensors of bytes, one under a name by which vLLM's LoRA layers know a weight."""
-        return {"qweight": repack(tensors, self.plan, where), "plan": op.plan_tensor(self.plan)}
+        packed = repack(tensors, self.layout, where)
+        return {"qweight": packed, "x86_layout": op.layout_tensor(self.layout)}
 
     def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
         """One call of `precalib::cpu_linear`."""
-        packed: Any = layer.qweight
-        plan: Any = layer.plan
-        return op.linear(x, packed, plan, bias, self.outputs, level=-1)
+        packed: Any = layer.qweight  # get_parameter takes as long as a small product
+        layout: Any = layer.x86_layout
+        return op.linear(x, packed, layout, bias, self.outputs, isa=-1)

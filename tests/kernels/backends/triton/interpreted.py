@@ -12,10 +12,12 @@ import itertools
 
 import pytest
 import torch
+from packed_tensors import RECIPE_LAYOUTS
 from torch import Tensor
 
-from offline_quantize.method.recipes import RECIPES
+from precalib_kernels.backends.base import LinearSpec
 from precalib_kernels.backends.triton import op
+from precalib_kernels.backends.triton.backend import TritonBackend
 from precalib_kernels.backends.triton.launch_configs import Blocks
 from precalib_kernels.backends.triton.memory_layout import TINY, reason_against, triton_layout
 from precalib_kernels.backends.triton.repack import LEAST_UNIT, repack
@@ -174,7 +176,7 @@ def test_every_form_is_the_reference(make_case, bits, mode, group):
 
 @pytest.mark.parametrize("name", ["paper-4", "paper-3", "rtn-4"])
 def test_recipes(make_case, name):
-    check_product(make_case(RECIPES[name].layout, [20], 160), 2, torch.bfloat16)
+    check_product(make_case(RECIPE_LAYOUTS[name], [20], 160), 2, torch.bfloat16)
 
 
 ODD = {3: (-127, -65, -29, -7, 13, 31, 63, 127), 4: (-127, *range(-83, 85, 12), 127)}
@@ -300,6 +302,18 @@ def test_negative_scales(make_case, chosen):
             check_product(case, rows)
 
 
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_the_operators_are_ones_for_torch(make_case, with_bias):
+    case = make_case(layout(4, "trellis", 128, 2), [17, 1], 160)
+    packed, text = case.packed, case.layout.to_text()
+    x = torch.randn(3, 160, device=DEVICE)
+    bias = torch.randn(18, device=DEVICE) if with_bias else None
+    operators = torch.ops.precalib
+    torch.library.opcheck(operators.gpu_linear.default, (x, packed, bias, case.parts, text))
+    given = packed, 160, case.parts, text, torch.float32
+    torch.library.opcheck(operators.gpu_dequantize.default, given)
+
+
 def test_no_rows(make_case):
     case = make_case(layout(4, "uniform", 128, 0), [8], 64)
     y = op.gpu_linear(
@@ -312,19 +326,12 @@ def test_all_of_these_layouts_are_accepted():
     assert {reason_against(layout(*param.values, 2)) for param in FORMS} == {None}
 
 
-def test_the_backend_of_the_plugin(make_case):
-    pytest.importorskip("vllm")
-    from precalib_kernels.backends.base import LinearSpec
-    from vllm_precalib.triton_backend import TritonBackend
-
+def test_the_backend(make_case, as_layer):
     case = make_case(layout(4, "trellis", 128, 2), [17, 1], 160)
     spec = LinearSpec(case.layout, 160, (17, 1), torch.bfloat16, "cuda")
     backend = TritonBackend(spec)
-    layer = torch.nn.Module()
     tensors = {name: tensor.to(DEVICE) for name, tensor in case.tensors.items()}
-    for name, tensor in backend.prepare(tensors, "fc").items():
-        layer.register_parameter(name, torch.nn.Parameter(tensor, requires_grad=False))
-    backend.finish(layer)
+    layer = as_layer(backend, tensors)
     x = torch.randn(2, 3, 160)
     y = backend.apply(layer, x.to(DEVICE), None).cpu()
     assert y.shape == (2, 3, 18)

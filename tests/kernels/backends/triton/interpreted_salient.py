@@ -11,10 +11,10 @@ import aot_compile
 import pytest
 import torch
 import triton
+from packed_tensors import RECIPE_LAYOUTS
 from vllm.model_executor import parameter
 from vllm.model_executor.kernels.linear.mixed_precision import triton_w4a16
 
-from offline_quantize.method.recipes import RECIPES
 from precalib_kernels.backends.base import LinearSpec
 from precalib_kernels.backends.triton import salient_op
 from precalib_kernels.format import reference
@@ -25,7 +25,7 @@ from vllm_precalib import mixed_precision_backend
 # Half a unit in the last place, or a whole one where the interpreter cuts bfloat16 off.
 ROUNDED = {torch.float16: 2**-11, torch.bfloat16: 2**-8}
 CUT = {torch.float16: 2**-11, torch.bfloat16: 2**-7}
-PAPER, PLAIN = RECIPES["paper-4"].layout, RECIPES["rtn-4"].layout
+PAPER, PLAIN = RECIPE_LAYOUTS["paper-4"], RECIPE_LAYOUTS["rtn-4"]
 GRIDS = {
     "min-max": PAPER,
     "sign": Layout(4, 64, salient_count=3),

@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 import torch
 from cost_model import LAYOUTS
+from packed_tensors import RECIPE_LAYOUTS
 
-from offline_quantize.method.recipes import RECIPES
 from precalib_kernels.backends.triton import op
 from precalib_kernels.backends.triton.decode_ptx import assembler, constraints, table_words
 from precalib_kernels.backends.triton.launch_configs import Blocks, blocks_for, family_of, splits
@@ -56,7 +56,7 @@ def test_a_stored_trellis_is_the_reference(name, group):
 
 @pytest.mark.parametrize("name", ["balanced-4", "balanced-3", "paper-4"])
 def test_costs_are_counted_for_what_the_recipes_make(name):
-    assert LAYOUTS[name] == RECIPES[name].layout
+    assert LAYOUTS[name] == RECIPE_LAYOUTS[name]
 
 
 def test_memory_is_close_to_the_file():

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from cost_model import LAYOUTS
+from packed_tensors import RECIPE_LAYOUTS
 
-from offline_quantize.method.recipes import RECIPES
 from precalib_kernels.backends.triton import op
 from precalib_kernels.backends.triton.repack import repack
 from precalib_kernels.format import reference
@@ -65,7 +65,7 @@ def test_vllms_kernel_with_salient_weights_is_the_reference(
 
     monkeypatch.setattr(parameter, "get_tensor_model_parallel_rank", lambda: 0)
     monkeypatch.setattr(parameter, "get_tensor_model_parallel_world_size", lambda: 1)
-    packed = make_packed(RECIPES[recipe].layout, 256, 576)
+    packed = make_packed(RECIPE_LAYOUTS[recipe], 256, 576)
     tensors = {name: tensor.cuda() for name, tensor in packed.tensors.items()}
     spec = LinearSpec(packed.layout, 576, (256,), dtype, "cuda")
     if reason := stock.MixedPrecisionBackend.can_run(spec):

@@ -4,15 +4,15 @@ import dataclasses
 import math
 
 import torch
+from packed_tensors import RECIPE_LAYOUTS
 
-from offline_quantize.method.recipes import RECIPES
 from precalib_kernels.backends.x86 import library, op
 from precalib_kernels.backends.x86.memory_layout import X86Layout
 from precalib_kernels.format.layout import Layout
 
 PLAIN_CODEBOOK = (-128, -90, -50, -20, 0, 25, 60, 127)
 LAYOUTS = {
-    **{name: recipe.layout for name, recipe in RECIPES.items()},
+    **RECIPE_LAYOUTS,
     "two bits": Layout(bits=2, group_size=32),
     "two bits, trellis": Layout(
         bits=2,
@@ -54,7 +54,7 @@ class Case:
         return op.linear(x, *self.arguments(isa, bias))
 
     def arguments(self, isa, bias=None):
-        layout = op.plan_tensor(self.x86_layout)
+        layout = op.layout_tensor(self.x86_layout)
         return self.packed, layout, bias, sum(self.shards), library.supported_isas().index(isa)
 
     def kernel(self, isa, dtype, m):

@@ -1,0 +1,39 @@
+"""Backend `dense`: unpacked at load, then vLLM's own unquantized product."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from precalib_kernels.backends.base import Backend, LinearSpec
+from precalib_kernels.backends.reference import unpacked_rows
+from vllm_precalib.compat import vllm_names
+
+with vllm_names():
+    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+
+
+class DenseBackend(Backend):
+    """Unpacks once, then is an ordinary linear layer of vLLM: as fast, and as large."""
+
+    name = "dense"
+
+    def __init__(self, spec: LinearSpec) -> None:
+        super().__init__(spec)
+        self.unquantized = UnquantizedLinearMethod()
+
+    def prepare(self, tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+        """The weight [N, K] in the type of the activations."""
+        shape = self.spec.output_size, self.spec.input_size
+        weight = torch.empty(shape, dtype=self.spec.dtype, device=tensors["qweight"].device)
+        for rows, values in unpacked_rows(tensors, self.spec, where):
+            weight[rows] = values
+        return {"weight": weight}
+
+    def finish(self, layer: torch.nn.Module) -> None:
+        """Let vLLM lay the weight out for this machine."""
+        self.unquantized.process_weights_after_loading(layer)
+
+    def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
+        """vLLM's own product."""
+        return self.unquantized.apply(layer, x, bias)
