@@ -167,8 +167,8 @@ def test_any_shape_and_stride_of_inputs(make_case):
 @pytest.mark.parametrize("recipe", ["balanced-4", "balanced-3"])
 def test_the_packed_form_is_small(recipe):
     layout = LAYOUTS[recipe]
-    plan = X86Layout(layout, 4096, (4096,))
-    assert plan.nbytes / (2 * 4096 * 4096) <= {"balanced-4": 0.285, "balanced-3": 0.245}[recipe]
+    x86 = X86Layout(layout, 4096, (4096,))
+    assert x86.nbytes / (2 * 4096 * 4096) <= {"balanced-4": 0.285, "balanced-3": 0.245}[recipe]
 
 
 def test_damaged_positions_are_refused_at_packing(make_packed):
@@ -209,14 +209,14 @@ def test_sizes_that_do_not_belong_together_are_refused(make_case):
     case = make_case(LAYOUTS["balanced-4"])
     x, right = torch.randn(2, 416), case.arguments(ISAS[-1])
     run = torch.ops.precalib.cpu_linear
-    names = ("packed", "plan", "bias", "outputs", "isa")
+    names = ("packed", "x86_layout", "bias", "outputs", "isa")
     for change, text in (
         ({"packed": case.packed[1:]}, r"bytes of the packed weight are \d+, expected \d+"),
         ({"packed": case.packed.char()}, "bytes of the packed weight are"),
         ({"packed": case.packed.repeat_interleave(2)[::2]}, "the packed weight is not contiguous"),
-        ({"plan": right[1][1:]}, "this is no plan"),
-        ({"plan": right[1][:8]}, "this is no plan"),
-        ({"plan": right[1].char()}, "this is no plan"),
+        ({"x86_layout": right[1][1:]}, "this is no layout of x86"),
+        ({"x86_layout": right[1][:8]}, "this is no layout of x86"),
+        ({"x86_layout": right[1].char()}, "this is no layout of x86"),
         ({"bias": torch.zeros(53)}, "values of the bias are 53, expected 54"),
         ({"bias": torch.zeros(54, 1)}, "values of the bias are"),
         ({"bias": torch.zeros(54).half()}, "the bias is not of the type of x"),

@@ -107,13 +107,13 @@ Handle optional(Value value) {
 
 // The layout in a tensor of bytes: X86Layout, then shard_rows.
 X86Layout read_layout(const Tensor& bytes, int64_t outputs) {
-  bytes.check_plain("the plan");
+  bytes.check_plain("the layout");
   const int64_t size = bytes.numel() - int64_t(sizeof(X86Layout));
-  if (bytes.type() != torch.dtype_uint8 || size < 0) refuse("this is no plan");
+  if (bytes.type() != torch.dtype_uint8 || size < 0) refuse("this is no layout of x86");
   const char* const data = (const char*)bytes.data();
   X86Layout layout;
   std::memcpy(&layout, data, sizeof layout);
-  if (size != layout.shard_count * 8) refuse("this is no plan");
+  if (size != layout.shard_count * 8) refuse("this is no layout of x86");
   layout.shard_rows = (const int64_t*)(data + sizeof layout);
   int64_t rows = 0;
   for (int64_t p = 0; p < layout.shard_count; ++p) rows += layout.shard_rows[p];
