@@ -180,8 +180,9 @@ def byte_llama(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
     def write(**sizes: int) -> Path:
         import torch
+        from tiny_models import random_llama
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-        from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+        from transformers import PreTrainedTokenizerFast
 
         begin = 256
         root = tmp_path_factory.mktemp("models") / "source"
@@ -194,18 +195,8 @@ def byte_llama(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
             single="<s> $A", special_tokens=[("<s>", begin)]
         )
         PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>").save_pretrained(root)
-        torch.manual_seed(0)
-        config = LlamaConfig(
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            vocab_size=260,
-            bos_token_id=begin,
-            eos_token_id=None,
-            pad_token_id=None,
-            **sizes,
-        )
-        model = LlamaForCausalLM(config)
+        tokens = {"bos_token_id": begin, "eos_token_id": None, "pad_token_id": None}
+        model = random_llama(vocab_size=260, **tokens, **sizes)
         model.lm_head.weight.data *= 20  # far from uniform
         for parameter in model.model.layers.parameters():
             parameter.data *= 4 if parameter.ndim == 2 else 1

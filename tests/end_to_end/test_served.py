@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from offline_quantize.cli import main as cli
 
@@ -43,22 +42,20 @@ def compare(packed: Path, dense: Path, dtype: str) -> dict:
 
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory) -> Path:
-    import transformers
+    from tiny_models import random_llama
 
-    torch.manual_seed(7)
-    config = transformers.LlamaConfig(
+    model = random_llama(
+        seed=7,
         hidden_size=160,  # a group of 128 and a ragged one of 32
         intermediate_size=320,
-        num_hidden_layers=2,
         num_attention_heads=5,
-        num_key_value_heads=1,
         vocab_size=64,
         max_position_embeddings=128,
         initializer_range=0.2,  # large enough for logits to differ
         tie_word_embeddings=False,
     )
     directory = tmp_path_factory.mktemp("tiny") / "llama"
-    transformers.LlamaForCausalLM(config).save_pretrained(directory)
+    model.save_pretrained(directory)
     return directory
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
+from tiny_models import random_llama
 
 from offline_quantize.checkpoint.packed import open_packed
 from offline_quantize.checkpoint.source import open_checkpoint
@@ -47,18 +48,8 @@ def test_every_tensor(checkpoint, quantize, precalib, tmp_path, contents, dtype,
 @pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True])
 def test_transformers_loads_and_quantizes_alike(tmp_path, quantize, precalib, tied):
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=96,
-        hidden_size=64,
-        intermediate_size=160,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        tie_word_embeddings=tied,
-        attention_bias=True,
-    )
-    model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
+    sizes = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 160}
+    model = random_llama(**sizes, tie_word_embeddings=tied, attention_bias=True).bfloat16()
     model.save_pretrained(tmp_path / "source")
     packed = quantize(tmp_path / "source", "--group-size", 64)
     assert precalib("dequantize", packed, tmp_path / "back").code == 0

@@ -1,0 +1,16 @@
+"""Random models small enough to build in a moment."""
+
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+def random_llama(seed: int = 0, **config: Any) -> LlamaForCausalLM:
+    """A llama of two layers with grouped-query attention, in float32.
+
+    config: fields of LlamaConfig, sizes above all.
+    """
+    torch.manual_seed(seed)
+    shape = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    return LlamaForCausalLM(LlamaConfig(**{**shape, **config}))
