@@ -132,7 +132,7 @@ def run_suite(tmp_path: Path, subtests: "pytest.Subtests") -> Callable[..., None
 
     def run(words: Sequence[str | Path], **environment: str) -> None:
         report = tmp_path / "cases.xml"
-        options = ["-v", "-p", "no:cacheprovider", f"--junitxml={report}"]
+        options = ["-vv", "-p", "no:cacheprovider", f"--junitxml={report}"]
         done = subprocess.run(
             [sys.executable, *words, *options],
             stdout=subprocess.PIPE,
