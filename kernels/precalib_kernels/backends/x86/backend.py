@@ -34,12 +34,12 @@ class X86Backend(Backend):
         if spec.device != "cpu":
             return f"computes on CPUs, not on {spec.device}"
         try:
-            levels = library.supported_isas()
+            isas = library.supported_isas()
         except BuildError as error:
             return str(error)
-        if spec.int8_activations and library.INT8_ISA not in levels:
+        if spec.int8_activations and library.INT8_ISA not in isas:
             return "8-bit activations need AVX-512 with VNNI and VBMI"
-        return None if levels else "needs AVX2, FMA and F16C"
+        return None if isas else "needs AVX2, FMA and F16C"
 
     def prepare(self, tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
         """Two tensors of bytes, one under a name by which vLLM's LoRA layers know a weight."""
