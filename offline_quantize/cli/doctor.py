@@ -120,7 +120,7 @@ def _cpu_kernels() -> Finding:
     from precalib_kernels.toolchain import compile as build
 
     try:
-        levels = library.machine_levels()
+        levels = library.supported_isas()
     except build.BuildError as error:
         return Finding("CPU kernels", "note", f"none, CPUs serve dense weights: {error}")
     if not levels:
