@@ -71,8 +71,7 @@ def checkpoint(folder: Path) -> Method:
         for name, weight in weights.items():
             if name in modules:
                 module = name.removesuffix(".weight")
-                entries = [packed.locations[part][1] for part in packed.stored_names(module)]
-                yield name, packed.weight(module), 8 * sum(entry.nbytes for entry in entries)
+                yield name, packed.weight(module), 8 * packed.stored_bytes(module)
             else:
                 yield name, weight, BFLOAT16 * weight.numel()
 

@@ -36,7 +36,8 @@ from offline_quantize.checkpoint.source import Checkpoint, open_checkpoint
 from offline_quantize.evaluation.command import Original, Request
 from offline_quantize.evaluation.kl import Reference, compare, text_windows
 from offline_quantize.evaluation.models import load_original, load_tokenizer
-from offline_quantize.planning.plan import Options, make_plan
+from offline_quantize.planning.options import Options
+from offline_quantize.planning.plan import make_plan
 from precalib_kernels.errors import PrecalibError, RecipeError, SourceError
 
 if TYPE_CHECKING:
@@ -125,7 +126,7 @@ def targets(source: Path) -> list[Method]:
             plan = make_plan(open_checkpoint(source), Options(target_bits=bits))
         except RecipeError:
             continue
-        chosen = {name: _through_the_format(p.recipe) for name, p in plan.packings.items()}
+        chosen = {name: _through_the_format(p.recipe) for name, p in plan.weight_plans.items()}
         found.append(Method("precalib --target-bits", f"{bits:g}", _by_name(chosen)))
     return found
 
@@ -200,7 +201,7 @@ def decoder_weights(source: Checkpoint) -> dict[str, Tensor]:
         name: read_tensor(source.root / file, name, entry)
         for file, entries in source.shards.items()
         for name, entry in entries.items()
-        if name in plan.packings
+        if name in plan.weight_plans
     }
 
 

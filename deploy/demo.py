@@ -21,6 +21,8 @@ from rich.console import Console
 from rich.table import Table
 from server import COMMANDS, Server, ServerError, environment
 
+from offline_quantize.checkpoint.manifest import read_manifest
+
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = Path("demo-output")  # commands run in ROOT and are shown as one would type them there
 RECIPE = "balanced-4"
@@ -165,7 +167,7 @@ def bench_once(server: Server) -> float:
 
 def report(seconds: float, speeds: dict[str, list[float]], computed_by: set[str]) -> None:
     """The table of sizes and speeds, and what to make of them."""
-    totals = json.loads((TARGET / "precalib.json").read_text())["totals"]
+    totals = read_manifest(TARGET).totals
     modules = json.loads((TARGET / "config.json").read_text())["quantization_config"]["modules"]
     linear = {name: linear_bytes(name, modules) for name in (SOURCE, TARGET)}
     folder = {
@@ -178,7 +180,7 @@ def report(seconds: float, speeds: dict[str, list[float]], computed_by: set[str]
     for text, sizes in (("linear weights, MB", linear), ("whole directory, MB", folder)):
         before, after = sizes[SOURCE], sizes[TARGET]
         table.add_row(text, f"{before / 1e6:.1f}", f"{after / 1e6:.1f}", f"÷ {before / after:.2f}")
-    bits = totals["bits_per_weight"]
+    bits = totals.bits_per_weight
     table.add_row("true bits per weight", "16", f"[bold]{bits:.3f}[/]", f"÷ {16 / bits:.2f}")
     table.add_row("seconds to quantize, with start-up", "", f"{seconds:.1f}", "")
     plain, packed = speeds["bf16"], speeds["precalib"]

@@ -15,8 +15,8 @@ from torch import Tensor
 from offline_quantize.checkpoint import hub
 from offline_quantize.checkpoint.packed import PackedCheckpoint
 from offline_quantize.checkpoint.packed import open_packed as _open_packed
+from offline_quantize.checkpoint.progress import Progress
 from offline_quantize.checkpoint.source import open_checkpoint
-from offline_quantize.checkpoint.writer import Progress
 from offline_quantize.cli.console import NullProgress
 from offline_quantize.commands.dequantize import dequantize
 from offline_quantize.commands.quantize import Outcome, quantize
@@ -24,7 +24,8 @@ from offline_quantize.commands.verify import verify
 from offline_quantize.method import recipes
 from offline_quantize.method.encode import Encoded, encode
 from offline_quantize.method.recipes import DEFAULT, Recipe
-from offline_quantize.planning.plan import Options, make_plan
+from offline_quantize.planning.options import Options
+from offline_quantize.planning.plan import make_plan
 from precalib_kernels.errors import PrecalibError
 from precalib_kernels.format import reference
 from precalib_kernels.format.layout import Layout

@@ -11,8 +11,16 @@ class FormatError(PrecalibError):
     """Packed tensors or a layout that break the format of `precalib_kernels.format.layout`."""
 
 
+class UsageError(PrecalibError):
+    """Options that are wrong or exclude each other, or an optional package that is missing."""
+
+
+class InputError(PrecalibError):
+    """A file named by the user, other than a checkpoint, that is unreadable or damaged."""
+
+
 class SourceError(PrecalibError):
-    """A checkpoint that cannot be quantized as it stands."""
+    """A checkpoint that cannot be read, or cannot be quantized as it stands."""
 
 
 class UnfitError(SourceError):
@@ -27,7 +35,7 @@ class UnfitError(SourceError):
 
 
 class RecipeError(PrecalibError):
-    """A recipe or option that does not exist or does not fit the checkpoint."""
+    """A recipe, or modules chosen for it, that do not exist or do not fit the checkpoint."""
 
 
 class OutputError(PrecalibError):

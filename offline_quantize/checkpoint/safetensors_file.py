@@ -59,6 +59,19 @@ class Entry:
         return math.prod(self.shape)
 
 
+@dataclasses.dataclass(frozen=True)
+class TensorLocation:
+    """Where a tensor is: the file's path, the tensor's name and its entry in the file."""
+
+    path: Path
+    name: str
+    entry: Entry
+
+    def read(self) -> Tensor:
+        """The tensor, as stored. Raises SourceError as `read_tensor` does."""
+        return read_tensor(self.path, self.name, self.entry)
+
+
 def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     """Entries of a safetensors file in the order of their bytes, and its metadata.
 

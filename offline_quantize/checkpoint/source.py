@@ -1,40 +1,25 @@
 """A source checkpoint: its files, its tensors, and whether it can be quantized at all."""
 
 import dataclasses
-import fnmatch
+import functools
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from offline_quantize.checkpoint.atomic_files import JOB, JOURNAL, MANIFEST, json_bytes, read_json
-from offline_quantize.checkpoint.safetensors_file import Entry, read_header
+from offline_quantize.checkpoint.atomic_files import json_bytes, read_json
+from offline_quantize.checkpoint.file_patterns import PICKLED_WEIGHTS, is_skipped
+from offline_quantize.checkpoint.safetensors_file import (
+    Entry,
+    FileLayout,
+    TensorLocation,
+    read_header,
+)
 from precalib_kernels.errors import SourceError
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-# weights in other formats and remains of broken-off work, which would be dead freight
-LEFT_OUT = (
-    "*.bin",
-    "*.pt",
-    "*.pth",
-    "*.ckpt",
-    "*.pkl",
-    "*.gguf",
-    "*.h5",
-    "*.msgpack",
-    "*.onnx",
-    "*.safetensors",
-    "*.bin.index.json",
-    "*.safetensors.index.json",
-    "*.partial",
-    "*.incomplete",
-    MANIFEST,
-    JOB,
-    JOURNAL,
-)
-PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 # GPT-2's Conv1D stores [inputs, outputs], which no tensor name tells
 TRANSPOSED_MODELS = ("gpt2", "gpt-sw3", "imagegpt", "decision_transformer", "openai-gpt")
 # names that quantizers give to packed weights
@@ -48,12 +33,12 @@ DOWNLOAD_REMEDY = "download the checkpoint again"
 class Checkpoint:
     """An unpacked checkpoint on disk; nothing but headers is held in memory.
 
-    shards:   entries of every weight file, by file name, in the order of their bytes.
-    metadata: metadata of every weight file.
-    index:    the parsed index file, None for a single unsharded file.
-    config:   the parsed config.json.
-    others:   files to carry over unchanged, relative to `root`.
-    left_out: files that are not carried over (`LEFT_OUT`), relative to `root`.
+    shards:        entries of every weight file, by file name, in the order of their bytes.
+    metadata:      metadata of every weight file.
+    index:         the parsed index file, None for a single unsharded file.
+    config:        the parsed config.json.
+    sidecar_files: files to copy unchanged, relative to `root`.
+    skipped_files: files that are not copied (`file_patterns`), relative to `root`.
     """
 
     root: Path
@@ -61,19 +46,19 @@ class Checkpoint:
     metadata: Mapping[str, Mapping[str, str]]
     index: Mapping[str, Any] | None
     config: Mapping[str, Any]
-    others: tuple[str, ...]
-    left_out: tuple[str, ...]
+    sidecar_files: tuple[str, ...]
+    skipped_files: tuple[str, ...]
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(entry.nbytes for shard in self.shards.values() for entry in shard.values())
 
-    @property
-    def locations(self) -> dict[str, tuple[Path, str, Entry]]:
-        """File, name and entry of every tensor, by name: what `read_tensor` takes."""
+    @functools.cached_property
+    def locations(self) -> Mapping[str, TensorLocation]:
+        """Where every tensor is, by name."""
         return {
-            name: (self.root / file, name, entry)
+            name: TensorLocation(self.root / file, name, entry)
             for file, entries in self.shards.items()
             for name, entry in entries.items()
         }
@@ -86,9 +71,9 @@ class Checkpoint:
             config = nested
         return config
 
-    def fingerprint(self) -> dict[str, Any]:
-        """What a resumed run compares: the configuration, and of every weight file its size, its
-        header and when it was modified.
+    def fingerprint(self, *, times: bool = True) -> dict[str, Any]:
+        """What tells this checkpoint from another: its configuration, and of every weight file its
+        size, its header and (with `times`) when it was modified, in nanoseconds.
         """
         marks: dict[str, Any] = {CONFIG: _digest(json_bytes(self.config))}
         for name, entries in self.shards.items():
@@ -96,8 +81,9 @@ class Checkpoint:
             marks[name] = {
                 "size": status.st_size,
                 "header": _digest(repr(list(entries.items())).encode()),
-                "modified": status.st_mtime_ns,
             }
+            if times:
+                marks[name]["modified"] = status.st_mtime_ns
         return marks
 
 
@@ -130,11 +116,22 @@ def open_checkpoint(directory: Path) -> Checkpoint:
                 f"{directory / name}: tensor '{tensor}' is named by {INDEX} but is not in the "
                 f"file; {DOWNLOAD_REMEDY}"
             )
-    others, left_out = _other_files(directory, set(files))
-    return Checkpoint(directory, shards, metadata, index, config, others, left_out)
+    sidecar_files, skipped_files = _other_files(directory, set(files))
+    return Checkpoint(directory, shards, metadata, index, config, sidecar_files, skipped_files)
 
 
-def refuse_unsuitable(source: Checkpoint) -> None:
+def index_of(shards: Mapping[str, FileLayout], source: Mapping[str, Any]) -> dict[str, Any]:
+    """The index file of the given shards; other metadata of the source's index stays."""
+    weight_map = {name: file for file, layout in shards.items() for name in layout.entries}
+    size = sum(entry.nbytes for layout in shards.values() for entry in layout.entries.values())
+    metadata = source.get("metadata")
+    return {
+        "metadata": {**(metadata if isinstance(metadata, dict) else {}), "total_size": size},
+        "weight_map": dict(sorted(weight_map.items())),
+    }
+
+
+def check_suitable(source: Checkpoint) -> None:
     """Raise SourceError for a checkpoint whose weights are not plain [outputs, inputs] floats."""
     for config in (source.config, source.text_config):
         quantized = config.get("quantization_config") or config.get("compression_config")
@@ -183,7 +180,7 @@ def _weight_files(directory: Path) -> list[str]:
     found = sorted(path.name for path in directory.glob("*.safetensors"))
     if found:
         return found
-    for pattern in PICKLED:
+    for pattern in PICKLED_WEIGHTS:
         if pickled := sorted(directory.glob(pattern)):
             raise SourceError(f"{pickled[0]}: {_NOT_SAFETENSORS}")
     raise SourceError(
@@ -198,20 +195,20 @@ _NOT_SAFETENSORS = (
 
 
 def _other_files(directory: Path, weights: set[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    others: list[str] = []
-    left_out: list[str] = []
+    sidecar_files: list[str] = []
+    skipped_files: list[str] = []
     for path in sorted(directory.rglob("*")):
         name = path.relative_to(directory).as_posix()
         hidden = any(part.startswith(".") for part in path.relative_to(directory).parts)
         if hidden or path.is_dir() or name in weights or name in (CONFIG, INDEX):
             continue
-        if any(fnmatch.fnmatch(path.name, pattern) for pattern in LEFT_OUT):
-            left_out.append(name)
+        if is_skipped(path.name):
+            skipped_files.append(name)
         elif path.is_file():
-            others.append(name)
+            sidecar_files.append(name)
         else:
-            raise SourceError(f"{path}: not a file (a broken link?); mend or remove it")
-    return tuple(others), tuple(left_out)
+            raise SourceError(f"{path}: not a file (a broken link?); repair or remove it")
+    return tuple(sidecar_files), tuple(skipped_files)
 
 
 def _is_filled(value: object) -> bool:

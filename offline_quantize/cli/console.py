@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -16,6 +15,7 @@ from rich.progress import (
 from rich.table import Column, Table
 from rich.text import Text
 
+from offline_quantize.checkpoint.manifest import Manifest, Totals
 from offline_quantize.planning.plan import Plan, WeightPlan
 
 # nothing is markup: names and paths may hold brackets
@@ -75,6 +75,19 @@ def size(nbytes: float) -> str:
     return f"{nbytes:.2f} GB"
 
 
+def new_table(heading: str, *numbers: str, no_wrap: bool = False) -> Table:
+    """A table in the style of all commands.
+
+    heading: of the first column, whose text is folded where it is too wide.
+    numbers: headings of the right-aligned columns after it.
+    """
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    table.add_column(heading, overflow="fold")
+    for name in numbers:
+        table.add_column(name, justify="right", no_wrap=no_wrap)
+    return table
+
+
 def show_table(table: Table) -> None:
     """Print a table: within a terminal's width, elsewhere as wide as it needs."""
     if out.is_terminal:
@@ -83,32 +96,25 @@ def show_table(table: Table) -> None:
         Console(file=out.file, width=FILE_WIDTH, markup=False).print(table)
 
 
-def _table() -> Table:
-    return Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
-
-
 def show_plan(plan: Plan) -> None:
     """Print what a run would do."""
-    table = _table()
-    table.add_column("recipe", overflow="fold")
-    for name in ("weights", "tensors", "true bits"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table = new_table("recipe", "weights", "tensors", "true bits", no_wrap=True)
     table.add_column("about")
     by_label: dict[str, list[WeightPlan]] = {}
-    for packing in plan.packings.values():
-        by_label.setdefault(packing.label, []).append(packing)
-    for label, packings in by_label.items():
-        weights = sum(packing.entry.weights for packing in packings)
-        stored = sum(p.recipe.layout.stored_bytes(*p.entry.shape) for p in packings)
+    for weight_plan in plan.weight_plans.values():
+        by_label.setdefault(weight_plan.label, []).append(weight_plan)
+    for label, weight_plans in by_label.items():
+        weights = sum(weight_plan.entry.weights for weight_plan in weight_plans)
+        stored = sum(weight_plan.stored_bytes for weight_plan in weight_plans)
         bits = f"{8 * stored / weights:.3f}"
-        about = packings[0].recipe.describe()
-        table.add_row(label, f"{weights:,}", f"{len(packings):,}", bits, about)
+        about = weight_plans[0].recipe.describe()
+        table.add_row(label, f"{weights:,}", f"{len(weight_plans):,}", bits, about)
     show_table(table)
-    show_kept(plan.kept, plan.source.left_out)
+    show_unquantized(plan.unquantized, plan.source.skipped_files)
     show_experts(plan)
     before = size(plan.source.nbytes)
     out.print(
-        f"Weight files {before} → {size(sum(s.size for s in plan.shards.values()))}; "
+        f"Weight files {before} → {size(sum(s.size for s in plan.files.shards.values()))}; "
         f"{8 * plan.stored_bytes / plan.weights:.3f} true bits per quantized weight.\n"
         f"Exact size of the output: {plan.output_bytes:,} bytes and the manifest precalib.json."
     )
@@ -116,7 +122,7 @@ def show_plan(plan: Plan) -> None:
 
 def show_experts(plan: Plan) -> None:
     """Say so when the plan packs what the plugin does not serve."""
-    experts = sum(".experts." in packing.module for packing in plan.packings.values())
+    experts = sum(".experts." in weight.module for weight in plan.weight_plans.values())
     if experts:
         out.print(
             f"Note: {experts} expert weights are packed, which the vLLM plugin does not serve "
@@ -124,57 +130,54 @@ def show_experts(plan: Plan) -> None:
         )
 
 
-def show_kept(kept: Mapping[str, str], left_out: Sequence[str]) -> None:
-    """Print what stays as it is, by reason."""
+def show_unquantized(unquantized: Mapping[str, str], skipped_files: Sequence[str]) -> None:
+    """Print the tensors that stay as they are, by reason, and the files that are not copied."""
     reasons: dict[str, list[str]] = {}
-    for name, reason in kept.items():
+    for name, reason in unquantized.items():
         reasons.setdefault(reason, []).append(name)
     for reason, names in sorted(reasons.items()):
         shown = ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
         out.print(f"Kept ({reason}): {shown}")
-    if left_out:
-        out.print(f"Left out (not part of a safetensors checkpoint): {', '.join(left_out)}")
+    if skipped_files:
+        out.print(f"Left out (not part of a safetensors checkpoint): {', '.join(skipped_files)}")
 
 
-def show_totals(totals: Mapping[str, Any], seconds: float | None = None) -> None:
+def show_totals(totals: Totals, seconds: float | None = None) -> None:
     """Print the totals of a manifest."""
     took = "" if seconds is None else f" in {seconds:.1f} s"
     out.print(
-        f"{totals['weights']:,} weights{took}: {size(totals['source_bytes'])} → "
-        f"{size(totals['stored_bytes'])}, ",
-        Text(f"{totals['bits_per_weight']:.3f} true bits", style="bold"),
-        f" per weight (Eq. 13 of the paper: {totals['eq13_bits_per_weight']:.3f}), "
-        f"relative error {totals['mean_relative_error']:.5f}; "
-        f"{size(totals['kept_bytes'])} kept as they were.",
+        f"{totals.weights:,} weights{took}: {size(totals.source_bytes)} → "
+        f"{size(totals.stored_bytes)}, ",
+        Text(f"{totals.bits_per_weight:.3f} true bits", style="bold"),
+        f" per weight (Eq. 13 of the paper: {totals.eq13_bits_per_weight:.3f}), "
+        f"relative error {totals.mean_relative_error:.5f}; "
+        f"{size(totals.unquantized_bytes)} kept as they were.",
         sep="",
     )
-    if totals["salient_overflow"]:
+    if totals.salient_overflow:
         out.print(
-            f"{totals['salient_overflow']:,} weights above λ' found no place in their group and "
+            f"{totals.salient_overflow:,} weights above λ' found no place in their group and "
             "were quantized as ordinary ones (a group holds a fixed number of salient weights)."
         )
 
 
-def show_tensors(manifest: Mapping[str, Any]) -> None:
+def show_tensors(manifest: Manifest) -> None:
     """Print the per-tensor table of a manifest; overflow only where there is any."""
-    overflow = bool(manifest["totals"]["salient_overflow"])
-    table = _table()
-    table.add_column("module", overflow="fold")
-    for name in ("shape", "bits", "error", "KL", "entropy", "salient"):
-        table.add_column(name, justify="right", no_wrap=True)
-    if overflow:
-        table.add_column("overflow", justify="right", no_wrap=True)
-    for module, tensor in manifest["tensors"].items():
+    overflow = bool(manifest.totals.salient_overflow)
+    headings = ["shape", "bits", "error", "KL", "entropy", "salient"]
+    headings += ["overflow"] if overflow else []
+    table = new_table("module", *headings, no_wrap=True)
+    for module, tensor in manifest.tensors.items():
         cells = [
             module,
-            "×".join(str(n) for n in tensor["shape"]),
-            f"{tensor['bits_per_weight']:.3f}",
-            f"{tensor['relative_error']:.5f}",
-            f"{tensor['kl']:.2f}",
-            f"{tensor['entropy_before']:.2f}→{tensor['entropy_after']:.2f}",
-            f"{100 * tensor['salient_share']:.2f} %",
+            "×".join(str(n) for n in tensor.shape),
+            f"{tensor.bits_per_weight:.3f}",
+            f"{tensor.relative_error:.5f}",
+            f"{tensor.kl:.2f}",
+            f"{tensor.entropy_before:.2f}→{tensor.entropy_after:.2f}",
+            f"{100 * tensor.salient_share:.2f} %",
         ]
-        table.add_row(*cells, *([f"{tensor['salient_overflow']:,}"] if overflow else []))
+        table.add_row(*cells, *([f"{tensor.salient_overflow:,}"] if overflow else []))
     show_table(table)
     out.print(
         "bits: true bits per weight.  error: ‖W − Ŵ‖² / ‖W‖².  KL, entropy: of 256-bin histograms "

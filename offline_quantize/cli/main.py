@@ -7,6 +7,7 @@ import re
 import shlex
 import sys
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,20 +17,23 @@ from rich.text import Text
 
 from offline_quantize.checkpoint import hub
 from offline_quantize.checkpoint.atomic_files import write_json
-from offline_quantize.checkpoint.packed import open_packed, read_manifest
+from offline_quantize.checkpoint.manifest import read_manifest
+from offline_quantize.checkpoint.packed import open_packed
+from offline_quantize.checkpoint.run import State
 from offline_quantize.checkpoint.source import open_checkpoint
 from offline_quantize.cli import console
 from offline_quantize.cli.doctor import diagnose
 from offline_quantize.commands.dequantize import dequantize as run_dequantize
-from offline_quantize.commands.quantize import is_finished
 from offline_quantize.commands.quantize import quantize as run_quantize
+from offline_quantize.commands.quantize import run_of
 from offline_quantize.commands.verify import verify as run_verify
 from offline_quantize.commands.verify import workload
 from offline_quantize.evaluation import command as evaluation
 from offline_quantize.method.recipes import DEFAULT, RECIPES
-from offline_quantize.planning.plan import Options, make_plan
+from offline_quantize.planning.options import Options
+from offline_quantize.planning.plan import make_plan
 from offline_quantize.report import Request, check_out, write_report
-from precalib_kernels.errors import PrecalibError, RecipeError
+from precalib_kernels.errors import PrecalibError, UsageError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -37,6 +41,24 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Quantize language models to 3–4 bits without data, for vLLM.",
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        console.out.print(f"precalib {version('vllm-precalib')}")
+        raise typer.Exit
+
+
+@app.callback()
+def precalib(
+    show_version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version.", callback=_print_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    """Options of the program itself."""
 
 
 class DType(enum.StrEnum):
@@ -107,7 +129,7 @@ def quantize(
     plan = make_plan(open_checkpoint(hub.locate(source)), options)
     if dry_run:
         console.show_plan(plan)
-        if is_finished(plan, target, device, resume):
+        if run_of(plan, target, device).state(resume) is State.FINISHED:
             console.out.print(f"{target} holds all of it already.")
         return
     if report_to is not None:
@@ -118,9 +140,9 @@ def quantize(
         outcome = run_quantize(plan, target, progress, jobs, device, resume)
     if outcome.seconds is None:
         console.out.print(f"{target} was finished before; nothing to do.")
-    console.show_kept(plan.kept, plan.source.left_out)
+    console.show_unquantized(plan.unquantized, plan.source.skipped_files)
     console.show_experts(plan)
-    console.show_totals(outcome.manifest["totals"], outcome.seconds)
+    console.show_totals(outcome.manifest.totals, outcome.seconds)
     if report_to is not None:
         seconds = None if resume else outcome.seconds  # a resumed run knows its last part alone
         _report(target, Request(report_to, plan.source.root, seconds=seconds, jobs=jobs))
@@ -136,9 +158,9 @@ def inspect(
     packed = open_packed(directory)
     manifest = read_manifest(directory)
     console.show_tensors(manifest)
-    console.show_kept(manifest["kept"], manifest["left_out"])
-    console.out.print(f"Recipe {packed.config.recipe}, made by precalib {manifest['precalib']}.")
-    console.show_totals(manifest["totals"])
+    console.show_unquantized(manifest.unquantized, manifest.skipped_files)
+    console.out.print(f"Recipe {packed.config.recipe}, made by precalib {manifest.precalib}.")
+    console.show_totals(manifest.totals)
 
 
 @app.command()
@@ -296,7 +318,7 @@ def _report(directory: Path, request: Request) -> None:
 def _override(text: str) -> tuple[str, str]:
     pattern, equals, name = text.rpartition("=")
     if not equals or not pattern:
-        raise RecipeError(
+        raise UsageError(
             f"--override {text!r} is not of the form REGEX=RECIPE, as in 'down_proj=balanced-4'"
         )
     return pattern, name
@@ -304,12 +326,12 @@ def _override(text: str) -> tuple[str, str]:
 
 def _check_device(device: str) -> None:
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
-        raise RecipeError(f"--device {device}: there are cpu, cuda and cuda:0, cuda:1 and so on")
+        raise UsageError(f"--device {device}: there are cpu, cuda and cuda:0, cuda:1 and so on")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise RecipeError(
+        raise UsageError(
             f"--device {device}: cannot be used here ({reason}); use --device cpu"
         ) from error
 

@@ -1,7 +1,7 @@
 """`precalib dequantize`: a packed checkpoint back to an ordinary one."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -9,49 +9,57 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offline_quantize.checkpoint import writer
 from offline_quantize.checkpoint.atomic_files import json_bytes
+from offline_quantize.checkpoint.manifest import REQUANTIZE_REMEDY
 from offline_quantize.checkpoint.packed import PackedCheckpoint, open_packed
+from offline_quantize.checkpoint.progress import Progress
+from offline_quantize.checkpoint.run import OutputFiles, Run, State
 from offline_quantize.checkpoint.safetensors_file import NAMES, FileLayout, lay_out
-from offline_quantize.checkpoint.source import CONFIG, INDEX
-from offline_quantize.planning.plan import index_of
+from offline_quantize.checkpoint.source import CONFIG, INDEX, index_of
+from offline_quantize.checkpoint.writer import WriteJob, write_shards
 from precalib_kernels.errors import FormatError
 
 
 def dequantize(
-    directory: Path, target: Path, dtype: torch.dtype, jobs: int, progress: writer.Progress
+    directory: Path, target: Path, dtype: torch.dtype, jobs: int, progress: Progress
 ) -> int:
-    """Write the checkpoint that the packed one stands for; returns its size in bytes.
+    """Write the checkpoint that the packed one stands for; returns the size of its weight files.
 
-    Every packed weight becomes `….weight` in `dtype`; all else is carried over. A run that was
-    broken off is continued.
+    Every packed weight becomes `….weight` in `dtype`; all else is copied. A run that was broken
+    off is continued.
+
+    jobs: tensors worked on at once.
 
     Raises PrecalibError; the target is then not a checkpoint (it has no config.json).
     """
     packed = open_packed(directory)
     owner = _owners(packed)
     shards = {file: _lay_out(packed, file, owner, dtype) for file in packed.files.shards}
-    small: dict[str, bytes] = {}
-    if packed.files.index is not None:
-        small[INDEX] = json_bytes(index_of(shards, packed.files.index))
-    config = {k: v for k, v in packed.files.config.items() if k != "quantization_config"}
-    small[CONFIG] = json_bytes(config)
-    size = sum(layout.size for layout in shards.values())
-    carried = {name: directory / name for name in packed.files.others}
-    needed = size + sum(path.stat().st_size for path in carried.values())
     fingerprint = {
         "dequantize": packed.files.fingerprint(),
         "dtype": str(dtype),
         "precalib": version("vllm-precalib"),
     }
-    if writer.check_target(target, directory, fingerprint, needed, resume=True):
-        writer.clean_up(target)
-        return size
-    with writer.lock_output(target, fingerprint):
-        tasks = _tasks(packed, owner, dtype)
-        writer.write_shards(target, shards, tasks, jobs, progress)
-        writer.finish(target, carried, small, None, shards, progress)
-    return size
+    sidecar_files = {name: directory / name for name in packed.files.sidecar_files}
+    files = OutputFiles(shards, sidecar_files, _metadata_files(packed, shards))
+    run = Run(target, directory, fingerprint, files)
+    if run.state(resume=True) is State.FINISHED:
+        run.clean_up()
+    else:
+        with run.begin():
+            write_shards(run, _write_jobs(packed, owner, dtype), jobs, progress)
+            run.finish(progress)
+    return sum(layout.size for layout in shards.values())
+
+
+def _metadata_files(packed: PackedCheckpoint, shards: Mapping[str, FileLayout]) -> dict[str, bytes]:
+    """The generated files; config.json comes last."""
+    files: dict[str, bytes] = {}
+    if packed.files.index is not None:
+        files[INDEX] = json_bytes(index_of(shards, packed.files.index))
+    config = {k: v for k, v in packed.files.config.items() if k != "quantization_config"}
+    files[CONFIG] = json_bytes(config)
+    return files
 
 
 def _owners(packed: PackedCheckpoint) -> dict[str, str]:
@@ -60,9 +68,7 @@ def _owners(packed: PackedCheckpoint) -> dict[str, str]:
     for module in packed.config.modules:
         for name in packed.stored_names(module):
             if name not in packed.locations:
-                raise FormatError(
-                    f"{packed.root}: tensor '{name}' is missing; quantize the model again"
-                )
+                raise FormatError(f"{packed.root}: tensor '{name}' is missing; {REQUANTIZE_REMEDY}")
             owner[name] = module
     return owner
 
@@ -81,18 +87,17 @@ def _lay_out(
     return lay_out(tensors, packed.files.metadata[file])
 
 
-def _tasks(
+def _write_jobs(
     packed: PackedCheckpoint, owner: dict[str, str], dtype: torch.dtype
-) -> Iterator[writer.WriteJob]:
-    for file, entries in packed.files.shards.items():
-        for name, entry in entries.items():
-            if name not in owner:
-                origin = (packed.root / file, entry)
-                yield writer.WriteJob(name, file, [name], entry.nbytes, origin=origin)
-            elif name.endswith(".qweight"):
-                module = owner[name]
-                make = functools.partial(_unpack, packed, module, dtype)
-                yield writer.WriteJob(module, file, [f"{module}.weight"], entry.nbytes, make)
+) -> Iterator[WriteJob]:
+    for name, location in packed.locations.items():
+        file = location.path.name
+        if name not in owner:
+            yield WriteJob.copy(file, location)
+        elif name.endswith(".qweight"):
+            module = owner[name]
+            make = functools.partial(_unpack, packed, module, dtype)
+            yield WriteJob(module, file, [f"{module}.weight"], location.entry.nbytes, make)
 
 
 def _unpack(

@@ -1,22 +1,22 @@
 """`precalib verify`: is a packed checkpoint whole, sound, and what it says it is?"""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from offline_quantize.checkpoint.atomic_files import MANIFEST
-from offline_quantize.checkpoint.packed import (
+from offline_quantize.checkpoint.manifest import (
     REQUANTIZE_REMEDY,
-    PackedCheckpoint,
-    open_packed,
-    origin_of,
+    FileRecord,
+    Manifest,
     read_manifest,
+    record_file,
 )
-from offline_quantize.checkpoint.safetensors_file import Entry, read_pieces, read_tensor
+from offline_quantize.checkpoint.packed import PackedCheckpoint, open_packed
+from offline_quantize.checkpoint.progress import Progress
+from offline_quantize.checkpoint.safetensors_file import TensorLocation, read_pieces
 from offline_quantize.checkpoint.source import open_checkpoint
-from offline_quantize.checkpoint.writer import Progress, digest
 from offline_quantize.method.encode import expected_if_ruined
 from offline_quantize.method.recipes import Recipe
 from offline_quantize.method.weight_statistics import relative_error
@@ -28,12 +28,12 @@ ERROR_TOLERANCE = 1e-3  # relative: sums are taken in another order than while q
 def workload(directory: Path, against: Path | None) -> int:
     """Bytes that `verify` reports progress on. Raises PrecalibError as `verify` does."""
     packed, manifest = open_packed(directory), read_manifest(directory)
-    hashed = sum(int(file["size"]) for file in manifest["files"].values())
+    hashed = sum(file.size for file in manifest.files.values())
     source = open_checkpoint(against).nbytes if against else 0
     stored = sum(
-        entry.nbytes
-        for name, (_, entry) in packed.locations.items()
-        if name.rpartition(".")[0] in packed.config.modules and name not in manifest["kept"]
+        location.entry.nbytes
+        for name, location in packed.locations.items()
+        if name.rpartition(".")[0] in packed.config.modules and name not in manifest.unquantized
     )
     return hashed + stored + source
 
@@ -49,13 +49,13 @@ def verify(directory: Path, against: Path | None, progress: Progress) -> Iterato
     """
     packed, manifest = open_packed(directory), read_manifest(directory)
     source = open_checkpoint(against) if against else None
-    for name, recorded in manifest["files"].items():
+    for name, recorded in manifest.files.items():
         yield from _file_faults(directory / name, recorded, progress)
     for path in sorted(directory.glob("*.safetensors")):
-        if path.name not in manifest["files"]:
+        if path.name not in manifest.files:
             yield f"{path}: is not part of the checkpoint; remove it, or vLLM may load it"
     yield from _table_faults(packed, manifest)
-    originals = source.locations if source else {}
+    originals: Mapping[str, TensorLocation] = source.locations if source else {}
     for module in packed.config.modules:
         progress.begin(module)
         try:
@@ -63,48 +63,48 @@ def verify(directory: Path, against: Path | None, progress: Progress) -> Iterato
         except PrecalibError as error:
             yield str(error)
             continue
-        progress.advance(sum(packed.locations[n][1].nbytes for n in packed.stored_names(module)))
+        progress.advance(packed.stored_bytes(module))
         if source is None:
             continue
-        name = origin_of(manifest, module)
+        name = manifest.origin_of(module)
         if name not in originals:
             yield f"{source.root}: tensor '{name}' is missing; this is not the source"
             continue
-        original = read_tensor(*originals[name])
+        original = originals[name].read()
         yield from _error_faults(f"{directory}: {module}", original, weight, module, manifest)
-        progress.advance(originals[name][2].nbytes)
+        progress.advance(originals[name].entry.nbytes)
     if source is not None:
-        yield from _kept_faults(packed, originals, progress)
+        yield from _unquantized_faults(packed, originals, progress)
 
 
-def _file_faults(path: Path, recorded: dict[str, object], progress: Progress) -> Iterator[str]:
+def _file_faults(path: Path, recorded: FileRecord, progress: Progress) -> Iterator[str]:
     if not path.is_file():
         yield f"{path}: the file is missing; copy the checkpoint again"
-    elif (found := digest(path, progress)) != recorded:
-        key = "size" if found["size"] != recorded.get("size") else "sha256"
+    elif (found := record_file(path, progress)) != recorded:
+        key = "size" if found.size != recorded.size else "sha256"
         yield f"{path}: its {key} is not the recorded one; copy the checkpoint again"
 
 
-def _table_faults(packed: PackedCheckpoint, manifest: dict[str, Any]) -> Iterator[str]:
-    for module in sorted(manifest["tensors"].keys() ^ packed.config.modules.keys()):
+def _table_faults(packed: PackedCheckpoint, manifest: Manifest) -> Iterator[str]:
+    for module in sorted(manifest.tensors.keys() ^ packed.config.modules.keys()):
         yield (
             f"{packed.root}: {module} is not both in config.json and in precalib.json; "
             f"{REQUANTIZE_REMEDY}"
         )
-    for name in manifest["kept"]:
+    for name in manifest.unquantized:
         if name not in packed.locations:
             yield f"{packed.root}: tensor '{name}' is missing; {REQUANTIZE_REMEDY}"
 
 
 def _error_faults(
-    where: str, original: Tensor, weight: Tensor, module: str, manifest: dict[str, Any]
+    where: str, original: Tensor, weight: Tensor, module: str, manifest: Manifest
 ) -> Iterator[str]:
     if original.shape != weight.shape:
         yield f"{where}: the source weight has shape {list(original.shape)}; this is not the source"
         return
     error = relative_error(original.float(), weight)
-    entry = manifest["tensors"].get(module, {})
-    recorded = entry.get("relative_error", -1.0)
+    record = manifest.tensors.get(module)
+    recorded = record.relative_error if record else -1.0
     if not abs(error - recorded) <= ERROR_TOLERANCE * max(error, recorded, 1e-9):
         yield (
             f"{where}: relative error {error:.6g} instead of the recorded {recorded:.6g}; "
@@ -112,7 +112,7 @@ def _error_faults(
         )
         return
     try:
-        recipe = Recipe.from_dict(manifest["job"]["recipes"][entry["recipe"]])
+        recipe = Recipe.from_dict(manifest.run.recipes[record.recipe if record else ""])
     except (KeyError, TypeError, PrecalibError):
         yield f"{where}: its recipe is missing or damaged in {MANIFEST}; {REQUANTIZE_REMEDY}"
         return
@@ -125,29 +125,31 @@ def _error_faults(
         )
 
 
-def _kept_faults(
+def _unquantized_faults(
     packed: PackedCheckpoint,
-    originals: dict[str, tuple[Path, str, Entry]],
+    originals: Mapping[str, TensorLocation],
     progress: Progress,
 ) -> Iterator[str]:
     """Tensors that were to stay as they are, byte by byte."""
-    copies = packed.files.locations
-    for name, (path, _, entry) in originals.items():
+    copies = packed.locations
+    for name, original in originals.items():
         if name.removesuffix(".weight") in packed.config.modules:
             continue
         progress.begin(name)
         if name not in copies:
             yield f"{packed.root}: tensor '{name}' of the source is missing; {REQUANTIZE_REMEDY}"
             continue
-        copied_path, _, copy = copies[name]
+        entry, copy = original.entry, copies[name].entry
         same = (copy.dtype, copy.shape) == (entry.dtype, entry.shape) and all(
             left == right
             for left, right in zip(
-                read_pieces(path, entry.begin, entry.end),
-                read_pieces(copied_path, copy.begin, copy.end),
+                read_pieces(original.path, entry.begin, entry.end),
+                read_pieces(copies[name].path, copy.begin, copy.end),
                 strict=True,
             )
         )
         if not same:
-            yield f"{copied_path}: tensor '{name}' is not the source's; this is not the source"
+            yield (
+                f"{copies[name].path}: tensor '{name}' is not the source's; this is not the source"
+            )
         progress.advance(entry.nbytes)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich import box
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
@@ -205,11 +204,7 @@ def show(result: Mapping[str, Any]) -> None:
 
 
 def _table(what: str, *more: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
-    table.add_column(what, overflow="fold")
-    for name in ("original", "quantized", *more):
-        table.add_column(name, justify="right")
-    return table
+    return console.new_table(what, "original", "quantized", *more)
 
 
 def _number(values: Mapping[str, Any], name: str, form: str) -> str:

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from offline_quantize.checkpoint.packed import open_packed
-from offline_quantize.checkpoint.safetensors_file import read_tensor
-from offline_quantize.checkpoint.source import open_checkpoint, refuse_unsuitable
+from offline_quantize.checkpoint.source import check_suitable, open_checkpoint
 from precalib_kernels.errors import PrecalibError, SourceError
 
 if TYPE_CHECKING:
@@ -23,7 +22,7 @@ def load_original(directory: Path, dtype: torch.dtype, device: str) -> "PreTrain
     Raises SourceError for a checkpoint that is quantized already, and when transformers is missing
     or cannot load all of it.
     """
-    refuse_unsuitable(open_checkpoint(directory))
+    check_suitable(open_checkpoint(directory))
     return _load(directory, None, dtype, device)
 
 
@@ -38,9 +37,9 @@ def load_packed(directory: Path, dtype: torch.dtype, device: str) -> "PreTrained
     tensors = {
         f"{module}.weight": packed.weight(module).to(dtype) for module in packed.config.modules
     }
-    for name, (file, entry) in packed.locations.items():
+    for name, location in packed.locations.items():
         if name not in replaced:
-            tensors[name] = read_tensor(directory / file, name, entry)
+            tensors[name] = location.read()
     return _load(directory, tensors, dtype, device)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from offline_quantize.checkpoint.atomic_files import write_bytes
-from offline_quantize.checkpoint.writer import Progress
+from offline_quantize.checkpoint.progress import Progress
 from precalib_kernels.errors import OutputError
 
 MARK = '<meta name="generator" content="precalib report">'

@@ -4,24 +4,18 @@ import dataclasses
 import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
-import torch
-
-from offline_quantize.checkpoint.packed import (
-    PackedCheckpoint,
-    open_packed,
-    origin_of,
-    read_manifest,
-)
+from offline_quantize.checkpoint.manifest import Manifest, WeightRecord, read_manifest
+from offline_quantize.checkpoint.packed import PackedCheckpoint, open_packed
+from offline_quantize.checkpoint.progress import Progress
+from offline_quantize.checkpoint.safetensors_file import TensorLocation
 from offline_quantize.checkpoint.source import open_checkpoint
-from offline_quantize.checkpoint.writer import Progress
+from offline_quantize.checkpoint.worker_pool import worker_pool
 from offline_quantize.planning.selection import LAYER
 from offline_quantize.report import Request
 from offline_quantize.report.evaluations import Evaluation, read_evaluation
-from offline_quantize.report.measure import Histogram, Origin, Positions, histogram, positions
+from offline_quantize.report.measure import Histogram, Positions, histogram, positions
 from precalib_kernels.errors import FormatError, RecipeError, SourceError
 
 MOST_PICTURES = 48  # each is about 20 kB of SVG
@@ -33,7 +27,7 @@ class Weight:
 
     layer, kind: of "model.layers.3.mlp.down_proj": 3 and "mlp.down_proj"; numbers of experts
                  are "*" in a kind.
-    measures:    `MEASURES` of the manifest.
+    measures:    what the manifest records.
     """
 
     module: str
@@ -41,19 +35,19 @@ class Weight:
     kind: str
     recipe: str
     shape: tuple[int, int]
-    measures: Mapping[str, Any]
+    measures: WeightRecord
     positions: Positions | None
 
     @property
     def error(self) -> float:
         """‖W − Ŵ‖² / ‖W‖²."""
-        return float(self.measures["relative_error"])
+        return self.measures.relative_error
 
     @property
     def overflow_share(self) -> float:
         """Share of the weights that are above λ' but found no place in their group."""
         rows, columns = self.shape
-        return float(self.measures["salient_overflow"]) / (rows * columns)
+        return self.measures.salient_overflow / (rows * columns)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +60,7 @@ class Contents:
     """
 
     packed: PackedCheckpoint
-    manifest: Mapping[str, Any]
+    manifest: Manifest
     weights: Sequence[Weight]
     pictures: Sequence[tuple[Weight, Histogram]]
     evaluations: Sequence[Evaluation]
@@ -80,13 +74,13 @@ def gather(directory: Path, request: Request, progress: Progress) -> Contents:
     Raises PrecalibError as `write_report` does.
     """
     packed, manifest = open_packed(directory), read_manifest(directory)
-    if odd := sorted(manifest["tensors"].keys() ^ packed.config.modules.keys()):
+    if odd := sorted(manifest.tensors.keys() ^ packed.config.modules.keys()):
         raise FormatError(
             f"{directory}: {odd[0]} is not both in config.json and in precalib.json; "
             "see 'precalib verify'"
         )
     evaluations = [read_evaluation(path, directory) for path in request.evaluations]
-    recorded = manifest["tensors"]
+    recorded = manifest.tensors
     origins = _origins(request.against, packed, manifest) if request.against else {}
     kind_of = kinds(recorded)
     chosen = _chosen(recorded, kind_of, request.tensors)
@@ -96,16 +90,11 @@ def gather(directory: Path, request: Request, progress: Progress) -> Contents:
         label, shape = packed.config.modules[module], packed.shape(module)
         where = positions(packed, module)
         weight = Weight(module, *kind_of[module], label, shape, recorded[module], where)
-        progress.advance(sum(packed.locations[n][1].nbytes for n in packed.stored_names(module)))
+        progress.advance(packed.stored_bytes(module))
         return weight
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(request.jobs) as pool:
-            weights = list(pool.map(examine, recorded))
-    finally:
-        torch.set_num_threads(threads)
+    with worker_pool(request.jobs) as pool:
+        weights = list(pool.map(examine, recorded))
     by_module = {weight.module: weight for weight in weights}
     pictures = []
     for module in chosen:
@@ -151,10 +140,12 @@ def ratios(weights: Sequence[Weight]) -> list[float]:
 
 
 def _chosen(
-    recorded: Mapping[str, Any], kind_of: Mapping[str, tuple[int, str]], patterns: Sequence[str]
+    recorded: Mapping[str, WeightRecord],
+    kind_of: Mapping[str, tuple[int, str]],
+    patterns: Sequence[str],
 ) -> list[str]:
     """Modules to draw, worst first: those that a pattern matches, or the worst of each kind."""
-    worst_first = sorted(recorded, key=lambda module: -recorded[module]["relative_error"])
+    worst_first = sorted(recorded, key=lambda module: -recorded[module].relative_error)
     if not patterns:
         worst: dict[str, str] = {}
         for module in worst_first:
@@ -183,18 +174,18 @@ def _chosen(
 
 
 def _origins(
-    against: Path, packed: PackedCheckpoint, manifest: Mapping[str, Any]
-) -> dict[str, Origin]:
+    against: Path, packed: PackedCheckpoint, manifest: Manifest
+) -> dict[str, TensorLocation]:
     found = open_checkpoint(against).locations
     origins = {}
     for module in packed.config.modules:
-        name = origin_of(manifest, module)
+        name = manifest.origin_of(module)
         if name not in found:
             raise SourceError(
                 f"{against}: tensor '{name}' is missing; "
                 "give --against the checkpoint that was quantized"
             )
-        if (there := found[name][2].shape) != (here := packed.shape(module)):
+        if (there := found[name].entry.shape) != (here := packed.shape(module)):
             raise SourceError(
                 f"{against}: tensor '{name}' has shape {list(there)} instead of "
                 f"{list(here)}; give --against the checkpoint that was quantized"

@@ -1,13 +1,12 @@
 """Where the salient weights of a packed weight are, and how its values are spread."""
 
 import dataclasses
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from offline_quantize.checkpoint.packed import PackedCheckpoint
-from offline_quantize.checkpoint.safetensors_file import Entry, read_tensor
+from offline_quantize.checkpoint.safetensors_file import TensorLocation
 from offline_quantize.commands.verify import ERROR_TOLERANCE
 from precalib_kernels.errors import SourceError
 from precalib_kernels.format.salient_index import unpack_salient
@@ -15,7 +14,6 @@ from precalib_kernels.format.salient_index import unpack_salient
 BLOCK_WEIGHTS = 1 << 20
 MAP_ROWS, MAP_COLUMNS = 32, 64  # at most
 BINS = 96
-Origin = tuple[Path, str, Entry]  # of an original tensor, as `read_tensor` takes it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +70,7 @@ def positions(packed: PackedCheckpoint, module: str) -> Positions | None:
 
 
 def histogram(
-    packed: PackedCheckpoint, module: str, origin: Origin | None, recorded: float
+    packed: PackedCheckpoint, module: str, origin: TensorLocation | None, recorded: float
 ) -> Histogram:
     """Spread of a packed weight's values, beside that of its original where there is one.
 
@@ -87,7 +85,7 @@ def histogram(
     if origin is None:
         largest = _largest(weight)
         return Histogram(largest, *_classes(weight, salient, largest), None, None)
-    original = read_tensor(*origin).float()
+    original = origin.read().float()
     _refuse_other(f"{packed.root}: {module}", original, weight, recorded)
     largest = _largest(original)
     return Histogram(

@@ -8,6 +8,7 @@ from typing import Any
 
 import jinja2
 
+from offline_quantize.checkpoint.manifest import RunRecord
 from offline_quantize.cli.console import size
 from offline_quantize.report import MARK, figures
 from offline_quantize.report.contents import Contents, Weight, ratios
@@ -59,12 +60,12 @@ def render(contents: Contents) -> str:
         name=contents.packed.root.resolve().name,
         architecture=_architecture(contents.packed.files.config),
         recipe=contents.packed.config.recipe,
-        version=contents.manifest["precalib"],
-        options=_options(contents.manifest["job"]),
+        version=contents.manifest.precalib,
+        options=_options(contents.manifest.run),
         tiles=list(_tiles(contents)),
         findings=list(findings(contents)),
         error_map=figures.error_map(contents.weights),
-        kept=_kept(contents.manifest["kept"]),
+        kept=_kept(contents.manifest.unquantized),
         missing=list(_missing(contents)),
         **_evaluations(contents.evaluations),
         **_table(contents),
@@ -101,7 +102,9 @@ def findings(contents: Contents) -> Iterator[Finding]:
             f"({crowded[0].overflow_share:.1%} at most):",
             [weight.module for weight in crowded],
         )
-    odd = [name for name, why in contents.manifest["kept"].items() if why.startswith("input size")]
+    odd = [
+        name for name, why in contents.manifest.unquantized.items() if why.startswith("input size")
+    ]
     if odd:
         yield Finding(
             False,
@@ -116,26 +119,28 @@ def _count(things: Sequence[Any], one: str, many: str) -> str:
 
 
 def _tiles(contents: Contents) -> Iterator[Mapping[str, str]]:
-    totals, files = contents.manifest["totals"], contents.manifest["files"]
+    totals, files = contents.manifest.totals, contents.manifest.files
 
     def tile(what: str, value: str, about: str) -> Mapping[str, str]:
         return {"what": what, "value": value, "about": about}
 
-    before, after = totals["source_bytes"], totals["stored_bytes"]
+    before, after = totals.source_bytes, totals.stored_bytes
     yield tile(
         "true bits per weight",
-        f"{totals['bits_per_weight']:.3f}",
-        f"Eq. 13 of the paper: {totals['eq13_bits_per_weight']:.3f}",
+        f"{totals.bits_per_weight:.3f}",
+        f"Eq. 13 of the paper: {totals.eq13_bits_per_weight:.3f}",
     )
     yield tile("packed weights", size(after), f"from {size(before)}, {before / after:.2f} times")
-    on_disk = sum(file["size"] for file in files.values())
-    yield tile("all files", size(on_disk), f"{size(totals['kept_bytes'])} of tensors kept as were")
+    on_disk = sum(file.size for file in files.values())
+    yield tile(
+        "all files", size(on_disk), f"{size(totals.unquantized_bytes)} of tensors kept as were"
+    )
     yield tile(
         "weights",
-        f"{totals['weights']:,}",
+        f"{totals.weights:,}",
         f"in {_count(contents.weights, 'matrix', 'matrices')}",
     )
-    yield tile("relative error", f"{totals['mean_relative_error']:.5f}", "mean over all weights")
+    yield tile("relative error", f"{totals.mean_relative_error:.5f}", "mean over all weights")
     known = contents.seconds is not None
     yield tile(
         "seconds to quantize",
@@ -149,15 +154,10 @@ def _architecture(config: Mapping[str, Any]) -> str:
     return str(names[0]) if isinstance(names, list) and names else str(config.get("model_type"))
 
 
-def _options(job: Mapping[str, Any]) -> str:
+def _options(run: RunRecord) -> str:
     """The options beside the recipe that decided which weight became what."""
-    given = [("--override", job.get("overrides")), ("--keep", job.get("keep"))]
-    return " ".join(
-        f"{option} {shlex.quote(str(value))}"
-        for option, values in given
-        if isinstance(values, list)
-        for value in values
-    )
+    given = [*(("--override", text) for text in run.overrides), *(("--keep", t) for t in run.keep)]
+    return " ".join(f"{option} {shlex.quote(value)}" for option, value in given)
 
 
 def _kept(kept: Mapping[str, str]) -> list[Finding]:

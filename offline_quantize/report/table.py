@@ -63,7 +63,7 @@ def columns(weights: Sequence[Weight]) -> list[Column]:
                 _busiest,
             ),
         ]
-    if any(weight.measures["salient_overflow"] for weight in weights):
+    if any(weight.measures.salient_overflow for weight in weights):
         found.append(
             Column(
                 "overflow",
@@ -94,7 +94,7 @@ def strip(positions: Positions | None) -> str:
 
 def _number(name: str, about: str, measure: str, form: str) -> Column:
     def cell(weight: Weight) -> Cell:
-        value = float(weight.measures[measure])
+        value = float(getattr(weight.measures, measure))
         return Cell(format(value, form), value)
 
     return Column(name, about, cell)

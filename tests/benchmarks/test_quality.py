@@ -14,7 +14,8 @@ from torch import Tensor
 from offline_quantize.checkpoint.source import open_checkpoint
 from offline_quantize.cli.console import NullProgress
 from offline_quantize.commands.quantize import quantize
-from offline_quantize.planning.plan import Options, make_plan
+from offline_quantize.planning.options import Options
+from offline_quantize.planning.plan import make_plan
 from precalib_kernels.errors import SourceError
 
 Load = Callable[[str], ModuleType]

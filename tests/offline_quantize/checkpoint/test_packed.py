@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from offline_quantize.checkpoint.atomic_files import JOB
-from offline_quantize.checkpoint.packed import open_packed, read_manifest
+from offline_quantize.checkpoint.manifest import read_manifest
+from offline_quantize.checkpoint.packed import open_packed
 from precalib_kernels.errors import FormatError, SourceError
 from precalib_kernels.format import reference
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from offline_quantize.checkpoint.source import open_checkpoint, refuse_unsuitable
+from offline_quantize.checkpoint.source import check_suitable, open_checkpoint
 from precalib_kernels.errors import SourceError
 
 INDEX = "model.safetensors.index.json"
@@ -14,13 +14,13 @@ def test_a_single_file(checkpoint):
     source = open_checkpoint(checkpoint())
     assert list(source.shards) == ["model.safetensors"]
     assert source.index is None
-    assert source.others == (
+    assert source.sidecar_files == (
         "assets/deep/logo.bytes",
         "generation_config.json",
         "original/params.json",
         "tokenizer.json",
     )
-    assert source.left_out == ()
+    assert source.skipped_files == ()
 
 
 @pytest.mark.parametrize("index", [True, False])
@@ -46,8 +46,8 @@ def test_what_is_not_carried_over_is_told(checkpoint):
     (root / ".git").mkdir()
     (root / ".git" / "config").write_text("")
     source = open_checkpoint(root)
-    assert source.left_out == dead
-    assert source.others == ("vocab.txt",)
+    assert source.skipped_files == dead
+    assert source.sidecar_files == ("vocab.txt",)
 
 
 def test_links_are_followed_and_broken_ones_refused(checkpoint, tmp_path):
@@ -56,7 +56,7 @@ def test_links_are_followed_and_broken_ones_refused(checkpoint, tmp_path):
     linked.mkdir()
     for path in real.iterdir():
         (linked / path.name).symlink_to(path)
-    assert open_checkpoint(linked).others[-1] == "tokenizer.json"
+    assert open_checkpoint(linked).sidecar_files[-1] == "tokenizer.json"
     (real / "tokenizer.json").unlink()
     with pytest.raises(SourceError, match=r"linked/tokenizer\.json: not a file \(a broken link"):
         open_checkpoint(linked)
@@ -162,19 +162,19 @@ def test_a_damaged_index(checkpoint, index, text):
 def test_unsuitable_sources(checkpoint, config, text):
     source = open_checkpoint(checkpoint(config=config))
     with pytest.raises(SourceError, match=rf"/source/config\.json: {text}"):
-        refuse_unsuitable(source)
+        check_suitable(source)
 
 
 def test_packed_tensors_without_a_word_in_the_configuration(checkpoint, weights):
     name = "model.layers.0.self_attn.q_proj.qweight"
     source = open_checkpoint(checkpoint(tensors={name: torch.zeros(4, 4, dtype=torch.int32)}))
     with pytest.raises(SourceError, match=rf"model\.safetensors: tensor '{name}' is already quan"):
-        refuse_unsuitable(source)
+        check_suitable(source)
 
 
 @pytest.mark.parametrize("config", [{}, {"quantization_config": None}, {"model_type": ["gpt2"]}])
 def test_suitable_sources(checkpoint, config):
-    refuse_unsuitable(open_checkpoint(checkpoint(config=config)))
+    check_suitable(open_checkpoint(checkpoint(config=config)))
 
 
 def test_the_language_model_of_a_larger_one(checkpoint):

@@ -15,15 +15,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from offline_quantize.checkpoint import writer
 from offline_quantize.checkpoint.atomic_files import JOB, JOURNAL, partial
+from offline_quantize.checkpoint.journal import Journal
 from offline_quantize.checkpoint.packed import open_packed
 from offline_quantize.checkpoint.source import open_checkpoint
 from offline_quantize.cli.console import NullProgress
 from offline_quantize.commands.dequantize import dequantize
 from offline_quantize.commands.quantize import quantize
 from offline_quantize.commands.verify import verify
-from offline_quantize.planning.plan import Options, make_plan
+from offline_quantize.planning.options import Options
+from offline_quantize.planning.plan import make_plan
 from precalib_kernels.errors import FormatError, OutputError, PrecalibError, SourceError, UnfitError
 
 
@@ -47,7 +48,7 @@ class Disk:
             (Path, "mkdir", None),
         ):
             monkeypatch.setattr(owner, name, self.mortal(getattr(owner, name), data))
-        monkeypatch.setattr(writer._Journal, "add", self.mortal_journal(writer._Journal.add))
+        monkeypatch.setattr(Journal, "add", self.mortal_journal(Journal.add))
 
     def step(self) -> bool:
         """Whether this call is the one to die at."""
@@ -501,7 +502,7 @@ def test_progress_counts_every_byte(source, tmp_path):
     progress = Recorder()
     run(source, tmp_path / "target", progress=progress)
     plan = make_plan(open_checkpoint(source), Options("rtn-4"))
-    config = len(plan.small["config.json"])
+    config = len(plan.files.metadata_files["config.json"])
     assert progress.done == plan.source.nbytes + plan.output_bytes - config
 
 

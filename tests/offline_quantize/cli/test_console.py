@@ -5,10 +5,11 @@ import io
 import pytest
 from rich.console import Console
 
-from offline_quantize.checkpoint.packed import read_manifest
+from offline_quantize.checkpoint.manifest import read_manifest
 from offline_quantize.checkpoint.source import open_checkpoint
 from offline_quantize.cli import console
-from offline_quantize.planning.plan import Options, make_plan
+from offline_quantize.planning.options import Options
+from offline_quantize.planning.plan import make_plan
 
 
 @pytest.fixture
@@ -45,7 +46,7 @@ def test_the_table_off_a_terminal_is_as_wide_as_it_needs(manifest, capsys):
     header, rule, *rows = table_of(capsys.readouterr().out)
     assert header.split() == ["module", "shape", "bits", "error", "KL", "entropy", "salient"]
     assert set(rule) == {"─"}
-    assert [row.split()[0] for row in rows] == list(manifest["tensors"])
+    assert [row.split()[0] for row in rows] == list(manifest.tensors)
     assert rows[0].split()[1:3] == ["64×1024", rows[0].split()[2]]
     assert len({len(row.rstrip()) for row in rows}) == 1
 
@@ -62,11 +63,11 @@ def test_the_table_on_a_terminal_stays_within_it(manifest, terminal, width):
 
 
 def test_overflow_has_a_column_where_there_is_any(manifest, capsys):
-    console.show_totals(manifest["totals"])
+    console.show_totals(manifest.totals)
     assert "found no place" not in capsys.readouterr().out
-    manifest["totals"]["salient_overflow"] = 12345
-    console.show_tensors(manifest)
-    console.show_totals(manifest["totals"])
+    totals = manifest.totals.model_copy(update={"salient_overflow": 12345})
+    console.show_tensors(manifest.model_copy(update={"totals": totals}))
+    console.show_totals(totals)
     shown = capsys.readouterr().out
     assert "overflow" in shown.splitlines()[0]
     assert "12,345 weights above λ' found no place in their group" in shown

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -27,6 +28,13 @@ def test_help_and_usage(precalib):
         assert command in ran.out
     assert precalib("quantize").code == 2
     assert precalib("quantize", "a", "b", "--jobs", -1).code == 2
+
+
+def test_version(precalib):
+    ran = precalib("--version")
+    assert (ran.code, ran.err) == (0, "")
+    assert ran.out == f"precalib {version('vllm-precalib')}\n"
+    assert precalib().code == 2
 
 
 def test_recipes(precalib):

@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from offline_quantize.checkpoint.packed import open_packed, read_manifest
+from offline_quantize.checkpoint.manifest import read_manifest
+from offline_quantize.checkpoint.packed import open_packed
 from offline_quantize.method.encode import encode
 from offline_quantize.method.recipes import RECIPES, for_head
 from precalib_kernels.format import reference
@@ -55,16 +56,16 @@ def test_a_tied_head_gets_tensors_of_its_own(tied, quantize, precalib, tmp_path,
     assert packed.config.recipe == "rtn-4 --head balanced-5"
     assert packed.config.modules["lm_head"] == "balanced-5 (head)"
     assert packed.files.config["tie_word_embeddings"] is False
-    assert manifest["tensors"]["lm_head"]["origin"] == "model.embed_tokens.weight"
-    assert manifest["kept"]["model.embed_tokens.weight"] == "embedding"
-    file, entry = packed.locations["model.embed_tokens.weight"]
-    embeddings = load_file(target / file)["model.embed_tokens.weight"]
-    assert entry.shape == packed.shape("lm_head")
+    assert manifest.tensors["lm_head"].origin == "model.embed_tokens.weight"
+    assert manifest.unquantized["model.embed_tokens.weight"] == "embedding"
+    location = packed.locations["model.embed_tokens.weight"]
+    embeddings = load_file(location.path)["model.embed_tokens.weight"]
+    assert location.entry.shape == packed.shape("lm_head")
     error = (packed.weight("lm_head") - embeddings.float()).square().sum()
     assert error < 0.005 * embeddings.float().square().sum()
     if shards > 1:
         index = json.loads((target / "model.safetensors.index.json").read_text())
-        assert index["weight_map"]["lm_head.qweight"] == file
+        assert index["weight_map"]["lm_head.qweight"] == location.path.name
     assert precalib("verify", target, "--against", source).code == 0
     assert "lm_head" in precalib("inspect", target).out
     back = tmp_path / "back"
@@ -78,7 +79,7 @@ def test_a_head_of_its_own_is_packed_where_it_is(checkpoint, weights, quantize, 
     target = quantize(source, "--recipe", "rtn-4", "--head", "rtn-3")
     packed = open_packed(target)
     assert packed.config.modules["lm_head"] == "rtn-3"
-    assert read_manifest(target)["tensors"]["lm_head"]["origin"] == "lm_head.weight"
+    assert read_manifest(target).tensors["lm_head"].origin == "lm_head.weight"
     assert "lm_head.weight" not in packed.locations
     assert precalib("verify", target, "--against", source).code == 0
 

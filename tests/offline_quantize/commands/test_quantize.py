@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from offline_quantize.checkpoint.packed import open_packed, read_manifest
+from offline_quantize.checkpoint.manifest import read_manifest
+from offline_quantize.checkpoint.packed import open_packed
 from offline_quantize.method.recipes import RECIPES
 from precalib_kernels.format import reference
 from precalib_kernels.format.checkpoint_config import CheckpointConfig
@@ -48,21 +49,21 @@ def check(source, target):
     """The manifest tells the truth, and kept tensors are the source's; returns the manifest."""
     original, (weights, kept) = load(source), unpack(target)
     manifest = read_manifest(target)
-    assert manifest["tensors"].keys() == weights.keys()
+    assert manifest.tensors.keys() == weights.keys()
     for module, weight in weights.items():
-        entry, before = manifest["tensors"][module], original.pop(f"{module}.weight")
-        assert entry["shape"] == list(before.shape) == list(weight.shape)
+        entry, before = manifest.tensors[module], original.pop(f"{module}.weight")
+        assert list(entry.shape) == list(before.shape) == list(weight.shape)
         assert weight.isfinite().all()
         error = relative_error(before, weight)
-        assert entry["relative_error"] == pytest.approx(error, rel=1e-3, abs=1e-12)
-        assert entry["kl"] >= 0
-        assert 0 <= entry["salient_share"] <= 1
-        assert 0 <= entry["entropy_after"] <= 8
-        assert 0 <= entry["entropy_before"] <= 8
+        assert entry.relative_error == pytest.approx(error, rel=1e-3, abs=1e-12)
+        assert entry.kl >= 0
+        assert 0 <= entry.salient_share <= 1
+        assert 0 <= entry.entropy_after <= 8
+        assert 0 <= entry.entropy_before <= 8
         stored = sum(t.nbytes for n, t in load(target).items() if n.rpartition(".")[0] == module)
         stored -= sum(t.nbytes for n, t in kept.items() if n.rpartition(".")[0] == module)
-        assert entry["bits_per_weight"] == pytest.approx(8 * stored / before.numel())
-    assert original.keys() == kept.keys() == manifest["kept"].keys()
+        assert entry.bits_per_weight == pytest.approx(8 * stored / before.numel())
+    assert original.keys() == kept.keys() == manifest.unquantized.keys()
     for name, tensor in original.items():
         assert tensor.dtype == kept[name].dtype
         assert torch.equal(tensor.view(torch.uint8), kept[name].view(torch.uint8))
@@ -74,13 +75,11 @@ def test_every_recipe(checkpoint, quantize, recipe):
     source = checkpoint()
     manifest = check(source, target := quantize(source, "--recipe", recipe))
     bits = RECIPES[recipe].layout.bits
-    errors = [tensor["relative_error"] for tensor in manifest["tensors"].values()]
+    errors = [tensor.relative_error for tensor in manifest.tensors.values()]
     assert max(errors) < BOUND[bits]
-    totals = manifest["totals"]
-    assert totals["bits_per_weight"] == pytest.approx(
-        8 * totals["stored_bytes"] / totals["weights"]
-    )
-    assert min(errors) <= totals["mean_relative_error"] <= max(errors)
+    totals = manifest.totals
+    assert totals.bits_per_weight == pytest.approx(8 * totals.stored_bytes / totals.weights)
+    assert min(errors) <= totals.mean_relative_error <= max(errors)
     for name in ("tokenizer.json", "original/params.json", "assets/deep/logo.bytes"):
         assert (target / name).read_bytes() == (source / name).read_bytes()
 
@@ -91,7 +90,7 @@ def test_balanced_is_better_than_rounding(checkpoint, quantize):
         errors = {}
         for recipe in (f"balanced-{bits}", f"rtn-{bits}"):
             target = quantize(source, "--recipe", recipe, target=recipe)
-            errors[recipe] = read_manifest(target)["totals"]["mean_relative_error"]
+            errors[recipe] = read_manifest(target).totals.mean_relative_error
         assert errors[f"balanced-{bits}"] < 0.8 * errors[f"rtn-{bits}"]
 
 
@@ -107,8 +106,8 @@ def test_bits_and_group_sizes(checkpoint, weights, quantize, family, bits, group
     source = checkpoint(tensors=tensors)
     options = ["--recipe", f"{family}-4", "--bits", bits, "--group-size", group_size]
     manifest = check(source, quantize(source, *options))
-    for tensor in manifest["tensors"].values():
-        assert tensor["relative_error"] < 2 * BOUND[bits]
+    for tensor in manifest.tensors.values():
+        assert tensor.relative_error < 2 * BOUND[bits]
 
 
 @pytest.mark.parametrize("recipe", ["balanced-4", "paper-4", "paper-3"])
@@ -116,8 +115,8 @@ def test_bits_and_group_sizes(checkpoint, weights, quantize, family, bits, group
 def test_shares_of_salient_weights(checkpoint, weights, quantize, recipe, alpha):
     source = checkpoint(tensors={"model.layers.0.up_proj.weight": weights()(64, 256)})
     manifest = check(source, quantize(source, "--recipe", recipe, "--alpha", alpha))
-    for tensor in manifest["tensors"].values():
-        assert tensor["salient_share"] == pytest.approx(alpha, abs=0.012 + 0.2 * alpha)
+    for tensor in manifest.tensors.values():
+        assert tensor.salient_share == pytest.approx(alpha, abs=0.012 + 0.2 * alpha)
 
 
 @pytest.mark.parametrize("recipe", ["balanced-3", "paper-3"])
@@ -126,7 +125,7 @@ def test_bits_of_salient_codes(checkpoint, quantize, recipe, salient_bits):
     source = checkpoint()
     target = quantize(source, "--recipe", recipe, "--salient-bits", salient_bits)
     manifest = check(source, target)
-    assert manifest["totals"]["mean_relative_error"] < BOUND[3]
+    assert manifest.totals.mean_relative_error < BOUND[3]
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -162,7 +161,7 @@ def test_awkward_weights(checkpoint, weights, quantize, recipe):
     source = checkpoint(tensors=tensors)
     manifest = check(source, quantize(source, "--recipe", recipe))
     bits = RECIPES[recipe].layout.bits
-    errors = {module[15:]: t["relative_error"] for module, t in manifest["tensors"].items()}
+    errors = {module[15:]: t.relative_error for module, t in manifest.tensors.items()}
     assert errors.pop("all_zero") == 0
     for name in ("zero_rows", "zero_columns", "large", "small", "one_row", "one_group"):
         assert errors[name] < 2 * BOUND[bits], name
@@ -214,8 +213,8 @@ def test_mixtures_of_experts(checkpoint, weights, quantize, family):
     tensors["model.layers.0.mlp.gate.e_score_correction_bias"] = make(4)
     source = checkpoint(tensors=tensors)
     manifest = check(source, quantize(source, "--group-size", 64))
-    assert manifest["kept"].keys() == {name for name in tensors if "gate." in name}
-    assert len(manifest["tensors"]) + len(manifest["kept"]) == len(tensors)
+    assert manifest.unquantized.keys() == {name for name in tensors if "gate." in name}
+    assert len(manifest.tensors) + len(manifest.unquantized) == len(tensors)
 
 
 def test_equal_runs_give_equal_bytes(checkpoint, quantize, contents):
@@ -225,11 +224,11 @@ def test_equal_runs_give_equal_bytes(checkpoint, quantize, contents):
 
 def test_the_manifest_lists_every_file(checkpoint, quantize, contents):
     target = quantize(checkpoint(shards=2))
-    files = read_manifest(target)["files"]
+    files = read_manifest(target).files
     digests = contents(target)
     del digests["precalib.json"]
-    assert {name: file["sha256"] for name, file in files.items()} == digests
-    assert all(file["size"] == (target / name).stat().st_size for name, file in files.items())
+    assert {name: file.sha256 for name, file in files.items()} == digests
+    assert all(file.size == (target / name).stat().st_size for name, file in files.items())
 
 
 def test_paper_counts_what_finds_no_place(checkpoint, weights, quantize):
@@ -237,10 +236,10 @@ def test_paper_counts_what_finds_no_place(checkpoint, weights, quantize):
     tensor[:, :128] *= 0.01  # then all of the salient weights lie in every other group
     source = checkpoint(tensors={"model.layers.0.up_proj.weight": tensor})
     manifest = check(source, quantize(source, "--recipe", "paper-4", "--alpha", 0.1))
-    (entry,) = manifest["tensors"].values()
-    assert entry["salient_overflow"] > 0
-    assert manifest["totals"]["salient_overflow"] == entry["salient_overflow"]
-    wanted = entry["salient_share"] * 64 * 256 + entry["salient_overflow"]
+    (entry,) = manifest.tensors.values()
+    assert entry.salient_overflow > 0
+    assert manifest.totals.salient_overflow == entry.salient_overflow
+    wanted = entry.salient_share * 64 * 256 + entry.salient_overflow
     assert wanted == pytest.approx(0.1 * 64 * 256, rel=0.05)
 
 
@@ -272,7 +271,7 @@ def test_everything_else_is_copied_byte_for_byte(checkpoint, weights, quantize):
     source = checkpoint(tensors=make.llama() | extra, shards=2)
     target = quantize(source, "--group-size", 64)
     original, copies = load(source), load(target)
-    assert len(read_manifest(target)["tensors"]) == 14
+    assert len(read_manifest(target).tensors) == 14
     for name in extra:
         assert (copies[name].dtype, copies[name].shape) == (
             original[name].dtype,
@@ -319,7 +318,7 @@ def test_a_ruined_weight_is_refused_with_its_remedy(with_small, precalib, quanti
     assert remedy(ran.sentence) == r"^model\.layers\.1\.mlp\.down_proj$"
     assert not target.exists()
     manifest = check(source, quantize(source, "--recipe", recipe, "--keep", remedy(ran.sentence)))
-    assert len(manifest["tensors"]) == 13
+    assert len(manifest.tensors) == 13
 
 
 def test_all_ruined_weights_are_named_at_once(with_small, precalib, quantize):
@@ -336,10 +335,10 @@ def test_all_ruined_weights_are_named_at_once(with_small, precalib, quantize):
     assert r"model\.layers\.\d+\.mlp\.down_proj" in remedy(heading)
     assert not source.with_name("target").exists()
     manifest = read_manifest(quantize(source, "--recipe", "rtn-4", "--keep", remedy(heading)))
-    kept = {re.sub(r".*layers\.(\d).*\.(\w+)\.weight", r"\1 \2", n) for n in manifest["kept"]}
+    kept = {re.sub(r".*layers\.(\d).*\.(\w+)\.weight", r"\1 \2", n) for n in manifest.unquantized}
     # q and v with k, as vLLM computes them as one
     assert kept >= {"0 q_proj", "0 k_proj", "0 v_proj", "0 down_proj", "1 down_proj"}
-    assert len(manifest["tensors"]) == 14 - 5
+    assert len(manifest.tensors) == 14 - 5
 
 
 def test_many_ruined_weights_have_a_short_remedy(checkpoint, weights, precalib, quantize):
@@ -375,4 +374,4 @@ def test_dead_columns_do_no_harm(checkpoint, weights, quantize, recipe, size, co
     weight[:, :count] *= 50 * size
     source = checkpoint(tensors={"model.layers.0.mlp.down_proj.weight": weight})
     manifest = check(source, quantize(source, "--recipe", recipe))
-    assert manifest["totals"]["mean_relative_error"] < BOUND[RECIPES[recipe].layout.bits]
+    assert manifest.totals.mean_relative_error < BOUND[RECIPES[recipe].layout.bits]

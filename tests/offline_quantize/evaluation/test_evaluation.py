@@ -29,7 +29,8 @@ from offline_quantize.evaluation.kl import (
     write_text,
 )
 from offline_quantize.evaluation.models import load_original, load_packed, load_tokenizer
-from offline_quantize.planning.plan import Options, make_plan
+from offline_quantize.planning.options import Options
+from offline_quantize.planning.plan import make_plan
 
 BEGIN = 256
 TEXT = "The original is compared with the quantized model, token by token. " * 12

@@ -5,12 +5,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from offline_quantize.checkpoint.packed import read_manifest
+from offline_quantize.checkpoint.manifest import read_manifest
 from offline_quantize.checkpoint.source import open_checkpoint
 from offline_quantize.method.encode import encode
 from offline_quantize.method.recipes import RECIPES, adjust
 from offline_quantize.planning.bit_allocation import OPTIONS, allocate, sensitivity
-from offline_quantize.planning.plan import Options, make_plan
+from offline_quantize.planning.options import Options
+from offline_quantize.planning.plan import make_plan
 from precalib_kernels.errors import RecipeError
 
 SHAPES = {
@@ -148,10 +149,10 @@ def test_the_size_is_known_before_and_true_after(checkpoint, quantize):
     plan = make_plan(open_checkpoint(source), options)
     given = ("--target-bits", 4.0, "--override", "down_proj=paper-3")
     manifest = read_manifest(quantize(source, *given))
-    assert manifest["totals"]["stored_bytes"] == plan.stored_bytes
-    assert 3.9 < manifest["totals"]["bits_per_weight"] <= 4
-    assert manifest["tensors"]["model.layers.0.mlp.down_proj"]["recipe"] == "paper-3"
-    assert manifest["job"]["recipe"] == "--target-bits 4"
+    assert manifest.totals.stored_bytes == plan.stored_bytes
+    assert 3.9 < manifest.totals.bits_per_weight <= 4
+    assert manifest.tensors["model.layers.0.mlp.down_proj"].recipe == "paper-3"
+    assert manifest.run.recipe == "--target-bits 4"
 
 
 @pytest.mark.parametrize("option", OPTIONS, ids=lambda option: option.label)

@@ -3,9 +3,10 @@ import json
 import pytest
 import torch
 
-from offline_quantize.checkpoint.source import open_checkpoint
+from offline_quantize.checkpoint.source import index_of, open_checkpoint
 from offline_quantize.method.recipes import RECIPES
-from offline_quantize.planning.plan import Options, checkpoint_config, index_of, make_plan
+from offline_quantize.planning.options import Options
+from offline_quantize.planning.plan import checkpoint_config, make_plan
 from precalib_kernels.errors import RecipeError, SourceError
 from precalib_kernels.format.checkpoint_config import CheckpointConfig
 
@@ -19,22 +20,25 @@ def plan(root, recipe="rtn-4", overrides=(), keep=(), **changes):
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_fits(checkpoint, recipe):
     made = plan(checkpoint(), recipe)
-    assert len(made.packings) == 2 * LINEARS
-    assert made.kept["model.embed_tokens.weight"] == "embedding"
-    assert made.kept["lm_head.weight"] == "output head"
-    assert made.kept["model.layers.1.self_attn.q_proj.bias"] == "not a linear weight"
+    assert len(made.weight_plans) == 2 * LINEARS
+    assert made.unquantized["model.embed_tokens.weight"] == "embedding"
+    assert made.unquantized["lm_head.weight"] == "output head"
+    assert made.unquantized["model.layers.1.self_attn.q_proj.bias"] == "not a linear weight"
     layout = RECIPES[recipe].layout
-    assert {packing.recipe.layout for packing in made.packings.values()} == {layout}
-    assert made.weights == sum(p.entry.weights for p in made.packings.values())
+    assert {weight.recipe.layout for weight in made.weight_plans.values()} == {layout}
+    assert made.weights == sum(weight.entry.weights for weight in made.weight_plans.values())
 
 
 def test_the_configuration_comes_back(checkpoint):
     made = plan(checkpoint(), overrides=[("mlp", "rtn-3")], keep=[r"layers\.1\.self_attn"])
-    written = json.loads(made.small["config.json"])
-    assert written.pop("quantization_config") == checkpoint_config(made).to_dict()
+    written = json.loads(made.files.metadata_files["config.json"])
+    assert (
+        written.pop("quantization_config")
+        == checkpoint_config(made.options, made.weight_plans, made.unquantized).to_dict()
+    )
     assert written == {"model_type": "llama", "num_hidden_layers": 2}
     config = CheckpointConfig.from_dict(
-        json.loads(made.small["config.json"])["quantization_config"]
+        json.loads(made.files.metadata_files["config.json"])["quantization_config"]
     )
     assert config.modules["model.layers.0.mlp.up_proj"] == "rtn-3"
     assert config.modules["model.layers.0.self_attn.q_proj"] == "rtn-4"
@@ -44,14 +48,14 @@ def test_the_configuration_comes_back(checkpoint):
 
 def test_shards_stay_shards_and_the_index_names_every_tensor(checkpoint):
     made = plan(checkpoint(shards=3))
-    index = json.loads(made.small["model.safetensors.index.json"])
+    index = json.loads(made.files.metadata_files["model.safetensors.index.json"])
     assert index["metadata"]["by"] == "test"
-    entries = {n: (f, e) for f, s in made.shards.items() for n, e in s.entries.items()}
+    entries = {n: (f, e) for f, s in made.files.shards.items() for n, e in s.entries.items()}
     assert index["weight_map"] == {name: file for name, (file, _) in entries.items()}
     assert index["metadata"]["total_size"] == sum(e.nbytes for _, e in entries.values())
     files = {name: entry for name, entry in entries.items() if "0.self_attn.k_proj" in name}
     assert len({file for file, _ in files.values()}) == 1
-    assert list(made.small)[-1] == "config.json"
+    assert list(made.files.metadata_files)[-1] == "config.json"
 
 
 @pytest.mark.parametrize("metadata", [None, [], "text"])
@@ -61,14 +65,14 @@ def test_an_index_with_odd_metadata(metadata):
 
 def test_the_first_override_that_matches_wins(checkpoint):
     made = plan(checkpoint(), overrides=[("down", "balanced-4"), ("mlp", "rtn-3")])
-    assert made.packings["model.layers.0.mlp.down_proj.weight"].label == "balanced-4"
-    assert made.packings["model.layers.0.mlp.up_proj.weight"].label == "rtn-3"
-    assert made.packings["model.layers.0.self_attn.o_proj.weight"].label == "rtn-4"
+    assert made.weight_plans["model.layers.0.mlp.down_proj.weight"].label == "balanced-4"
+    assert made.weight_plans["model.layers.0.mlp.up_proj.weight"].label == "rtn-3"
+    assert made.weight_plans["model.layers.0.self_attn.o_proj.weight"].label == "rtn-4"
 
 
 def test_options_adjust_the_main_recipe_and_are_in_its_name(checkpoint):
     made = plan(checkpoint(), bits=3, group_size=64, overrides=[("down", "rtn-4")])
-    labels = {packing.label: packing.recipe.layout for packing in made.packings.values()}
+    labels = {weight.label: weight.recipe.layout for weight in made.weight_plans.values()}
     main = labels["rtn-4 --bits 3 --group-size 64"]
     assert (main.bits, main.group_size) == (3, 64)
     assert labels["rtn-4"] == RECIPES["rtn-4"].layout
@@ -124,7 +128,7 @@ def test_weights_of_other_types_are_refused_but_may_be_kept(checkpoint, weights,
     root = checkpoint(tensors=tensors)
     with pytest.raises(SourceError, match=rf"safetensors: tensor '{name}' has type .*use --keep"):
         plan(root)
-    assert plan(root, keep=[r"layers\.1\.mlp\.down_proj"]).kept[name] == "--keep"
+    assert plan(root, keep=[r"layers\.1\.mlp\.down_proj"]).unquantized[name] == "--keep"
 
 
 def test_nothing_to_quantize(checkpoint, weights):
@@ -165,8 +169,8 @@ def test_tensors_that_need_no_attention(checkpoint, weights):
     tensors = make.llama() | extra
     del tensors["lm_head.weight"]
     made = plan(checkpoint(tensors=tensors))
-    assert extra.keys() <= made.kept.keys()
-    assert len(made.packings) == 2 * LINEARS
+    assert extra.keys() <= made.unquantized.keys()
+    assert len(made.weight_plans) == 2 * LINEARS
 
 
 def test_the_fingerprint_names_what_matters(checkpoint):

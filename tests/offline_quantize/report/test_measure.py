@@ -2,7 +2,11 @@ import pytest
 import torch
 
 from offline_quantize.checkpoint.packed import open_packed
-from offline_quantize.checkpoint.safetensors_file import read_header, read_tensor
+from offline_quantize.checkpoint.safetensors_file import (
+    TensorLocation,
+    read_header,
+    read_tensor,
+)
 from offline_quantize.report import measure
 from offline_quantize.report.contents import kinds
 from offline_quantize.report.table import strip
@@ -73,7 +77,9 @@ def test_histograms_hold_every_weight_once_and_by_class(packed):
     original = read_tensor(source, f"{DOWN}.weight", entry).float()
     assert original.equal(tensors[f"{DOWN}.weight"].float())
     error = float((original - checkpoint.weight(DOWN)).square().sum() / original.square().sum())
-    found = measure.histogram(checkpoint, DOWN, (source, f"{DOWN}.weight", entry), error)
+    found = measure.histogram(
+        checkpoint, DOWN, TensorLocation(source, f"{DOWN}.weight", entry), error
+    )
     assert found.largest == float(original.abs().max())
     salient = int(measure.positions(checkpoint, DOWN).columns.sum())
     assert found.salient.sum() == found.original_salient.sum() == salient > 0

@@ -1,0 +1,137 @@
+"""The manifest of a packed checkpoint, precalib.json: what was made, from what, and how well."""
+
+import hashlib
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+from pydantic import ConfigDict, Field, Strict
+
+from offline_quantize.checkpoint.atomic_files import MANIFEST
+from offline_quantize.checkpoint.progress import Progress
+from offline_quantize.checkpoint.records import FileName, Record, read_record
+from offline_quantize.checkpoint.safetensors_file import read_pieces
+from precalib_kernels.errors import FormatError
+
+REQUANTIZE_REMEDY = "quantize the model again"
+
+
+class RunRecord(Record):
+    """What a run was: everything its output depends on, but not where and when it ran.
+
+    precalib:  version of the writer; None for writers that did not record it.
+    recipe:    the main recipe and its adjustments, as on the command line.
+    recipes:   JSON form of every recipe in use, by label.
+    overrides: "REGEX=RECIPE";  keep: patterns;  head: recipe of the output head, or None.
+    source:    digest of config.json; size and digest of the header of every weight file.
+    """
+
+    # Fields of other writers take part in the comparison of two runs.
+    model_config = ConfigDict(extra="allow")
+
+    format_version: int
+    precalib: str | None = None
+    recipe: str
+    recipes: dict[str, Any] = Field(default_factory=dict)
+    overrides: list[str]
+    keep: list[str]
+    head: str | None = None
+    source: dict[FileName, Any]
+
+
+class Totals(Record):
+    """Sums over all quantized weights.
+
+    weights:              number of weights.
+    source_bytes:         their size before;  stored_bytes: of all that replaces them.
+    unquantized_bytes:    size of the tensors that stay as they are.
+    bits_per_weight:      effective bits: all stored bytes counted.
+    eq13_bits_per_weight: average bits by Eq. 13 of the paper.
+    mean_relative_error:  ‖W − Ŵ‖² / ‖W‖² of each matrix, averaged over the weights.
+    salient_overflow:     weights above λ' that found no place in their group.
+    """
+
+    weights: int
+    source_bytes: int
+    stored_bytes: int
+    unquantized_bytes: int = Field(validation_alias="kept_bytes", serialization_alias="kept_bytes")
+    bits_per_weight: float
+    eq13_bits_per_weight: float
+    mean_relative_error: float
+    salient_overflow: int
+
+
+class FileRecord(Record):
+    """Size in bytes and sha256 (hexadecimal) of a file."""
+
+    size: int
+    sha256: str
+
+
+class WeightRecord(Record):
+    """One quantized weight.
+
+    file:           weight file that it is in.
+    origin:         source tensor; None for writers that only knew "MODULE.weight".
+    shape:          [N, K] of the weight;  dtype: its safetensors type in the source.
+    recipe:         label of its recipe.
+    The other fields are those of `Statistics.summary`.
+    """
+
+    file: FileName
+    origin: str | None = None
+    shape: Annotated[tuple[int, int], Strict(False)]  # a list in JSON
+    dtype: str
+    recipe: str
+    bits_per_weight: float
+    relative_error: float
+    kl: float
+    entropy_before: float
+    entropy_after: float
+    salient_share: float
+    salient_overflow: int
+
+
+class Manifest(Record):
+    """Everything that precalib.json holds.
+
+    precalib:      version of the writer.
+    run:           the run that made it.
+    files:         every other file of the checkpoint, by name.
+    tensors:       every quantized weight, by module.
+    unquantized:   why each other tensor stays as it is, by name.
+    skipped_files: files of the source that were not copied.
+    """
+
+    ENTRIES: ClassVar = {"files": "file", "tensors": "module"}
+
+    format_version: int
+    precalib: str
+    run: RunRecord = Field(validation_alias="job", serialization_alias="job")
+    totals: Totals
+    files: dict[FileName, FileRecord]
+    tensors: dict[str, WeightRecord]
+    unquantized: dict[str, str] = Field(validation_alias="kept", serialization_alias="kept")
+    skipped_files: list[FileName] = Field(
+        validation_alias="left_out", serialization_alias="left_out"
+    )
+
+    def origin_of(self, module: str) -> str:
+        """The tensor of the source that a packed module was made from."""
+        weight = self.tensors.get(module)
+        return (weight.origin if weight else None) or f"{module}.weight"
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """The manifest of a packed checkpoint. Raises FormatError when missing or damaged."""
+    return read_record(directory / MANIFEST, Manifest, FormatError, REQUANTIZE_REMEDY)
+
+
+def record_file(path: Path, progress: Progress) -> FileRecord:
+    """Size and sha256 of a file, which is read once."""
+    progress.begin(f"sha256 of {path.name}")
+    sha256, size = hashlib.sha256(), 0
+    for piece in read_pieces(path):
+        sha256.update(piece)
+        size += len(piece)
+        progress.advance(len(piece))
+    return FileRecord(size=size, sha256=sha256.hexdigest())
