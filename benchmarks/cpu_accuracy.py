@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from offline_quantize.checkpoint.packed import PackedCheckpoint, open_packed
-from offline_quantize.evaluation.kl import compare, refer, text_windows
+from offline_quantize.evaluation.kl import compare, reference_distributions, text_windows
 from offline_quantize.evaluation.models import load_original, load_packed, load_tokenizer
 from precalib_kernels.backends.x86 import library, op
 from precalib_kernels.backends.x86.memory_layout import X86Layout
@@ -45,7 +45,8 @@ def main() -> None:
     if not library.machine_levels():
         parser.error("the kernels need AVX2")
     windows = text_windows(load_tokenizer(options.original), [options.text], options.tokens)
-    reference = refer(load_original(options.original, torch.bfloat16, "cpu"), windows)
+    original = load_original(options.original, torch.bfloat16, "cpu")
+    reference = reference_distributions(original, windows)
     checkpoint = open_packed(options.packed)
     model = load_packed(options.packed, torch.bfloat16, "cpu")
     print(f"# {options.packed.name}, level {library.machine_levels()[-1]}, {len(windows)} windows")
@@ -59,10 +60,10 @@ def main() -> None:
                 layer = model.get_submodule(module)
                 assert layer.bias is None
                 layer.forward = native_product(checkpoint, module, int8_inputs)
-        found = compare(reference, model, windows).summary()
-        low, high = found["kl_interval"]
+        found = compare(reference, model, windows).summary(options.text.name)
+        low, high = found.kl_interval
         print(
-            f"| {name} | {found['kl']:.5f} | {low:.5f} to {high:.5f} | {found['perplexity']:.3f} |",
+            f"| {name} | {found.kl:.5f} | {low:.5f} to {high:.5f} | {found.perplexity:.3f} |",
             flush=True,
         )
 

@@ -33,8 +33,8 @@ from offline_quantize import dequantize_weight, list_recipes, quantize_weight
 from offline_quantize.checkpoint.atomic_files import read_json, write_json
 from offline_quantize.checkpoint.safetensors_file import read_tensor
 from offline_quantize.checkpoint.source import Checkpoint, open_checkpoint
-from offline_quantize.evaluation.command import Original, Request
-from offline_quantize.evaluation.kl import Reference, compare, text_windows
+from offline_quantize.evaluation.command import OriginalModel, Request
+from offline_quantize.evaluation.kl import ReferenceDistributions, compare, text_windows
 from offline_quantize.evaluation.models import load_original, load_tokenizer
 from offline_quantize.planning.options import Options
 from offline_quantize.planning.plan import make_plan
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 TARGETS = (3.3, 3.85, 4.3, 4.8)
 OUTSIDE = Path(__file__).with_name("outside_peers.py")
-Text = tuple[Sequence[Tensor], Reference]
+Text = tuple[Sequence[Tensor], ReferenceDistributions]
 
 
 def main() -> None:
@@ -152,13 +152,13 @@ class Bench:
     def __init__(self, source: Path, files: Sequence[Path], tokens: int) -> None:
         checkpoint = open_checkpoint(source)
         request = Request(text=files, tokens=tokens)
-        original = Original(checkpoint, request)
+        original = OriginalModel(checkpoint, request)
         tokenizer = load_tokenizer(source)
         self.texts: dict[str, Text] = {}
         for file in files:
             windows = text_windows(tokenizer, [file], tokens)
-            self.texts[file.stem] = (windows, original.reference(windows))
-        original.__dict__.pop("model", None)
+            self.texts[file.stem] = (windows, original.distributions(windows))
+        original.unload()
         self.model: PreTrainedModel = load_original(source, request.dtype, request.device)
         self.parameters = dict(self.model.named_parameters())
         self.weights = decoder_weights(checkpoint)
@@ -185,7 +185,9 @@ class Bench:
                 raise SourceError(f"{method.name} left out {left}; it must quantize every weight")
             seconds = time.perf_counter() - start
             measured = {
-                text: compare(self.texts[text][1], self.model, self.texts[text][0]).summary()
+                text: compare(self.texts[text][1], self.model, self.texts[text][0])
+                .summary(text)
+                .model_dump(by_alias=True, exclude={"of", "window"})
                 for text in texts
             }
             for name, values in others.items():

@@ -17,6 +17,7 @@ from rich.text import Text
 
 from offline_quantize.checkpoint.manifest import Manifest, Totals
 from offline_quantize.planning.plan import Plan, WeightPlan
+from offline_quantize.units import size as size
 
 # nothing is markup: names and paths may hold brackets
 out = Console(soft_wrap=True, markup=False, highlight=False, emoji=False)
@@ -64,15 +65,6 @@ def progress_bar(total: int) -> Iterator[NullProgress]:
     )
     with Progress(*columns, console=err, transient=True) as progress:
         yield ProgressBar(progress, total)
-
-
-def size(nbytes: float) -> str:
-    """Bytes for people, in decimal units."""
-    for unit in ("B", "kB", "MB"):
-        if nbytes < 1000:
-            return f"{nbytes:.4g} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.2f} GB"
 
 
 def new_table(heading: str, *numbers: str, no_wrap: bool = False) -> Table:

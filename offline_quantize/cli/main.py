@@ -21,8 +21,8 @@ from offline_quantize.checkpoint.manifest import read_manifest
 from offline_quantize.checkpoint.packed import open_packed
 from offline_quantize.checkpoint.run import State
 from offline_quantize.checkpoint.source import open_checkpoint
-from offline_quantize.cli import console
-from offline_quantize.cli.doctor import diagnose
+from offline_quantize.cli import console, evaluation_tables
+from offline_quantize.cli import doctor as diagnosis
 from offline_quantize.commands.dequantize import dequantize as run_dequantize
 from offline_quantize.commands.quantize import quantize as run_quantize
 from offline_quantize.commands.quantize import run_of
@@ -237,10 +237,12 @@ def evaluate(
         text or (), self_generated, tokens, tasks or (), limit, getattr(torch, dtype.value), device
     )
     _check_device(device)
-    result = evaluation.evaluate(directory, hub.locate(against), request)
-    evaluation.show(result)
+    result = evaluation.evaluate(
+        directory, hub.locate(against), request, evaluation_tables.progress
+    )
+    evaluation_tables.show(result)
     if json is not None:
-        write_json(json, result)
+        write_json(json, result.to_json())
 
 
 @app.command()
@@ -288,14 +290,11 @@ def recipes() -> None:
 
 
 @app.command()
-def doctor() -> None:
+def doctor(
+    json: Annotated[bool, typer.Option("--json", help="Print all of it as JSON.")] = False,
+) -> None:
     """Show versions, the vLLM plugin, and which backends can run here and why."""
-    bad = False
-    for what, good, detail in diagnose():
-        mark, style = {True: ("ok", "green"), False: ("FAIL", "red"), None: ("", "")}[good]
-        console.out.print(Text(f"{mark:<4}", style=style), f"{what:<17} {detail}")
-        bad = bad or (good is False and not what.startswith("backend "))
-    if bad:
+    if not diagnosis.run(json):
         raise typer.Exit(1)
 
 

@@ -19,10 +19,8 @@ from offline_quantize.checkpoint.safetensors_file import TensorLocation, read_pi
 from offline_quantize.checkpoint.source import open_checkpoint
 from offline_quantize.method.encode import expected_if_ruined
 from offline_quantize.method.recipes import Recipe
-from offline_quantize.method.weight_statistics import relative_error
+from offline_quantize.method.weight_statistics import errors_agree, relative_error
 from precalib_kernels.errors import PrecalibError
-
-ERROR_TOLERANCE = 1e-3  # relative: sums are taken in another order than while quantizing
 
 
 def workload(directory: Path, against: Path | None) -> int:
@@ -105,7 +103,7 @@ def _error_faults(
     error = relative_error(original.float(), weight)
     record = manifest.tensors.get(module)
     recorded = record.relative_error if record else -1.0
-    if not abs(error - recorded) <= ERROR_TOLERANCE * max(error, recorded, 1e-9):
+    if not errors_agree(error, recorded):
         yield (
             f"{where}: relative error {error:.6g} instead of the recorded {recorded:.6g}; "
             "this is not the source, or the weight is damaged"

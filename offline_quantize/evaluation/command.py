@@ -1,38 +1,49 @@
 """`precalib eval`: a packed checkpoint against its original, on text and on tasks."""
 
 import dataclasses
-import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
-from rich.progress import track
-from rich.table import Table
 from torch import Tensor
 
 from offline_quantize.checkpoint.packed import open_packed
 from offline_quantize.checkpoint.source import Checkpoint, open_checkpoint
-from offline_quantize.cli import console
 from offline_quantize.evaluation import multiple_choice
 from offline_quantize.evaluation.kl import (
-    DRAWN,
+    TAIL_SAMPLES,
     TOP,
     WINDOW,
-    Reference,
+    ReferenceDistributions,
     compare,
-    refer,
+    generate_text,
+    reference_distributions,
     text_windows,
-    write_text,
 )
 from offline_quantize.evaluation.models import load_original, load_packed, load_tokenizer, versions
 from offline_quantize.evaluation.reference_cache import cached, digest
-from precalib_kernels.errors import RecipeError
+from offline_quantize.evaluation.result import EvaluationResult
+from precalib_kernels.errors import UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 SEED = 0
+UNLIMITED = 1 << 30  # tokens, of a model whose config names no limit
+Item = TypeVar("Item")
+
+
+class Track(Protocol):
+    """Passes items on, and may show how many are left."""
+
+    def __call__(self, what: str, items: Sequence[Item]) -> Iterable[Item]:
+        """The items; `what` says in a word or two what is done with them."""
+
+
+def untracked(what: str, items: Sequence[Item]) -> Iterable[Item]:  # noqa: ARG001
+    """The items, with nothing shown."""
+    return items
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,9 +52,11 @@ class Request:
 
     text:           files, or none.
     self_generated: let the original write the text.
-    tokens:         how many to take or write.
+    tokens:         how many to take or generate.
     tasks:          multiple-choice files;  limit: questions of each, None for all.
     dtype, device:  what to compute in and where.
+
+    Raises UsageError when there is nothing to measure with, or two kinds of text.
     """
 
     text: Sequence[Path] = ()
@@ -56,172 +69,137 @@ class Request:
 
     def __post_init__(self) -> None:
         if self.text and self.self_generated:
-            raise RecipeError("--text and --self-generated exclude each other; give one of them")
+            raise UsageError("--text and --self-generated exclude each other; give one of them")
         if not (self.text or self.self_generated or self.tasks):
-            raise RecipeError(
+            raise UsageError(
                 "nothing to measure with; give --text FILE, --self-generated (which needs no "
                 "data) or --tasks FILE"
             )
 
 
-class Original:
-    """An original model that is loaded only if something about it is not cached."""
+class OriginalModel:
+    """An original model and what it says, which is kept on disk.
 
-    def __init__(self, source: Checkpoint, request: Request) -> None:
+    The model is loaded at the first thing that is not there yet, and stays until `unload`.
+    """
+
+    def __init__(self, source: Checkpoint, request: Request, track: Track = untracked) -> None:
         self.root = source.root
         self.request = request
+        self.track = track
         self.key = {
             "fingerprint": source.fingerprint(),
             "dtype": str(request.dtype),
             "device": request.device,
             **versions(),
         }
+        self._model: PreTrainedModel | None = None
 
-    @functools.cached_property
+    @property
     def model(self) -> "PreTrainedModel":
         """The model itself."""
-        return load_original(self.root, self.request.dtype, self.request.device)
+        if self._model is None:
+            self._model = load_original(self.root, self.request.dtype, self.request.device)
+        return self._model
 
-    def written(self, window: int) -> list[Tensor]:
+    def unload(self) -> None:
+        """Free the model's memory: two models at once may not fit."""
+        self._model = None
+
+    def generated_text(self, window: int) -> list[Tensor]:
         """Text of its own, as windows."""
         count = self.request.tokens
         found = cached(
             "text",
             self.key | {"tokens": count, "window": window, "seed": SEED},
-            lambda: {"windows": torch.stack(write_text(self.model, count, window, SEED))},
+            lambda: {"windows": torch.stack(generate_text(self.model, count, window, SEED))},
         )
         return list(found["windows"])
 
-    def reference(self, windows: Sequence[Tensor]) -> Reference:
+    def distributions(self, windows: Sequence[Tensor]) -> ReferenceDistributions:
         """Its distributions over the windows' tokens."""
         key = self.key | {
             "windows": [digest(window) for window in windows],
             "top": TOP,
-            "drawn": DRAWN,
+            "tail_samples": TAIL_SAMPLES,
         }
         found = cached(
-            "distributions", key, lambda: vars(refer(self.model, _steps("original", windows)))
+            "distributions",
+            key,
+            lambda: vars(reference_distributions(self.model, self.track("original", windows))),
         )
-        return Reference(**found)
+        return ReferenceDistributions(**found)
 
-    def picks(self, prepared: Sequence[Sequence[multiple_choice.Answer]]) -> Tensor:
-        """Its choices."""
+    def predictions(self, prepared: Sequence[Sequence[multiple_choice.Answer]]) -> Tensor:
+        """Its choices, int64 [questions]."""
         marks = [[digest(a.tokens), a.start, a.length] for answers in prepared for a in answers]
         found = cached(
-            "choices",
+            "predictions",
             self.key | {"answers": marks},
-            lambda: {"picks": multiple_choice.picks(self.model, _steps("original", prepared))},
+            lambda: {
+                "predictions": multiple_choice.predictions(
+                    self.model, self.track("original", prepared)
+                )
+            },
         )
-        return found["picks"]
+        return found["predictions"]
 
 
-def evaluate(directory: Path, source: Path, request: Request) -> dict[str, Any]:
-    """Everything that was asked for, as JSON values.
+def evaluate(
+    directory: Path, source: Path, request: Request, track: Track = untracked
+) -> EvaluationResult:
+    """Compare a packed checkpoint with its source.
 
-    Raises SourceError, FormatError or OutputError in plain sentences.
+    Raises SourceError, FormatError, InputError, UsageError or OutputError in plain sentences.
     """
     packed = open_packed(directory)
     checkpoint = open_checkpoint(source)
     questions = {
         path: multiple_choice.read_questions(path, request.limit) for path in request.tasks
     }
-    original = Original(checkpoint, request)
-    longest = checkpoint.text_config.get("max_position_embeddings")
-    longest = longest if isinstance(longest, int) and longest > 1 else None
-    window = min(WINDOW, longest or WINDOW)
-    tokenizer: Any = load_tokenizer(source) if request.text or questions else None
+    original = OriginalModel(checkpoint, request, track)
+    limit = checkpoint.text_config.get("max_position_embeddings")
+    longest = limit if isinstance(limit, int) and limit > 1 else UNLIMITED
+    window = min(WINDOW, longest)
+
+    tokenizer = load_tokenizer(source) if request.text or questions else None
 
     windows: list[Tensor] = []
-    reference = None
+    prepared: dict[Path, list[list[multiple_choice.Answer]]] = {}
+    if tokenizer is not None:
+        if request.text:
+            windows = text_windows(tokenizer, request.text, request.tokens, window)
+        prepared = {
+            path: [multiple_choice.answers(question, tokenizer, longest) for question in asked]
+            for path, asked in questions.items()
+        }
     if request.self_generated:
-        windows = original.written(window)
-    elif request.text:
-        windows = text_windows(tokenizer, request.text, request.tokens, window)
-    if windows:
-        reference = original.reference(windows)
-    prepared = {
-        path: [
-            multiple_choice.answers(question, tokenizer, longest or 1 << 30) for question in asked
-        ]
-        for path, asked in questions.items()
-    }
-    picked = {path: original.picks(answers) for path, answers in prepared.items()}
-    original.__dict__.pop("model", None)  # two models at once may not fit
+        windows = original.generated_text(window)
+    reference = original.distributions(windows) if windows else None
+    predicted = {path: original.predictions(answers) for path, answers in prepared.items()}
+    original.unload()
 
     quantized = load_packed(directory, request.dtype, request.device)
-    result: dict[str, Any] = {
-        "directory": str(directory),
-        "source": str(source),
-        "recipe": packed.config.recipe,
-        "bits_per_weight": packed.bits_per_weight,
-        "dtype": str(request.dtype).removeprefix("torch."),
-    }
+    text = tasks = None
     if reference is not None:
-        text = "written by the original" if request.self_generated else _names(request.text)
-        comparison = compare(reference, quantized, _steps("quantized", windows))
-        result["text"] = {"of": text, "window": window, **comparison.summary()}
+        names = ", ".join(path.name for path in request.text)
+        of = "written by the original" if request.self_generated else names
+        text = compare(reference, quantized, track("quantized", windows)).summary(of, window)
     if questions:
-        result["tasks"] = {
+        tasks = {
             str(path): multiple_choice.summary(
                 asked,
-                picked[path],
-                multiple_choice.picks(quantized, _steps("quantized", prepared[path])),
+                predicted[path],
+                multiple_choice.predictions(quantized, track("quantized", prepared[path])),
             )
             for path, asked in questions.items()
         }
-    return result
-
-
-def show(result: Mapping[str, Any]) -> None:
-    """Print the result of `evaluate` as tables."""
-    if text := result.get("text"):
-        table = _table(f"{text['tokens']:,} tokens, {text['of']}")
-        table.add_row("KL(original ‖ quantized) per token, mean", "", _number(text, "kl", ".4f"))
-        table.add_row("  99th percentile", "", f"{text['kl_99']:.3f}")
-        table.add_row("top-1 agreement", "", _percent(text, "agreement"))
-        table.add_row(
-            "perplexity",
-            _number(text, "original_perplexity", ".3f"),
-            _number(text, "perplexity", ".3f"),
-        )
-        console.show_table(table)
-        console.out.print(
-            f"KL in nats: exact over the original's {TOP} likeliest tokens, estimated from {DRAWN} "
-            f"draws over the others (on average {100 * text['others_mass']:.1f} % of its mass)."
-        )
-    if measured := result.get("tasks"):
-        table = _table("accuracy", "same choice")
-        for path, task in measured.items():
-            table.add_row(
-                f"{Path(path).name}, {task['questions']:,} questions",
-                _percent(task, "original_accuracy"),
-                _percent(task, "accuracy"),
-                f"{100 * task['same_choice']:.1f} %",
-            )
-        console.show_table(table)
-        console.out.print(f"Choices are compared by {multiple_choice.NORMALISATION}.")
-    console.out.print("In brackets: 95 % intervals (bootstrap).")
-
-
-def _table(what: str, *more: str) -> Table:
-    return console.new_table(what, "original", "quantized", *more)
-
-
-def _number(values: Mapping[str, Any], name: str, form: str) -> str:
-    low, high = values[f"{name}_interval"]
-    return f"{values[name]:{form}} [{low:{form}}–{high:{form}}]"
-
-
-def _percent(values: Mapping[str, Any], name: str) -> str:
-    low, high = (100 * bound for bound in values[f"{name}_interval"])
-    return f"{100 * values[name]:.1f} % [{low:.1f}–{high:.1f}]"
-
-
-def _names(paths: Sequence[Path]) -> str:
-    return ", ".join(path.name for path in paths)
-
-
-def _steps(what: str, items: Sequence[Any]) -> Iterator[Any]:
-    """The items, with a progress bar on a terminal."""
-    hidden = not console.err.is_terminal
-    yield from track(items, what, console=console.err, transient=True, disable=hidden)
+    return EvaluationResult(
+        directory=str(directory),
+        source=str(source),
+        recipe=packed.config.recipe,
+        bits_per_weight=packed.bits_per_weight,
+        dtype=str(request.dtype).removeprefix("torch."),
+        text=text,
+        tasks=tasks,
+    )

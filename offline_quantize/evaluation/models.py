@@ -8,7 +8,7 @@ from torch import Tensor
 
 from offline_quantize.checkpoint.packed import open_packed
 from offline_quantize.checkpoint.source import check_suitable, open_checkpoint
-from precalib_kernels.errors import PrecalibError, SourceError
+from precalib_kernels.errors import PrecalibError, SourceError, UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -19,8 +19,8 @@ INSTALL_REMEDY = "evaluation needs transformers; install it with: pip install 'v
 def load_original(directory: Path, dtype: torch.dtype, device: str) -> "PreTrainedModel":
     """The model of an unpacked checkpoint, for inference.
 
-    Raises SourceError for a checkpoint that is quantized already, and when transformers is missing
-    or cannot load all of it.
+    Raises SourceError for a checkpoint that is quantized already or that transformers cannot load
+    whole, and UsageError when transformers is missing.
     """
     check_suitable(open_checkpoint(directory))
     return _load(directory, None, dtype, device)
@@ -29,8 +29,8 @@ def load_original(directory: Path, dtype: torch.dtype, device: str) -> "PreTrain
 def load_packed(directory: Path, dtype: torch.dtype, device: str) -> "PreTrainedModel":
     """The model of a packed checkpoint, its weights as the reference dequantizes them.
 
-    Raises SourceError when transformers is missing or cannot load all of it, and what
-    `open_packed` raises.
+    Raises UsageError when transformers is missing, SourceError when it cannot load the whole
+    checkpoint, and what `open_packed` raises.
     """
     packed = open_packed(directory)
     replaced = {name for module in packed.config.modules for name in packed.stored_names(module)}
@@ -44,7 +44,10 @@ def load_packed(directory: Path, dtype: torch.dtype, device: str) -> "PreTrained
 
 
 def load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
-    """The checkpoint's tokenizer. Raises SourceError when there is none that can be loaded."""
+    """The checkpoint's tokenizer.
+
+    Raises SourceError when none can be loaded, UsageError when transformers is missing.
+    """
     _require_transformers()
     from transformers import AutoTokenizer
 
@@ -56,8 +59,8 @@ def load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
 
 def bos_tokens(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """What the tokenizer puts before every text: the token that begins a sequence, or nothing."""
-    special: list[int] = tokenizer("").input_ids
-    return special[:1] if special[:1] == [tokenizer.bos_token_id] else []
+    added: list[int] = tokenizer("").input_ids
+    return added[:1] if added[:1] == [tokenizer.bos_token_id] else []
 
 
 def versions() -> dict[str, str]:
@@ -75,12 +78,13 @@ def _load(
     _require_transformers()
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    auto_model: Any = AutoModelForCausalLM
     try:
         config = AutoConfig.from_pretrained(directory)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         with torch.device("meta"):
-            kind: Any = type(AutoModelForCausalLM.from_config(config))
+            kind: Any = type(auto_model.from_config(config))
         model, report = kind.from_pretrained(
             directory if tensors is None else None,
             config=config,
@@ -93,7 +97,8 @@ def _load(
                 f"{directory}: tensor '{absent[0]}' is missing; is it a whole checkpoint of "
                 f"{kind.__name__}?"
             )
-        return model.eval().to(device)
+        loaded: PreTrainedModel = model.eval().to(device)
+        return loaded
     except PrecalibError:
         raise
     except Exception as error:  # of any model class: all the same here
@@ -102,9 +107,10 @@ def _load(
 
 def _require_transformers() -> None:
     try:
-        from transformers.utils import logging
+        from transformers.utils import logging as module
     except ImportError as error:
-        raise SourceError(INSTALL_REMEDY) from error
+        raise UsageError(INSTALL_REMEDY) from error
+    logging: Any = module  # it has no types
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 

@@ -1,17 +1,19 @@
 """Multiple-choice tasks: JSONL files with one {"query", "choices", "gold"} object per line."""
 
 import dataclasses
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Self
 
 import torch
+from pydantic import Field, ValidationError, model_validator
 from torch import Tensor
 
+from offline_quantize.checkpoint.records import Record
 from offline_quantize.evaluation.bootstrap import mean_interval
 from offline_quantize.evaluation.models import bos_tokens
-from precalib_kernels.errors import SourceError
+from offline_quantize.evaluation.result import TaskResult
+from precalib_kernels.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -20,13 +22,18 @@ NORMALISATION = "log-likelihood of the choice per character (acc_norm of lm-eval
 PROMPT = "{query} Answer:"  # and the choice follows after a space
 
 
-@dataclasses.dataclass(frozen=True)
-class Question:
+class Question(Record):
     """A query, its possible answers, and the index of the right one."""
 
     query: str
-    choices: tuple[str, ...]
-    gold: int
+    choices: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)]
+    gold: Annotated[int, Field(ge=0)]
+
+    @model_validator(mode="after")
+    def _gold_names_a_choice(self) -> Self:
+        if self.gold >= len(self.choices):
+            raise ValueError("gold is no index of choices")
+        return self
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +49,7 @@ class Answer:
 
 
 def read_questions(path: Path, limit: int | None = None) -> list[Question]:
-    """The first `limit` questions of a file. Raises SourceError that names a damaged line."""
+    """The first `limit` questions of a file. Raises InputError that names a damaged line."""
     form = 'each line must be like {"query": "…", "choices": ["…", "…"], "gold": 0}'
     questions: list[Question] = []
     try:
@@ -54,9 +61,9 @@ def read_questions(path: Path, limit: int | None = None) -> list[Question]:
                     questions.append(_question(line, f"{path}, line {number}: {form}"))
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise SourceError(f"{path}: cannot be read ({reason}); {form}") from error
+        raise InputError(f"{path}: cannot be read ({reason}); {form}") from error
     if not questions:
-        raise SourceError(f"{path}: holds no question; {form}")
+        raise InputError(f"{path}: holds no question; {form}")
     return questions
 
 
@@ -65,12 +72,12 @@ def answers(question: Question, tokenizer: "PreTrainedTokenizerBase", window: in
 
     The choice's tokens are those that query and choice together do not share with the query alone.
     """
-    opening = bos_tokens(tokenizer)
+    bos = bos_tokens(tokenizer)
     prompt = PROMPT.format(query=question.query)
-    alone = opening + tokenizer(prompt, add_special_tokens=False).input_ids
+    alone = bos + tokenizer(prompt, add_special_tokens=False).input_ids
     prepared = []
     for choice in question.choices:
-        whole = opening + tokenizer(f"{prompt} {choice}", add_special_tokens=False).input_ids
+        whole = bos + tokenizer(f"{prompt} {choice}", add_special_tokens=False).input_ids
         start = next(
             (i for i, (a, b) in enumerate(zip(alone, whole, strict=False)) if a != b), None
         )
@@ -96,34 +103,32 @@ def score(model: "PreTrainedModel", prepared: Sequence[Answer]) -> Tensor:
     return torch.stack(scores).cpu()
 
 
-def picks(model: "PreTrainedModel", prepared: Iterable[Sequence[Answer]]) -> Tensor:
+def predictions(model: "PreTrainedModel", prepared: Iterable[Sequence[Answer]]) -> Tensor:
     """Index of the best choice of every question, int64 [n]."""
     return torch.tensor([int(score(model, choices).argmax()) for choices in prepared])
 
 
-def summary(questions: Sequence[Question], original: Tensor, quantized: Tensor) -> dict[str, Any]:
-    """Accuracy of both models with 95 % intervals by bootstrap over questions."""
+def summary(questions: Sequence[Question], original: Tensor, quantized: Tensor) -> TaskResult:
+    """Accuracy of both models with 95 % intervals by bootstrap over questions.
+
+    original, quantized: their `predictions`, int64 [n].
+    """
     gold = torch.tensor([question.gold for question in questions])
     right, original_right = (quantized == gold).float(), (original == gold).float()
-    return {
-        "questions": len(questions),
-        "normalisation": NORMALISATION,
-        "accuracy": float(right.mean()),
-        "accuracy_interval": mean_interval(right),
-        "original_accuracy": float(original_right.mean()),
-        "original_accuracy_interval": mean_interval(original_right),
-        "difference_interval": mean_interval(right - original_right),
-        "same_choice": float((quantized == original).float().mean()),
-    }
+    return TaskResult(
+        questions=len(questions),
+        normalisation=NORMALISATION,
+        accuracy=float(right.mean()),
+        accuracy_interval=mean_interval(right),
+        original_accuracy=float(original_right.mean()),
+        original_accuracy_interval=mean_interval(original_right),
+        difference_interval=mean_interval(right - original_right),
+        same_choice=float((quantized == original).float().mean()),
+    )
 
 
 def _question(line: str, complaint: str) -> Question:
     try:
-        fields = json.loads(line)
-        query, choices, gold = fields["query"], tuple(fields["choices"]), fields["gold"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise SourceError(complaint) from error
-    whole = isinstance(query, str) and choices and all(isinstance(c, str) and c for c in choices)
-    if not whole or type(gold) is not int or not 0 <= gold < len(choices):
-        raise SourceError(complaint)
-    return Question(query, choices, gold)
+        return Question.model_validate_json(line)
+    except ValidationError as error:
+        raise InputError(complaint) from error

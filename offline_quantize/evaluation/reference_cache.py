@@ -12,8 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from offline_quantize.checkpoint.cache_directory import cache_directory
 from precalib_kernels.errors import OutputError
-from precalib_kernels.toolchain.compile import cache_directory
 
 
 def cached(

@@ -8,6 +8,12 @@ from torch import Tensor
 from offline_quantize.method.arithmetic import power_of_two
 
 BINS = 256
+ERROR_TOLERANCE = 1e-3  # relative: sums are taken in another order than while quantizing
+
+
+def errors_agree(one: float, other: float) -> bool:
+    """Whether two relative errors of one weight differ by no more than the order of sums can."""
+    return abs(one - other) <= ERROR_TOLERANCE * max(one, other, 1e-9)
 
 
 def relative_error(original: Tensor, quantized: Tensor) -> float:

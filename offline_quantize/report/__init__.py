@@ -7,7 +7,7 @@ from pathlib import Path
 
 from offline_quantize.checkpoint.atomic_files import write_bytes
 from offline_quantize.checkpoint.progress import Progress
-from precalib_kernels.errors import OutputError
+from precalib_kernels.errors import OutputError, UsageError
 
 MARK = '<meta name="generator" content="precalib report">'
 NEEDED = ("matplotlib", "jinja2")
@@ -35,9 +35,13 @@ class Request:
 
 
 def check_out(out: Path, force: bool = False) -> None:
-    """Raise OutputError if a report cannot be made here, or would replace something else."""
+    """Refuse early what `write_report` cannot do.
+
+    Raises UsageError if an optional package is missing, OutputError if the report would replace
+    something else.
+    """
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
-        raise OutputError(
+        raise UsageError(
             f"a report needs {' and '.join(missing)}; "
             "install what it needs with: pip install 'vllm-precalib[report]'"
         )

@@ -16,7 +16,7 @@ from offline_quantize.planning.selection import LAYER
 from offline_quantize.report import Request
 from offline_quantize.report.evaluations import Evaluation, read_evaluation
 from offline_quantize.report.measure import Histogram, Positions, histogram, positions
-from precalib_kernels.errors import FormatError, RecipeError, SourceError
+from precalib_kernels.errors import FormatError, SourceError, UsageError
 
 MOST_PICTURES = 48  # each is about 20 kB of SVG
 
@@ -156,17 +156,17 @@ def _chosen(
         try:
             matches = {module for module in recorded if re.search(text, module)}
         except re.error as error:
-            raise RecipeError(
+            raise UsageError(
                 f"--tensor {text!r} is not a regular expression ({error}); quote it for the shell"
             ) from error
         if not matches:
-            raise RecipeError(
+            raise UsageError(
                 f"--tensor {text!r} matches no packed module; "
                 "compare it with the names that 'precalib inspect' shows"
             )
         found |= matches
     if len(found) > MOST_PICTURES:
-        raise RecipeError(
+        raise UsageError(
             f"--tensor matches {len(found)} modules, and at most {MOST_PICTURES} can be drawn; "
             "narrow the pattern"
         )

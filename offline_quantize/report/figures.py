@@ -22,8 +22,8 @@ from offline_quantize.report.contents import Weight
 from offline_quantize.report.evaluations import Evaluation
 from offline_quantize.report.measure import Histogram
 
-INK, ORDINARY, SALIENT = "#010101", "#020202", "#030303"
-PAGE_COLOURS = {INK: "currentColor", ORDINARY: "var(--ordinary)", SALIENT: "var(--salient)"}
+INK, NON_SALIENT, SALIENT = "#010101", "#020202", "#030303"
+PAGE_COLOURS = {INK: "currentColor", NON_SALIENT: "var(--non-salient)", SALIENT: "var(--salient)"}
 SALIENT_MAP = LinearSegmentedColormap.from_list("salient", [(0.9, 0.4, 0, 0), (0.9, 0.4, 0, 1)])
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: smaller, selectable, in the page's font
@@ -55,7 +55,9 @@ def error_map(weights: Sequence[Weight]) -> str:
         size = math.prod(weight.shape)
         sums[:, kinds.index(weight.kind), layers.index(weight.layer)] += size * weight.error, size
     with np.errstate(invalid="ignore"):
-        errors = np.ma.masked_less_equal(np.ma.masked_invalid(sums[0] / sums[1]), 0)
+        means = sums[0] / sums[1]
+    masked: Any = np.ma  # it has no types
+    errors = masked.array(means, mask=~(means > 0))  # no weight there, or one without error
     low, high = (errors.min(), errors.max()) if errors.count() else (1e-3, 1e-2)
     norm = LogNorm(low / 1.05, high * 1.05)
     longest = max(map(len, kinds))
@@ -99,14 +101,17 @@ def picture(name: str, weight: Weight, histogram: Histogram) -> str:
 
 
 def curve(evaluations: Sequence[Evaluation]) -> str:
-    """True bits against KL, a line for each family of recipes on a text; this checkpoint ringed.
+    """Effective bits against KL, a line for each family of recipes on a text.
+
+    The checkpoint that the report is about has a ring.
 
     Empty where no KL is above zero: an estimate can be below.
     """
     series: dict[str, list[Evaluation]] = {}
     for evaluation in evaluations:
-        if evaluation.text is not None and evaluation.text["kl"] > 0:
-            family = evaluation.recipe.partition("-")[0]
+        text = evaluation.result.text
+        if text is not None and text.kl > 0:
+            family = evaluation.result.recipe.partition("-")[0]
             series.setdefault(f"{family}: {evaluation.measured_on}", []).append(evaluation)
     if not series:
         return ""
@@ -114,32 +119,34 @@ def curve(evaluations: Sequence[Evaluation]) -> str:
         figure = Figure(figsize=(6.4, 3.6 + 0.2 * len(series)), layout="constrained")
         axes = figure.add_subplot()
         for i, (name, points) in enumerate(sorted(series.items())):
-            _draw_series(axes, name, sorted(points, key=lambda e: e.bits), i)
+            _draw_series(axes, name, sorted(points, key=lambda e: e.result.bits_per_weight), i)
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(NUMBER)
         axes.yaxis.set_minor_locator(NullLocator())
         axes.margins(x=0.15, y=0.15)
         axes.grid()
-        axes.set_xlabel("true bits per weight")
+        axes.set_xlabel("effective bits per weight")
         axes.set_ylabel("KL(original ‖ quantized), nats per token")
         figure.legend(loc="outside lower left", fontsize=9)
-    return _svg(figure, "curve", "True bits per weight against KL divergence")
+    return _svg(figure, "curve", "Effective bits per weight against KL divergence")
 
 
 def _draw_histogram(axes: Axes, histogram: Histogram) -> None:
-    edges = np.linspace(-histogram.largest, histogram.largest, len(histogram.ordinary) + 1)
-    total = int(histogram.ordinary.sum() + histogram.salient.sum())
-    floor = 0.5 / total
+    edges = np.linspace(-histogram.largest, histogram.largest, len(histogram.non_salient) + 1)
+    weights = int(histogram.non_salient.sum() + histogram.salient.sum())
+    floor = 0.5 / weights
+    filled: dict[str, Any] = {"fill": True, "alpha": 0.3}
+    line: dict[str, Any] = {"linewidth": 1.2}
     series: tuple[tuple[str, str, Any, dict[str, Any]], ...] = (
-        ("original, ordinary", ORDINARY, histogram.original_ordinary, {"fill": True, "alpha": 0.3}),
-        ("original, salient", SALIENT, histogram.original_salient, {"fill": True, "alpha": 0.3}),
-        ("quantized, ordinary", ORDINARY, histogram.ordinary, {"linewidth": 1.2}),
-        ("quantized, salient", SALIENT, histogram.salient, {"linewidth": 1.2}),
+        ("original, non-salient", NON_SALIENT, histogram.original_non_salient, filled),
+        ("original, salient", SALIENT, histogram.original_salient, filled),
+        ("quantized, non-salient", NON_SALIENT, histogram.non_salient, line),
+        ("quantized, salient", SALIENT, histogram.salient, line),
     )
     for label, colour, counts, look in series:
         if counts is not None and counts.any():
-            share = np.maximum(counts.numpy() / total, floor)
+            share = np.maximum(counts.numpy() / weights, floor)
             axes.stairs(share, edges, baseline=floor, color=colour, label=label, **look)
     axes.set_yscale("log")
     axes.set_ylim(floor, 2)
@@ -173,17 +180,18 @@ def _draw_positions(axes: Axes, blocks: np.ndarray, shape: tuple[int, int]) -> N
 
 
 def _draw_series(axes: Axes, name: str, points: Sequence[Evaluation], index: int) -> None:
-    texts = [point.text for point in points if point.text is not None]
-    kl = np.array([text["kl"] for text in texts])
-    spread = np.abs(np.array([text["kl_interval"] for text in texts]).T - kl)
-    bits = [point.bits for point in points]
+    texts = [point.result.text for point in points if point.result.text is not None]
+    kl = np.array([text.kl for text in texts])
+    spread = np.abs(np.array([text.kl_interval for text in texts]).T - kl)
+    bits = [point.result.bits_per_weight for point in points]
     look: dict[str, Any] = {
         "marker": MARKERS[index % len(MARKERS)],
-        "color": (ORDINARY, SALIENT, INK)[index % 3],
+        "color": (NON_SALIENT, SALIENT, INK)[index % 3],
     }
     axes.errorbar(bits, kl, spread, label=name, capsize=2, linewidth=1.4, markersize=5, **look)
     for point, x, y in zip(points, bits, kl, strict=True):
-        axes.annotate(point.recipe, (x, y), xytext=(7, 4), textcoords="offset points", fontsize=9)
+        place: dict[str, Any] = {"xytext": (7, 4), "textcoords": "offset points"}
+        axes.annotate(point.result.recipe, (x, y), fontsize=9, **place)
         if point.own:
             axes.plot(x, y, "o", markersize=13, markerfacecolor="none", color=INK)
 

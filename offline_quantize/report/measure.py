@@ -7,7 +7,7 @@ from torch import Tensor
 
 from offline_quantize.checkpoint.packed import PackedCheckpoint
 from offline_quantize.checkpoint.safetensors_file import TensorLocation
-from offline_quantize.commands.verify import ERROR_TOLERANCE
+from offline_quantize.method.weight_statistics import errors_agree, relative_error
 from precalib_kernels.errors import SourceError
 from precalib_kernels.format.salient_index import unpack_salient
 
@@ -43,9 +43,9 @@ class Histogram:
     """
 
     largest: float
-    ordinary: Tensor
+    non_salient: Tensor
     salient: Tensor
-    original_ordinary: Tensor | None
+    original_non_salient: Tensor | None
     original_salient: Tensor | None
 
 
@@ -113,7 +113,7 @@ def _largest(weight: Tensor) -> float:
 
 
 def _classes(weight: Tensor, salient: Tensor, largest: float) -> tuple[Tensor, Tensor]:
-    """Histograms of the ordinary and of the salient weights."""
+    """Histograms of the non-salient and of the salient weights."""
 
     def counts(values: Tensor) -> Tensor:  # a quantized value can lie just past the largest
         return torch.histc(values.clamp_(-largest, largest), BINS, -largest, largest).long()
@@ -122,9 +122,8 @@ def _classes(weight: Tensor, salient: Tensor, largest: float) -> tuple[Tensor, T
 
 
 def _refuse_other(where: str, original: Tensor, weight: Tensor, recorded: float) -> None:
-    signal = float(original.square().sum())
-    error = float((original - weight).square().sum()) / signal if signal else 0.0
-    if not abs(error - recorded) <= ERROR_TOLERANCE * max(error, recorded, 1e-9):
+    error = relative_error(original, weight)
+    if not errors_agree(error, recorded):
         raise SourceError(
             f"{where}: relative error {error:.6g} against this source instead of the recorded "
             f"{recorded:.6g}; give --against the checkpoint that was quantized"

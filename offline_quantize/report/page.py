@@ -9,11 +9,12 @@ from typing import Any
 import jinja2
 
 from offline_quantize.checkpoint.manifest import RunRecord
-from offline_quantize.cli.console import size
+from offline_quantize.evaluation.result import Interval
 from offline_quantize.report import MARK, figures
 from offline_quantize.report.contents import Contents, Weight, ratios
 from offline_quantize.report.evaluations import Evaluation
 from offline_quantize.report.table import columns, strip
+from offline_quantize.units import size
 
 MOST_ROWS = 2000
 STANDS_OUT = 1.5  # times the median error of a recipe
@@ -65,7 +66,7 @@ def render(contents: Contents) -> str:
         tiles=list(_tiles(contents)),
         findings=list(findings(contents)),
         error_map=figures.error_map(contents.weights),
-        kept=_kept(contents.manifest.unquantized),
+        unquantized=_unquantized(contents.manifest.unquantized),
         missing=list(_missing(contents)),
         **_evaluations(contents.evaluations),
         **_table(contents),
@@ -126,14 +127,14 @@ def _tiles(contents: Contents) -> Iterator[Mapping[str, str]]:
 
     before, after = totals.source_bytes, totals.stored_bytes
     yield tile(
-        "true bits per weight",
+        "effective bits per weight",
         f"{totals.bits_per_weight:.3f}",
         f"Eq. 13 of the paper: {totals.eq13_bits_per_weight:.3f}",
     )
     yield tile("packed weights", size(after), f"from {size(before)}, {before / after:.2f} times")
     on_disk = sum(file.size for file in files.values())
     yield tile(
-        "all files", size(on_disk), f"{size(totals.unquantized_bytes)} of tensors kept as were"
+        "all files", size(on_disk), f"{size(totals.unquantized_bytes)} of unquantized tensors"
     )
     yield tile(
         "weights",
@@ -160,9 +161,9 @@ def _options(run: RunRecord) -> str:
     return " ".join(f"{option} {shlex.quote(value)}" for option, value in given)
 
 
-def _kept(kept: Mapping[str, str]) -> list[Finding]:
+def _unquantized(unquantized: Mapping[str, str]) -> list[Finding]:
     reasons: dict[str, list[str]] = {}
-    for name, why in kept.items():
+    for name, why in unquantized.items():
         reasons.setdefault(why, []).append(name)
     return [
         Finding(True, f"{why}, {_count(names, 'tensor', 'tensors')}", names)
@@ -191,47 +192,41 @@ def _missing(contents: Contents) -> Iterator[Mapping[str, str]]:
 
 
 def _evaluations(evaluations: Sequence[Evaluation]) -> dict[str, Any]:
-    rows = []
-    for evaluation in sorted(evaluations, key=lambda e: e.bits):
-        start = {
-            "recipe": evaluation.recipe,
-            "own": evaluation.own,
-            "bits": f"{evaluation.bits:.3f}",
-        }
-        if text := evaluation.text:
-            rows.append(
-                start
-                | {
-                    "on": evaluation.measured_on,
-                    "kl": _with_interval(text, "kl", ".4f"),
-                    "agreement": _with_interval(text, "agreement", ".1%"),
-                    "perplexity": _with_interval(text, "perplexity", ".2f"),
-                    "original": _with_interval(text, "original_perplexity", ".2f"),
-                }
-            )
-    tasks = [
-        {
-            "recipe": evaluation.recipe,
-            "own": evaluation.own,
-            "name": Path(name).name,
-            "questions": f"{task['questions']:,}",
-            "accuracy": _with_interval(task, "accuracy", ".1%"),
-            "original": _with_interval(task, "original_accuracy", ".1%"),
-            "same": f"{task['same_choice']:.1%}",
-        }
-        for evaluation in evaluations
-        for name, task in evaluation.tasks.items()
-    ]
-    return {
-        "evaluations": rows,
-        "tasks": tasks,
-        "curve": figures.curve(evaluations),
-    }
+    texts, tasks = [], []
+    for evaluation in sorted(evaluations, key=lambda e: e.result.bits_per_weight):
+        if text := evaluation.result.text:
+            perplexity = _with_interval(text.perplexity, text.perplexity_interval, ".2f")
+            original = text.original_perplexity, text.original_perplexity_interval
+            row = {
+                "recipe": evaluation.result.recipe,
+                "own": evaluation.own,
+                "bits": f"{evaluation.result.bits_per_weight:.3f}",
+                "on": evaluation.measured_on,
+                "kl": _with_interval(text.kl, text.kl_interval, ".4f"),
+                "agreement": _with_interval(text.agreement, text.agreement_interval, ".1%"),
+                "perplexity": perplexity,
+                "original": _with_interval(*original, ".2f"),
+            }
+            texts.append(row)
+    for evaluation in evaluations:
+        for name, task in (evaluation.result.tasks or {}).items():
+            original = task.original_accuracy, task.original_accuracy_interval
+            row = {
+                "recipe": evaluation.result.recipe,
+                "own": evaluation.own,
+                "name": Path(name).name,
+                "questions": f"{task.questions:,}",
+                "accuracy": _with_interval(task.accuracy, task.accuracy_interval, ".1%"),
+                "original": _with_interval(*original, ".1%"),
+                "same": f"{task.same_choice:.1%}",
+            }
+            tasks.append(row)
+    return {"evaluations": texts, "tasks": tasks, "curve": figures.curve(evaluations)}
 
 
-def _with_interval(values: Mapping[str, Any], name: str, form: str) -> str:
-    low, high = values[f"{name}_interval"]
-    return f"{values[name]:{form}} [{low:{form}}–{high:{form}}]"
+def _with_interval(value: float, interval: Interval, form: str) -> str:
+    low, high = interval
+    return f"{value:{form}} [{low:{form}}–{high:{form}}]"
 
 
 def _table(contents: Contents) -> dict[str, Any]:

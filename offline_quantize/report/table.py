@@ -42,7 +42,9 @@ def columns(weights: Sequence[Weight]) -> list[Column]:
 
     found = [
         Column("error", "‖W − Ŵ‖² / ‖W‖²; the bar is its share of the largest", error),
-        _number("bits", "true bits per weight, all that is stored", "bits_per_weight", ".3f"),
+        _number(
+            "bits", "effective bits per weight, all stored bytes counted", "bits_per_weight", ".3f"
+        ),
         _number(
             "KL", "KL(before ‖ after) of 256-bin histograms of the weights, in nats", "kl", ".4f"
         ),
@@ -68,7 +70,7 @@ def columns(weights: Sequence[Weight]) -> list[Column]:
             Column(
                 "overflow",
                 "share of weights above λ' that found no place among their group's salient ones "
-                "and were quantized as ordinary ones",
+                "and were quantized as non-salient ones",
                 lambda w: Cell(f"{w.overflow_share:.2%}", w.overflow_share),
             )
         )
