@@ -77,7 +77,7 @@ bench-quality: $(STAMP) ## KL against true bits, beside other methods: make benc
 	@test -n "$(TEXT)" || { echo "bench-quality: name a text file: make bench-quality TEXT=file.txt"; exit 1; }
 	@$(BIN)/python deploy/smollm2.py demo-output/SmolLM2-135M-Instruct
 	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/quality.py demo-output/SmolLM2-135M-Instruct --text $(TEXT) \
-	  --out docs --resume $(PEER_OPTIONS)
+	  --out benchmarks/results --resume $(PEER_OPTIONS)
 
 bench-cpu: $(STAMP) ## products and serving on this CPU, beside bfloat16 and other 4-bit ways
 	@$(BIN)/python benchmarks/cpu_linear.py
@@ -95,8 +95,19 @@ kernels-report: $(STAMP) ## compile every GPU kernel for every chip, fail on new
 	@TRITON_DEFAULT_FP_FUSION=1 $(BIN)/python benchmarks/gpu/cost_model.py --check
 	@TRITON_DEFAULT_FP_FUSION=1 $(BIN)/python benchmarks/gpu/cost_model.py
 
+.PHONY: docs
+docs: .venv-docs/.installed ## the documentation site, in build/docs; links are checked
+	@.venv-docs/bin/python docs/check_links.py
+	@NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
+	@echo "docs: build/docs/index.html"
+
+.venv-docs/.installed: docs/requirements.txt
+	@$(PYTHON) -m venv --clear .venv-docs
+	@.venv-docs/bin/python -m pip install --quiet --no-deps -r docs/requirements.txt
+	@touch $@
+
 clean: ## remove .venv, caches and the demo's output
-	rm -rf .venv demo-output build deploy/vllm-metapackage/build *.egg-info deploy/*/*.egg-info \
+	rm -rf .venv .venv-docs demo-output build deploy/vllm-metapackage/build *.egg-info deploy/*/*.egg-info \
 	  .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 help: ## this list

@@ -1,6 +1,6 @@
 """Quality along the curve: true bits against KL, for every recipe and for other methods.
 
-    python benchmarks/quality.py SOURCE --text DECIDING [OTHER ...] --out docs
+    python benchmarks/quality.py SOURCE --text DECIDING [OTHER ...]
 
 writes quality.json (after every row), quality.png, and the table in quality.md between its two
 markers. Recipes and target sizes go through the real encoder and back. The first text decides.
@@ -56,7 +56,9 @@ def main() -> None:
     parser.add_argument("source", type=Path, help="folder of an unquantized checkpoint")
     parser.add_argument("--text", type=Path, nargs="+", required=True, metavar="FILE")
     parser.add_argument("--tokens", type=int, default=8192, help="of each text")
-    parser.add_argument("--out", type=Path, default=Path("docs"), help="folder to write to")
+    parser.add_argument(
+        "--out", type=Path, default=Path("benchmarks/results"), help="output folder"
+    )
     parser.add_argument("--only", nargs="*", metavar="WORD")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--checkpoint", type=Path, nargs="+", default=[], metavar="DIR")

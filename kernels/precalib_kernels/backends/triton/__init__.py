@@ -1,1 +1,1 @@
-"""Triton kernels for packed weights on NVIDIA and AMD GPUs; `docs/gpu.md` pictures the layouts."""
+"""Triton kernels for packed weights on NVIDIA and AMD; `docs/gpu-kernels.md` has the layouts."""
