@@ -7,7 +7,7 @@ says where and what to do.
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import TYPE_CHECKING, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -15,8 +15,8 @@ from torch import Tensor
 from offline_quantize.checkpoint import hub
 from offline_quantize.checkpoint.packed import PackedCheckpoint
 from offline_quantize.checkpoint.packed import open_packed as _open_packed
+from offline_quantize.checkpoint.progress import Progress
 from offline_quantize.checkpoint.source import open_checkpoint
-from offline_quantize.checkpoint.writer import Progress
 from offline_quantize.cli.console import NullProgress
 from offline_quantize.commands.dequantize import dequantize
 from offline_quantize.commands.quantize import Outcome, quantize
@@ -24,10 +24,14 @@ from offline_quantize.commands.verify import verify
 from offline_quantize.method import recipes
 from offline_quantize.method.encode import Encoded, encode
 from offline_quantize.method.recipes import DEFAULT, Recipe
-from offline_quantize.planning.plan import Options, make_plan
+from offline_quantize.planning.options import Options
+from offline_quantize.planning.plan import make_plan
 from precalib_kernels.errors import PrecalibError
 from precalib_kernels.format import reference
 from precalib_kernels.format.layout import Layout
+
+if TYPE_CHECKING:
+    from offline_quantize.evaluation.result import EvaluationResult
 
 __all__ = [
     "PrecalibError",
@@ -185,14 +189,14 @@ def evaluate_checkpoint(
     limit: int | None = None,
     dtype: torch.dtype = torch.bfloat16,
     device: str = "cpu",
-) -> Mapping[str, Any]:
+) -> "EvaluationResult":
     """Compare a packed checkpoint with its source: KL divergence, agreement, perplexity, tasks.
 
     text:           files to measure on;  self_generated: or let the source write the text.
     tokens:         number to take of all texts together, or to write.
     tasks:          files of multiple-choice questions;  limit: questions to take of each.
     dtype, device:  to compute in, and where.
-    returns:        JSON values, as `precalib eval --json` writes them.
+    returns:        what was measured; its `to_json()` is what `precalib eval --json` writes.
 
     Needs transformers. Raises PrecalibError.
     """

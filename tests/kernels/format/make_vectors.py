@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from offline_quantize.method.encode import encode_rows
+from offline_quantize.method.encode import PreparedMatrix, encode_groups, prepare_rows
+from offline_quantize.method.pack import pack_rows
 from offline_quantize.method.recipes import RECIPES, adjust
 from precalib_kernels.format import reference
 from precalib_kernels.format.layout import FORMAT_VERSION
@@ -27,7 +28,10 @@ def main() -> None:
         layout = small.layout
         scale = torch.linspace(0.5, 2, COLUMNS).half().float()[None]
         scale = scale if layout.column_scale else None
-        packed, _, _ = encode_rows(weight, small, scale, 2.5)
+        matrix = PreparedMatrix(scale, penalty=2.5, largest=float(weight.abs().max()))
+        rows = prepare_rows(weight, matrix, small)
+        groups = encode_groups(rows, small)
+        packed = pack_rows(groups.codes, rows.salient, rows.scales, groups.scales, layout, COLUMNS)
         if scale is not None:
             packed["column_scale"] = scale.half()
         tensors = {name: packed[name] for name in layout.tensors(ROWS, COLUMNS)}
