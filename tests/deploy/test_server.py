@@ -29,7 +29,7 @@ def commands(tmp_path, monkeypatch):
     vllm.write_text(FAKE_VLLM)
     vllm.chmod(0o755)
     monkeypatch.setattr(server, "COMMANDS", tmp_path)
-    monkeypatch.setattr(server, "STOP_SECONDS", 1)
+    monkeypatch.setattr(server, "STOP_SECONDS", 3)  # of a busy machine
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # must not matter
     return tmp_path
 

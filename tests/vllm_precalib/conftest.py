@@ -6,6 +6,7 @@ import importlib.util
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -60,11 +61,13 @@ def suite(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str,
                     env={**os.environ, **common, **SUITE_ENVIRONMENT[name]},
                     stdout=output,
                     stderr=subprocess.STDOUT,
+                    start_new_session=True,  # so that its workers can be stopped with it
                 )
                 try:
                     end = f"the process ended with code {process.wait(SUITE_SECONDS)}"
                 except subprocess.TimeoutExpired:
-                    process.kill()
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
                     end = f"the process took longer than {SUITE_SECONDS} s"
             text = log.read_text(errors="replace")
             missing = {"failed": f"{end} before this case did\n{text[-5000:]}"}
