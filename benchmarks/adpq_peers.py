@@ -9,6 +9,7 @@ import math
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 BITS = (4, 3)
 GROUP_SIZE, ALPHA, FLOAT16 = 128, 0.08, 16
@@ -19,7 +20,12 @@ def variant(bits: int) -> str:
     return f"{bits} bits, g {GROUP_SIZE}, α {ALPHA:.0%}"
 
 
-def make(bits: int, source: Path) -> tuple[dict, dict]:
+def stored_bits(weights: int, bits: int, scales: int, salient: int) -> int:
+    """Of a matrix with so many weights, scales and salient weights."""
+    return weights * bits + FLOAT16 * scales + math.ceil(salient * math.log2(GROUP_SIZE))
+
+
+def make(bits: int, source: Path) -> tuple[dict[str, Tensor], dict[str, int]]:
     """Quantize the decoder: its weights by name, and the bits stored for each."""
     from auto_adpq import Auto_AdpQ
     from safetensors import safe_open
@@ -34,8 +40,7 @@ def make(bits: int, source: Path) -> tuple[dict, dict]:
                 weight = file.get_tensor(name)
                 made = quantizer.AdpQ_quantize(weight.float().numpy())
                 salient = int((made.outlier_indices >= 0).sum())
-                stored[name] = weight.numel() * bits + FLOAT16 * made.scale.size
-                stored[name] += math.ceil(salient * math.log2(GROUP_SIZE))
+                stored[name] = stored_bits(weight.numel(), bits, made.scale.size, salient)
                 values = torch.from_numpy(quantizer.reconstruct_weights(made).copy())
                 found[name] = values.to(weight.dtype)
     return found, stored

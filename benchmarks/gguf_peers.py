@@ -20,9 +20,10 @@ AS_MADE, SHUFFLED = "GGUF", "GGUF, inputs shuffled"
 TYPES = ("Q3_K_M", "Q3_K_L", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q4_0", "Q4_1")
 SHUFFLED_TYPES = ("IQ3_S", "Q3_K_M", "IQ4_XS", "Q4_K_S", "Q4_K_M", "Q5_K_S")
 BLOCK = 256
+Found = tuple[dict[str, Tensor], dict[str, int]]  # weights and stored bits, by name
 
 
-def make(library: Path, shuffled: bool, kind: str, source: Path) -> tuple[dict, dict]:
+def make(library: Path, shuffled: bool, kind: str, source: Path) -> Found:
     """Quantize the decoder: its weights by name, and the bits that the file stores for each."""
     import gguf
     from safetensors import safe_open

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 WINDOW = 512  # tokens
+Found = tuple[dict[str, Tensor], dict[str, int]]  # weights and stored bits, by name
 FLOAT16 = 16
 
 
@@ -57,7 +58,7 @@ SCHEMES = (
 )
 
 
-def make(scheme: Scheme, source: Path, calibration: Path | None) -> tuple[dict, dict]:
+def make(scheme: Scheme, source: Path, calibration: Path | None) -> Found:
     """Quantize a model: its changed parameters by name, and the bits stored for each weight."""
     from llmcompressor import oneshot
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -124,7 +125,7 @@ def quick_gptq() -> type:
     from pydantic import PrivateAttr
 
     class QuickGPTQModifier(GPTQModifier):
-        _last: tuple = PrivateAttr(default=(None, None))
+        _last: tuple[Any, ...] = PrivateAttr(default=(None, None))
 
         def calibrate_module(self, module: Any, args: Any, _output: Any) -> None:
             inputs = args[0]
@@ -150,17 +151,21 @@ def calibration_windows(tokenizer: Any, text: str, count: int) -> Any:
     """So many windows of 512 tokens, evenly spread over the text, as a data set."""
     from datasets import Dataset
 
-    tokens = tokenizer(text, add_special_tokens=False).input_ids
+    rows = evenly_spread(tokenizer(text, add_special_tokens=False).input_ids, count)
+    return Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * WINDOW] * len(rows)})
+
+
+def evenly_spread(tokens: list[int], count: int) -> list[list[int]]:
+    """So many whole windows of a text. Raises ValueError if it is too short."""
     whole = len(tokens) // WINDOW
     if whole < count:
         raise ValueError(f"calibration needs {count * WINDOW} tokens, the text has {len(tokens)}")
     starts = [WINDOW * (i * whole // count) for i in range(count)]
-    rows = [tokens[start : start + WINDOW] for start in starts]
-    return Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * WINDOW] * len(rows)})
+    return [tokens[start : start + WINDOW] for start in starts]
 
 
 @torch.no_grad()
-def changed(model: Any, before: Mapping[str, Tensor]) -> tuple[dict, dict]:
+def changed(model: Any, before: Mapping[str, Tensor]) -> Found:
     """What differs from the original, with weights as their codes stand for them."""
     from compressed_tensors.quantization import fake_quantize
 

@@ -22,7 +22,9 @@ import adpq_peers
 import gguf_peers
 import llmcompressor_peers
 import torch
+from gguf_peers import Found
 from llmcompressor_peers import Scheme
+from torch import Tensor
 
 GRID = (
     "The model's weights come from a GGUF file of type Q4_1, and these types find its grids of 16 "
@@ -36,7 +38,7 @@ class Peer:
 
     method: str
     variant: str
-    make: Callable[[Path, Path | None], tuple[dict, dict]]
+    make: Callable[[Path, Path | None], Found]
     calibrated: bool = False
     note: str = ""
 
@@ -81,7 +83,7 @@ def available(libllama: Path | None) -> list[Peer]:
     return found
 
 
-def write(weights: dict, bits: dict, folder: Path) -> None:
+def write(weights: dict[str, Tensor], bits: dict[str, int], folder: Path) -> None:
     """The result as a file, whole or not at all."""
     from safetensors.torch import save_file
 
@@ -91,17 +93,15 @@ def write(weights: dict, bits: dict, folder: Path) -> None:
     unfinished.rename(folder / "weights.safetensors")
 
 
-def _gguf(
-    library: Path, shuffled: bool, kind: str
-) -> Callable[[Path, Path | None], tuple[dict, dict]]:
+def _gguf(library: Path, shuffled: bool, kind: str) -> Callable[[Path, Path | None], Found]:
     return lambda source, _: gguf_peers.make(library, shuffled, kind, source)
 
 
-def _scheme(scheme: Scheme) -> Callable[[Path, Path | None], tuple[dict, dict]]:
+def _scheme(scheme: Scheme) -> Callable[[Path, Path | None], Found]:
     return functools.partial(llmcompressor_peers.make, scheme)
 
 
-def _adpq(bits: int) -> Callable[[Path, Path | None], tuple[dict, dict]]:
+def _adpq(bits: int) -> Callable[[Path, Path | None], Found]:
     return lambda source, _: adpq_peers.make(bits, source)
 
 

@@ -90,7 +90,7 @@ def normal_float_levels() -> Tensor:
     outermost = 1 - (1 / 30 + 1 / 32) / 2
     above = torch.linspace(0.5, outermost, 9, dtype=torch.float64)[1:]
     below = 1 - torch.linspace(0.5, outermost, 8, dtype=torch.float64)[1:].flip(0)
-    quantiles = torch.special.ndtri(torch.cat((below, torch.tensor([0.5]).double(), above)))
+    quantiles: Tensor = torch.special.ndtri(torch.cat((below, torch.tensor([0.5]).double(), above)))
     return (quantiles / quantiles.max()).float()
 
 

@@ -22,13 +22,17 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 OURS = ("rtn-4", "balanced-4", "paper-4")
 SMALL = "model.layers.0.self_attn.k_proj.weight"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("source", type=Path, nargs="?")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--peers-python")
@@ -137,7 +141,7 @@ def time_llmcompressor(source: Path, scheme: str) -> float:
         return time.perf_counter() - start
 
 
-def layer_weights(source: Path) -> dict:
+def layer_weights(source: Path) -> "dict[str, Tensor]":
     from safetensors import safe_open
 
     found = {}

@@ -1,5 +1,6 @@
 """What pip makes of the files that a container's build sees, with a compiler and without."""
 
+import email
 import platform
 import subprocess
 import sys
@@ -16,9 +17,12 @@ from precalib_kernels.backends.x86 import library
 from precalib_kernels.toolchain import compile as build
 
 ROOT = Path(__file__).resolve().parent.parent
-pytestmark = pytest.mark.skipif(
-    platform.machine() not in ("x86_64", "AMD64"), reason="there are CPU kernels for x86-64 only"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        platform.machine() not in ("x86_64", "AMD64"), reason="this processor has no kernels here"
+    ),
+]
 
 
 def file_names():
@@ -98,6 +102,34 @@ def test_a_wheel_built_without_a_compiler_is_pure_and_says_so(source):
     lines = [line for line in said.splitlines() if "vllm-precalib: library" in line]
     assert len(lines) == 2
     assert "is left for its first use: no C++ compiler" in lines[0]
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_a_wheel_holds_the_product_and_nothing_else(source):
+    wheel, _ = pip_wheel(source)
+    with zipfile.ZipFile(wheel) as archive:
+        held = {Path(name) for name in archive.namelist() if ".dist-info/" not in name}
+        (metadata,) = [name for name in archive.namelist() if name.endswith("/METADATA")]
+        described = email.message_from_bytes(archive.read(metadata))
+    shipped = (".py", ".cpp", ".h", ".css", ".html", ".j2", ".js", ".typed")
+    wanted = {
+        path.relative_to(parent)
+        for parent, package in (
+            (ROOT / "kernels", "precalib_kernels"),
+            (ROOT, "offline_quantize"),
+            (ROOT, "vllm_precalib"),
+        )
+        for path in (parent / package).rglob("*")
+        if path.suffix in shipped
+    }
+    assert held == wanted
+    for package in ("precalib_kernels", "offline_quantize", "vllm_precalib"):
+        assert Path(package, "py.typed") in held
+    assert "Typing :: Typed" in described.get_all("Classifier")
+    assert described["License-Expression"] == "Apache-2.0"
+    core = [text for text in described.get_all("Requires-Dist") if "extra ==" not in text]
+    assert any(text.startswith("numpy") for text in core)
+    assert not any(text.startswith(("vllm", "packaging", "openai")) for text in core)
 
 
 def test_an_editable_installation_fills_the_cache_and_leaves_the_sources(

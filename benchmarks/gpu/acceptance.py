@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ from precalib_kernels.backends.triton.launch_configs import TABLE, Blocks, block
 from precalib_kernels.backends.triton.memory_layout import triton_layout  # noqa: E402
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
-ROUNDS = 9
+ROUNDS = 5
 TUNED = ("balanced-4", "balanced-3", "paper-4")
 
 
@@ -59,12 +59,12 @@ def environment() -> dict[str, Any]:
 
 def check(out: Path, jobs: int, seconds: float) -> dict[str, Any]:
     """Runs the kernels' tests on this GPU; counts, and the names and texts of failures."""
-    suites = ["interpreted.py", "test_gpu.py"]
+    suites = ["interpreted_suite.py", "test_op.py"]
     report = out / "tests.xml"
     command = [
         sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--import-mode=importlib",
         f"--junitxml={report}", *(["-n", str(jobs)] if jobs > 1 else []),
-        *(str(ROOT / "tests" / "kernels" / "gpu" / name) for name in suites),
+        *(str(ROOT / "tests" / "kernels" / "backends" / "triton" / name) for name in suites),
     ]  # fmt: skip
     paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
     try:
@@ -102,7 +102,7 @@ def compile_entry(name: str, m: int, blocks: Blocks | None) -> None:
     torch.cuda.synchronize()
 
 
-def compiled(entries: list[tuple[str, int, Blocks | None]], jobs: int) -> set[int]:
+def compiled(entries: Sequence[tuple[str, int, Blocks | None]], jobs: int) -> set[int]:
     """Compiles entries side by side; the indices of those that this GPU can run."""
     context = multiprocessing.get_context("spawn")
     good = set()
@@ -146,6 +146,15 @@ def timings(
                     functools.partial(op.gpu_linear, x, arrays, None, [rows], text)
                     for arrays in packed[name]
                 ]
+            if 16 <= m <= 256:
+                arrays = [
+                    dict(zip(op.array_order(LAYOUTS[names[0]]), a, strict=True))
+                    for a in packed[names[0]]
+                ]
+                calls[f"{names[0]} by panels"] = [
+                    functools.partial(op._by_panels, x, a, None, LAYOUTS[names[0]], [rows])
+                    for a in arrays
+                ]
             times = measure.interleaved(calls, ROUNDS)
             yield {
                 "shape": shape, "outputs": rows, "inputs": columns, "m": m,
@@ -158,14 +167,14 @@ def timings(
 
 def candidates(most: int) -> list[Blocks]:
     """Blocks worth trying for up to `most` rows of x."""
-    widths = [width for width in (8, 16, 32, 64) if width <= max(8, most)][-2:]
-    cuts = ((64, 2), (64, 4), (128, 4), (128, 8))
+    cuts = [(64, 2), (64, 4), (128, 4), (128, 8)][: 3 if most <= 16 else 4]
+    stages = (3, 4) if most <= 16 else (2, 3)
+    waves = (4, 6, 8, 12, 16) if most <= 8 else (2, 3, 4, 6, 8) if most <= 16 else (1, 2, 3, 4)
+    widths = (32, 64) if most == 64 else (most,)
     return [
-        Blocks(rows, width, warps, stages, waves)
-        for width, (rows, warps), stages, waves in itertools.product(
-            widths, cuts, (2, 3, 4, 6), (1, 2, 3, 4, 6, 8)
-        )
-        if not (width == 64 and ((rows, warps) == (64, 2) or stages > 4))
+        Blocks(rows, width, warps, stage, wave)
+        for width, (rows, warps), stage, wave in itertools.product(widths, cuts, stages, waves)
+        if not (width == 64 and (rows, warps) == (64, 2))
     ]
 
 
@@ -189,6 +198,7 @@ def tune(names: list[str], jobs: int, deadline: float) -> Iterator[dict[str, Any
             b for b in candidates(most) if (name, most, dataclasses.replace(b, waves=0)) in good
         ]
         now = blocks_for(family, most, triton_layout(layout).step)
+        assert now, f"the table has no entry for M = {most}"
         logs = dict.fromkeys([*every, now], 0.0)
         m = 1 if most == 8 else min(most, 128)
         for rows, columns in shapes:
@@ -208,7 +218,10 @@ def tune(names: list[str], jobs: int, deadline: float) -> Iterator[dict[str, Any
         ratios = [
             [str(b), round(math.exp((logs[b] - logs[now]) / len(shapes)), 4)] for b in ranked[:8]
         ]
-        yield {"layout": name, "most": most, "m": m, "today": str(now), "ranked": ratios}
+        yield {
+            "layout": name, "most": most, "m": m, "today": str(now), "ranked": ratios,
+            "best": ranked[0],
+        }  # fmt: skip
 
 
 def markdown(results: dict[str, Any]) -> Iterator[str]:
@@ -219,7 +232,7 @@ def markdown(results: dict[str, Any]) -> Iterator[str]:
     yield "Time over torch's bfloat16 product, weights outside the cache, medians of interleaved"
     yield f"rounds ({ROUNDS}).\n"
     if rows := results.get("times"):
-        names = list(rows[0]["ratio"])
+        names = list(dict.fromkeys(name for row in rows for name in row["ratio"]))
         yield "| layer | M | bf16, µs | " + " | ".join(names) + " |"
         yield "|--|--:|--:|" + "--:|" * len(names)
         for row in rows:
@@ -240,17 +253,18 @@ def main() -> None:
     parser.add_argument("--batches", nargs="+", type=int, default=list(BATCHES))
     parser.add_argument("--tune", nargs="+", choices=list(LAYOUTS), default=list(TUNED))
     parser.add_argument("--seconds", type=float, default=420, help="time for everything")
+    parser.add_argument("--apply", action="store_true", help="time with the blocks just found")
     parser.add_argument("--vllm-kernel", type=Path, help="vLLM's file triton_w4a16.py, as a peer")
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) - 2))
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.exit(1, "acceptance: this machine has no GPU that torch can use\n")
     options.out.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + options.seconds
+    deadline: float = time.monotonic() + options.seconds
     results: dict[str, Any] = {"environment": environment()}
 
     def save() -> None:
-        (options.out / "results.json").write_text(json.dumps(results, indent=1))
+        (options.out / "results.json").write_text(json.dumps(results, indent=1, default=str))
         (options.out / "results.md").write_text("\n".join(markdown(results)) + "\n")
 
     def left() -> float:
@@ -261,8 +275,23 @@ def main() -> None:
         results["tests"] = check(options.out, options.jobs, 0.6 * left())
         print(f"{left():.0f} s left", json.dumps(results["tests"])[:3000], flush=True)
         save()
+    if "tune" in options.steps:
+        results["tuned"] = []
+        for row in tune(options.tune, options.jobs, deadline):
+            results["tuned"].append(row)
+            save()
+    if options.apply and results.get("tuned"):
+        best = {
+            row["most"]: row["best"] for row in results["tuned"] if row["layout"] == options.tune[0]
+        }
+        TABLE[op.family()].update(best)
+        print("applied", best, flush=True)
     if "time" in options.steps:
-        entries = [(name, m, None) for name in options.layout for m in (*TABLE[op.family()], 10**3)]
+        entries = [
+            (name, m, blocks_for(op.family(), m, triton_layout(LAYOUTS[name]).step))
+            for name in options.layout
+            for m in (*TABLE[op.family()], 10**3)
+        ]
         bad = {entries[i][0] for i in range(len(entries))} - {
             entries[i][0] for i in compiled(entries, options.jobs)
         }
@@ -275,11 +304,6 @@ def main() -> None:
             if left() < 0:
                 break
         print(f"{left():.0f} s left, timed", flush=True)
-    if "tune" in options.steps:
-        results["tuned"] = []
-        for row in tune(options.tune, options.jobs, deadline):
-            results["tuned"].append(row)
-            save()
     save()
     print("\n".join(markdown(results)))
 

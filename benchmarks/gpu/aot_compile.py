@@ -20,7 +20,12 @@ from precalib_kernels.backends.triton.dequantize_kernel import dequantize_kernel
 from precalib_kernels.backends.triton.gemm_kernel import product_kernel
 from precalib_kernels.backends.triton.launch_configs import Blocks, SparseBlocks
 from precalib_kernels.backends.triton.memory_layout import triton_layout
-from precalib_kernels.backends.triton.op import prepare_warps, specialization
+from precalib_kernels.backends.triton.op import (
+    DEQUANTIZE_WARPS,
+    PREPARE_WARPS,
+    prepare_blocks,
+    specialization,
+)
 from precalib_kernels.backends.triton.salient_kernel import sparse_kernel
 from precalib_kernels.backends.triton.salient_op import specialization as sparse_specialization
 from precalib_kernels.format.layout import Layout
@@ -78,12 +83,16 @@ def compile_dequantize(layout: Layout, target: str) -> Compiled:
     constants = specialization(form, target.startswith("sm_")) | {
         "SCALED": layout.column_scale,
         "LEVEL_STEP": form.level_step,
+        "IN_DOTS": form.mode == "trellis",
     }
-    return _compile(dequantize_kernel, constants, target, {"num_warps": 2, "num_stages": 3})
+    return _compile(
+        dequantize_kernel, constants, target, {"num_warps": DEQUANTIZE_WARPS, "num_stages": 3}
+    )
 
 
-def compile_prepare(layout: Layout, block_m: int, block_k: int, target: str) -> Compiled:
-    """`prepare_kernel` for rows of up to `block_k` bfloat16 columns."""
+def compile_prepare(layout: Layout, block_m: int, columns: int, target: str) -> Compiled:
+    """`prepare_kernel` for rows of so many bfloat16 columns."""
+    block_k, row_block = prepare_blocks(block_m, columns)
     form = triton_layout(layout)
     constants = {
         "OFFSET": form.offset,
@@ -95,9 +104,9 @@ def compile_prepare(layout: Layout, block_m: int, block_k: int, target: str) -> 
         "BY_COLUMN": form.slots > 0,
         "BLOCK_M": block_m,
         "BLOCK_K": block_k,
-        "WHOLE": True,
+        "ROW_BLOCK": row_block,
     }
-    options = {"num_warps": prepare_warps(block_k), "num_stages": 3}
+    options = {"num_warps": PREPARE_WARPS, "num_stages": 3}
     return _compile(prepare_kernel, constants, target, options)
 
 

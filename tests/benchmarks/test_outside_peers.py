@@ -4,7 +4,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -77,44 +77,20 @@ def test_gguf_without_quantizing_is_the_model(
     assert down.shape == ((80, 256) if shuffled else (128, 160))
 
 
-def test_adpq_counts_positions(load: Load, source: Path, monkeypatch: Any) -> None:
-    class Quantizer:
-        def __init__(self, **options: Any) -> None:
-            assert (options["group_size"], options["alpha"], options["q_bit"]) == (128, 0.08, 3)
-
-        def AdpQ_quantize(self, weight: Any) -> Any:  # noqa: N802
-            positions = -torch.ones(weight.size // 128, 128, dtype=torch.int8).numpy()
-            positions[:, :5] = 1
-            scale = torch.ones(weight.size // 128, 2).numpy()
-            return SimpleNamespace(outlier_indices=positions, scale=scale, weight=weight)
-
-        def reconstruct_weights(self, made: Any) -> Any:
-            return made.weight
-
-    monkeypatch.setitem(sys.modules, "auto_adpq", SimpleNamespace(Auto_AdpQ=Quantizer))
-    found, bits = load("adpq_peers").make(3, source)
-    original = load_file(source / "model.safetensors")
-    for name, stored in bits.items():
-        assert torch.equal(found[name], original[name])
-        assert stored / original[name].numel() == 3 + (32 + 5 * 7) / 128
+def test_adpq_counts_codes_scales_and_positions(load: Load) -> None:
+    """10 groups of 128 at 3 bits, two float16 scales each, 5 positions of 7 bits in every group."""
+    bits = load("adpq_peers").stored_bits(1280, 3, 2 * 10, 5 * 10)
+    assert bits / 1280 == 3 + (32 + 5 * 7) / 128
 
 
-def test_calibration_windows(load: Load, monkeypatch: Any) -> None:
+def test_calibration_windows(load: Load) -> None:
     """Evenly spread, whole, and refused when the text is too short."""
     peers = load("llmcompressor_peers")
-    data = SimpleNamespace(Dataset=SimpleNamespace(from_dict=lambda rows: rows))
-    monkeypatch.setitem(sys.modules, "datasets", data)
     window = peers.WINDOW
-
-    def tokenizer(text: str, **_: Any) -> Any:
-        return SimpleNamespace(input_ids=list(range(len(text))))
-
-    rows = peers.calibration_windows(tokenizer, "x" * (8 * window + 3), 4)
-    starts = [ids[0] for ids in rows["input_ids"]]
-    assert starts == [0, 2 * window, 4 * window, 6 * window]
-    assert all(len(ids) == window for ids in rows["input_ids"])
-    assert len(rows["attention_mask"]) == 4
+    rows = peers.evenly_spread(list(range(8 * window + 3)), 4)
+    assert [row[0] for row in rows] == [0, 2 * window, 4 * window, 6 * window]
+    assert all(row == list(range(row[0], row[0] + window)) for row in rows)
     with pytest.raises(ValueError, match="needs 2048 tokens, the text has 2047"):
-        peers.calibration_windows(tokenizer, "x" * (4 * window - 1), 4)
+        peers.evenly_spread(list(range(4 * window - 1)), 4)
     assert peers.Scheme("GPTQ", 3, 64).variant == "3 bits, g 64, asymmetric"
     assert peers.Scheme("GPTQ", 3, 64, windows=32).variant.endswith(", 32 windows")

@@ -17,6 +17,8 @@ from offline_quantize.commands.quantize import quantize
 from offline_quantize.planning.plan import Options, make_plan
 from precalib_kernels.errors import SourceError
 
+pytestmark = pytest.mark.slow
+
 Load = Callable[[str], ModuleType]
 
 

@@ -9,6 +9,7 @@ import smollm2 as helper
 from safetensors import safe_open
 
 
+@pytest.mark.slow
 def test_model_is_an_ordinary_bf16_checkpoint(smollm2):
     config = json.loads((smollm2 / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"]

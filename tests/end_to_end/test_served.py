@@ -14,7 +14,7 @@ from offline_quantize.cli import main as cli
 
 pytestmark = pytest.mark.engine
 
-SCRIPT = Path(__file__).with_name("serve.py")
+SCRIPT = Path(__file__).with_name("serve_suite.py")
 
 
 def precalib(*arguments: object) -> None:

@@ -1,5 +1,6 @@
 """Real vLLM layers on a pretended rank, and engines in processes of their own."""
 
+import collections
 import contextlib
 import importlib.util
 import json
@@ -17,7 +18,8 @@ import torch
 
 HERE = Path(__file__).parent
 
-# How each suite of engines.py is started; see section "Start-up" of vLLM's notes on CPUs.
+# How each suite of engines_suite.py is started; see section "Start-up" of vLLM's notes on CPUs.
+SUITE_SECONDS = 600
 IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 SUITE_ENVIRONMENT = {
     "eager": {**IN_PROCESS, "TORCHDYNAMO_DISABLE": "1"},  # the sampler would start a compiler
@@ -40,24 +42,36 @@ def tiny() -> ModuleType:
 
 @pytest.fixture(scope="session")
 def suite(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Any]]:
-    """Results of a suite of engines.py, each run once."""
+    """Results of a suite of engines_suite.py, each run once, by the names of its cases.
+
+    A case that failed is `{"failed": text}`; "log" is the output of all, "code" how the
+    process ended.
+    """
     done: dict[str, dict[str, Any]] = {}
 
     def run(name: str) -> dict[str, Any]:
         if name not in done:
-            done[name] = {}  # a suite that breaks is not tried again
             common = {"OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
             folder = tmp_path_factory.mktemp(name)
-            process = subprocess.run(
-                [sys.executable, HERE / "engines.py", name, folder],
-                env={**os.environ, **common, **SUITE_ENVIRONMENT[name]},
-                capture_output=True,
-                text=True,
-                timeout=600,
+            log, results = folder / "log", folder / "results.json"
+            with log.open("wb") as output:
+                process = subprocess.Popen(
+                    [sys.executable, HERE / "engines_suite.py", name, folder],
+                    env={**os.environ, **common, **SUITE_ENVIRONMENT[name]},
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                )
+                try:
+                    end = f"the process ended with code {process.wait(SUITE_SECONDS)}"
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    end = f"the process took longer than {SUITE_SECONDS} s"
+            text = log.read_text(errors="replace")
+            missing = {"failed": f"{end} before this case did\n{text[-5000:]}"}
+            finished = json.loads(results.read_text()) if results.exists() else {}
+            done[name] = collections.defaultdict(
+                lambda: missing, finished, log=text, code=process.poll()
             )
-            assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-5000:]
-            done[name] = json.loads((folder / "results.json").read_text())
-            done[name]["log"] = process.stdout + process.stderr
         return done[name]
 
     return run

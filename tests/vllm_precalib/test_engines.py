@@ -79,7 +79,7 @@ def test_the_method_is_found_in_config_json(case):
 def test_activations_of_8_bits_change_answers_a_little(case):
     result = case("eager", "int8_activations")
     if not result:
-        pytest.skip("needs AVX-512 with VNNI and VBMI")
+        pytest.skip("this processor lacks AVX-512 with VNNI and VBMI")
     pairs = zip(*result["first"], strict=True)
     errors = [abs(served[0][1] - true[0][1]) for served, true in pairs]  # of the likeliest token
     assert LOGPROB_TOLERANCE < max(errors) < 0.05
@@ -124,6 +124,11 @@ def test_torch_compile_traces_it(case, name):
 
 def test_two_ranks_answer_like_one(case):
     assert_same(case("parallel", "parallel")["first"])
+
+
+@pytest.mark.parametrize("name", ["eager", "compiled", "parallel"])
+def test_the_process_ends_well(suite, name):
+    assert suite(name)["code"] == 0, suite(name)["log"][-5000:]
 
 
 def test_the_backend_is_logged_once_for_all_layers_and_ranks(suite):

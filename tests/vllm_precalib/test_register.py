@@ -62,7 +62,7 @@ def test_versions_outside_the_window_get_one_sentence(version):
 
 def test_the_window_is_that_of_the_distribution():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    (cuda,) = map(Requirement, project["optional-dependencies"]["cuda"])
+    cuda, _ = map(Requirement, project["optional-dependencies"]["cuda"])
     assert (cuda.name, cuda.specifier) == ("vllm", SpecifierSet(compat.SUPPORTED_VLLM))
 
 

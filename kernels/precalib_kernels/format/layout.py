@@ -153,7 +153,7 @@ class Layout:
     @property
     def codebook_size(self) -> int:
         """Number of levels: one per code, two with a trellis."""
-        return 2 ** (self.bits + self.trellis)
+        return 1 << self.bits + self.trellis
 
     @property
     def codebook_values(self) -> tuple[int, ...]:

@@ -108,7 +108,7 @@ def salient_codes(
 def salient_grid_values(codes: Tensor, tensors: Mapping[str, Tensor], layout: Layout) -> Tensor:
     """Value of each salient code on its row's grid, float32, codes being [N, any]."""
     if layout.salient_grid == "row":
-        half = 2 ** (layout.salient_bits - 1)
+        half = 1 << layout.salient_bits - 1
         return tensors["row_scale"].float() / (half - 1) * (codes.float() - half)
     scale, offset = tensors["salient_scale"].float(), tensors["salient_offset"].float()
     if layout.salient_grid == "min-max":

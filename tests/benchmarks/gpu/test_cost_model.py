@@ -9,6 +9,8 @@ from cost_model import CHIPS, LAYOUTS, Chip, Cost, layer_seconds, product_cost
 from precalib_kernels.backends.triton.launch_configs import SPARSE_TABLE, blocks_for, family_of
 from precalib_kernels.backends.triton.memory_layout import triton_layout
 
+pytestmark = pytest.mark.slow
+
 HAND = """
         /*0000*/                   MOV R1, c[0x0][0x28] ;   /* 0x1 */
         /*0010*/                   LDG.E R2, [R4.64] ;      /* 0x2 */

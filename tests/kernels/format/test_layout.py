@@ -14,7 +14,7 @@ from precalib_kernels.errors import FormatError
 from precalib_kernels.format import reference
 from precalib_kernels.format.bitstream import pack_bits, unpack_bits
 from precalib_kernels.format.layout import FORMAT_VERSION, Layout, eq13_bits
-from precalib_kernels.format.salient_index import unpack_salient
+from precalib_kernels.format.salient_index import pack_salient, unpack_salient
 
 VECTOR = Path(__file__).parent / "vectors" / "version-1.json"
 
@@ -143,7 +143,9 @@ def test_version_1_is_frozen():
     If this fails, a checkpoint in somebody's hands changed its meaning: raise FORMAT_VERSION.
     """
     assert FORMAT_VERSION == 1
-    for case in json.loads(VECTOR.read_text()):
+    cases = json.loads(VECTOR.read_text())
+    assert len(cases) >= 7
+    for case in cases:
         layout = Layout.from_dict(case["layout"])
         rows, columns = case["shape"]
         specs = layout.tensors(rows, columns)
@@ -157,6 +159,9 @@ def test_version_1_is_frozen():
         values = reference.dequantize(tensors, layout, columns)
         expected = torch.tensor([float.fromhex(v) for v in case["values"]]).view(rows, columns)
         torch.testing.assert_close(values, expected, rtol=1e-6, atol=0)
+        codes = unpack_bits(tensors["qweight"], layout.bits, columns)
+        assert torch.equal(pack_bits(codes, layout.bits), tensors["qweight"])
         if layout.salient_count:
-            positions, _ = unpack_salient(tensors["salient"], layout, columns, "vector")
+            positions, high = unpack_salient(tensors["salient"], layout, columns, "vector")
             assert positions.tolist() == case["positions"]
+            assert torch.equal(pack_salient(positions, high, layout), tensors["salient"])

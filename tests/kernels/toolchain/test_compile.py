@@ -10,6 +10,8 @@ from offline_quantize.method.trellis import SOURCE
 from precalib_kernels.backends.x86 import library
 from precalib_kernels.toolchain import compile as build
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):

@@ -114,6 +114,7 @@ def run_to_death(disk, last, torn, *arguments, **options):
     return False
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("torn", [False, True])
 def test_killed_at_every_step_and_resumed(disk, source, tmp_path, contents, torn):
     whole = tmp_path / "whole"
@@ -137,6 +138,7 @@ def test_killed_at_every_step_and_resumed(disk, source, tmp_path, contents, torn
     assert last > 60
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("jobs", [1, 4])
 def test_killed_again_and_again(disk, source, tmp_path, contents, jobs):
     run(source, tmp_path / "whole")
@@ -151,6 +153,7 @@ def test_killed_again_and_again(disk, source, tmp_path, contents, jobs):
         assert contents(target) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("torn", [False, True])
 def test_dequantize_killed_at_every_step_just_goes_on(disk, source, tmp_path, contents, torn):
     packed, whole = tmp_path / "packed", tmp_path / "whole"
@@ -225,6 +228,7 @@ def test_finished_tensors_are_not_computed_again(unfinished, source, monkeypatch
     assert not any(name in where for name in before for where in names)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", [0, 9, 200, -1])
 @pytest.mark.parametrize("kind", ["*.safetensors", "*.partial"])
 def test_bytes_that_changed_meanwhile_are_made_again(
@@ -238,6 +242,7 @@ def test_bytes_that_changed_meanwhile_are_made_again(
     assert contents(unfinished) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [

@@ -37,6 +37,7 @@ def test_recipes(precalib):
     assert all(line.endswith("true bits") for line in ran.out.splitlines())
 
 
+@pytest.mark.slow
 def test_a_first_use(checkpoint, precalib, tmp_path, contents):
     source, target, back = checkpoint(), tmp_path / "out put", tmp_path / "back"
     before = contents(source)
@@ -128,7 +129,7 @@ def test_bad_options_are_one_sentence(checkpoint, precalib, tmp_path, options, t
     assert not (tmp_path / "target").exists()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_a_device_that_is_not_there(checkpoint, precalib, tmp_path):
     ran = precalib("quantize", checkpoint(), tmp_path / "target", "--device", "cuda:0")
     assert "--device cuda:0: cannot be used here (" in ran.sentence
@@ -284,6 +285,7 @@ def peak_memory(*arguments):
     return usage.ru_maxrss * 1024
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["rtn-4"])
 def test_memory_is_bounded_by_the_largest_tensor(checkpoint, weights, tmp_path, recipe):
     """One file of 400 MB; `large_checkpoint.py` does the same with 8 GB and every recipe."""
@@ -356,6 +358,7 @@ def refused_or_done(ran):
     return ran
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", ["config.json", "model.safetensors.index.json"])
 def test_any_damage_to_the_source_is_a_sentence(checkpoint, weights, precalib, tmp_path, file):
     tensors = {f"{LAYER}.up_proj.weight": weights()(4, 64), "lm_head.weight": weights()(1, 64)}
@@ -372,6 +375,7 @@ def test_any_damage_to_the_source_is_a_sentence(checkpoint, weights, precalib, t
     fuzz()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", ["config.json", "precalib.json", "model.safetensors.index.json"])
 def test_any_damage_to_a_packed_checkpoint_is_a_sentence(
     checkpoint, weights, precalib, quantize, tmp_path, file

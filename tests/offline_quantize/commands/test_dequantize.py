@@ -45,6 +45,7 @@ def test_every_tensor(checkpoint, quantize, precalib, tmp_path, contents, dtype,
         assert index["weight_map"].keys() == tensors.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True])
 def test_transformers_loads_and_quantizes_alike(tmp_path, quantize, precalib, tied):
     sizes = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 160}

@@ -342,6 +342,7 @@ def test_all_ruined_weights_are_named_at_once(with_small, precalib, quantize):
     assert len(manifest["tensors"]) == 14 - 5
 
 
+@pytest.mark.slow
 def test_many_ruined_weights_have_a_short_remedy(checkpoint, weights, precalib, quantize):
     tensors = weights().llama(60)
     small = {

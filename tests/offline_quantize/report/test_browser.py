@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 # Contrast of every text with what lies behind it (WCAG 2.2, relative luminance), and its size.
 TEXTS = """
 (() => {

@@ -38,63 +38,59 @@ def prepare_kernel(
     BY_COLUMN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    WHOLE: tl.constexpr,
+    ROW_BLOCK: tl.constexpr,
 ):
-    """Program (m, part) makes one row of x ready for one part.
+    """Program (m, part, chunk) makes BLOCK_K columns of one row of x ready for one part.
 
-    WHOLE: whether one block holds a row, which is then loaded once.
+    ROW_BLOCK: columns taken at a time for the row's maximum, which every program finds for itself:
+    reading a row again costs less than waiting for another program.
     """
     m = tl.program_id(0)
     part = tl.program_id(1)
+    chunk = tl.program_id(2)
     blocks = tl.num_programs(0) // BLOCK_M
     block = part * blocks + m // BLOCK_M
     lane = m % BLOCK_M
-    k = tl.arange(0, BLOCK_K)
-    values = _scaled(x, column_scale, m, part, k, rows, columns, padded, row_stride, SCALED)
-    largest = tl.max(tl.abs(values), 0)
-    if not WHOLE:
-        for first in tl.range(BLOCK_K, padded, BLOCK_K):
-            values = _scaled(
-                x, column_scale, m, part, first + k, rows, columns, padded, row_stride, SCALED
-            )
-            largest = tl.maximum(largest, tl.max(tl.abs(values), 0))
+    wide = tl.arange(0, ROW_BLOCK)
+    largest = tl.full((), 0.0, tl.float32)
+    for first in tl.range(0, padded, ROW_BLOCK):
+        values = _scaled(
+            x, column_scale, m, part, first + wide, rows, columns, padded, row_stride, SCALED
+        )
+        largest = tl.maximum(largest, tl.max(tl.abs(values), 0))
     # 2**14 <= largest * factor < 2**15; exponents are kept where factor and 1 / factor are normal
     exponent = (largest.to(tl.int32, bitcast=True) >> 23) & 0xFF
     exponent = tl.minimum(tl.maximum(268 - exponent, 1), 253)
     factor = (exponent << 23).to(tl.float32, bitcast=True)
-    tl.store(
-        inverse + part * blocks * BLOCK_M + m, ((254 - exponent) << 23).to(tl.float32, bitcast=True)
-    )
-    for first in tl.range(0, picked, BLOCK_K):
-        column = first + k
-        inside = column < padded
-        if not WHOLE:
-            values = _scaled(
-                x, column_scale, m, part, column, rows, columns, padded, row_stride, SCALED
-            )
-        half = (values * factor).to(tl.float16)
-        if BY_COLUMN:
-            at = by_column + (block * picked + column) * BLOCK_M + lane
-            # below 2**10: eight products are added up
-            tl.store(at, half * 0.03125, mask=column < picked)
-        dot, r = dot_position(column, GROUP, MODE, J)
-        stored = half
-        if MODE == "uniform":  # codes of odd dots count sixteenfold
-            stored = tl.where(dot % 2 == 1, half * 0.0625, half)
-        tl.store(
-            dots + ((block * (padded // 16) + dot) * BLOCK_M + lane) * 16 + r, stored, mask=inside
-        )
-        group = first // GROUP + tl.arange(0, BLOCK_K // GROUP)
-        at = (block * (padded // GROUP) + group) * BLOCK_M + lane
-        kept = group < padded // GROUP
-        grouped = tl.reshape(stored.to(tl.float32), (BLOCK_K // GROUP, GROUP))
-        tl.store(start + at, -OFFSET * tl.sum(grouped, 1), mask=kept)
-        if MODE == "uniform":
-            grouped = tl.reshape(half.to(tl.float32), (BLOCK_K // GROUP, GROUP))
-            tl.store(sums + at, tl.sum(grouped, 1) / LEVEL_STEP, mask=kept)
-    if (m == 0) & (part == 0):
+    if chunk == 0:
+        back = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+        tl.store(inverse + part * blocks * BLOCK_M + m, back)
+
+    column = chunk * BLOCK_K + tl.arange(0, BLOCK_K)
+    inside = column < padded
+    values = _scaled(x, column_scale, m, part, column, rows, columns, padded, row_stride, SCALED)
+    half = (values * factor).to(tl.float16)
+    if BY_COLUMN:
+        at = by_column + (block * picked + column) * BLOCK_M + lane
+        # below 2**10: eight products are added up
+        tl.store(at, half * 0.03125, mask=column < picked)
+    dot, r = dot_position(column, GROUP, MODE, J)
+    stored = half
+    if MODE == "uniform":  # codes of odd dots count sixteenfold
+        stored = tl.where(dot % 2 == 1, half * 0.0625, half)
+    tl.store(dots + ((block * (padded // 16) + dot) * BLOCK_M + lane) * 16 + r, stored, mask=inside)
+    group = chunk * (BLOCK_K // GROUP) + tl.arange(0, BLOCK_K // GROUP)
+    at = (block * (padded // GROUP) + group) * BLOCK_M + lane
+    kept = group < padded // GROUP
+    grouped = tl.reshape(stored.to(tl.float32), (BLOCK_K // GROUP, GROUP))
+    tl.store(start + at, -OFFSET * tl.sum(grouped, 1), mask=kept)
+    if MODE == "uniform":
+        grouped = tl.reshape(half.to(tl.float32), (BLOCK_K // GROUP, GROUP))
+        tl.store(sums + at, tl.sum(grouped, 1) / LEVEL_STEP, mask=kept)
+    if (m == 0) & (part == 0) & (chunk == 0):
         for first in tl.range(0, counter_count, BLOCK_K):
-            tl.store(counters + first + k, k * 0, mask=first + k < counter_count)
+            at = first + tl.arange(0, BLOCK_K)
+            tl.store(counters + at, at * 0, mask=at < counter_count)
 
 
 @triton.jit

@@ -42,13 +42,19 @@ def dequantize_kernel(
     LOG8: tl.constexpr,
     SCALED: tl.constexpr,
     LEVEL_STEP: tl.constexpr,
+    IN_DOTS: tl.constexpr,
     ASM: tl.constexpr,
     REGISTERS: tl.constexpr,
     SPARE: tl.constexpr,
 ):
-    """Program (tile of 64 rows, step). Arguments as in `product_kernel`."""
+    """Program (tile of 64 rows, step). Arguments as in `product_kernel`.
+
+    IN_DOTS: columns are left in the order of the dots, whole steps of them, which a product can
+    take as well if x has that order: a dot's 16 columns then lie together in memory.
+    """
     CODES: tl.constexpr = TILES - IN_PLACE  # tiles of codes
     GROUPS: tl.constexpr = STEP // GROUP
+    columns = columns // 32 * 32  # it always is; so Triton knows, and stores more than one at once
     tile, step = first_tile + tl.program_id(0), tl.program_id(1)
     inner = tl.arange(0, 64)
     n = tile * 64 + inner
@@ -68,6 +74,7 @@ def dequantize_kernel(
         first_group = step * GROUPS + chain * J * 64 // GROUP
         carry = n
         line = ()
+        data, scale, places, added = n, unit, (), ()
         if MODE == "trellis":
             carry = (tl.load(group_data + first_group * padded_rows + n) >> 16).to(tl.int16)
         if IN_PLACE:
@@ -81,33 +88,49 @@ def dequantize_kernel(
         )  # fmt: skip
         for dot in tl.static_range(4 * J):
             group = first_group + dot * 16 // GROUP
+            if dot * 16 % GROUP == 0:
+                data = tl.load(group_data + group * padded_rows + n)
+                scale = group_scale(scale_of(data, LOG8), LOG8) * unit
+                places, added = group_slots(
+                    positions, values, salient_unit, group, n, padded_rows, SLOTS
+                )
             level = halves[dot].to(tl.float32) - OFFSET
             if MODE == "uniform" and dot % 2 == 1:
                 level *= 0.0625
-            data = tl.load(group_data + group * padded_rows + n)
             if ZEROS:
                 level -= ((data >> 16).to(tl.float32) / LEVEL_STEP)[:, None]
-            scale = group_scale(scale_of(data, LOG8), LOG8)
-            value = level * (scale * unit)[:, None]
-            column = dot_column(step * (STEP // 16) + chain * 4 * J + dot, r, GROUP, MODE, J)
+            value = level * scale[:, None]
+            number = step * (STEP // 16) + chain * 4 * J + dot
+            column = dot_column(number, r, GROUP, MODE, J)
+            inside_group = column - group * GROUP
             for slot in tl.static_range(SLOTS):
-                place = group * SLOTS + slot
-                at = (place // 4 * padded_rows + n) * 4 + place % 4
-                hit = (tl.load(positions + at).to(tl.int32) + group * GROUP)[:, None] == column[
-                    None, :
-                ]
-                # salient_unit is for activations divided by 32
-                salient = tl.load(values + at).to(tl.float32) * tl.load(salient_unit + n) / 32
-                value += tl.where(hit, salient[:, None], 0.0)
+                hit = places[slot][:, None] == inside_group[None, :]
+                value += tl.where(hit, added[slot][:, None], 0.0)
             if SCALED:
                 factor = tl.load(column_scale + part * tl.num_programs(1) * STEP + column)
                 value *= factor.to(tl.float32)[None, :]
-            to = weight + row.to(tl.int64)[:, None] * columns + column[None, :]
-            tl.store(
-                to,
-                value.to(weight.dtype.element_ty),
-                mask=inside[:, None] & (column < columns)[None, :],
-            )
+            stored = value.to(weight.dtype.element_ty)
+            if IN_DOTS:
+                to = weight + row.to(tl.int64)[:, None] * columns + (number * 16 + r)[None, :]
+                tl.store(to, stored, mask=inside[:, None])
+            else:
+                to = weight + row.to(tl.int64)[:, None] * columns + column[None, :]
+                tl.store(to, stored, mask=inside[:, None] & (column < columns)[None, :])
+
+
+@triton.jit
+def group_slots(positions, values, salient_unit, group, n, padded_rows, SLOTS: tl.constexpr):
+    """Positions in the group, and what is added there, [rows] each, of a group's salient slots."""
+    places = ()
+    added = ()
+    for slot in tl.static_range(SLOTS):
+        place = group * SLOTS + slot
+        at = (place // 4 * padded_rows + n) * 4 + place % 4
+        places = places + (tl.load(positions + at).to(tl.int32),)
+        # salient_unit is for activations divided by 32
+        value = tl.load(values + at).to(tl.float32) * tl.load(salient_unit + n) / 32
+        added = added + (value,)
+    return places, added
 
 
 @triton.jit

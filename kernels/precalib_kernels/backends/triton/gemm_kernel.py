@@ -175,7 +175,11 @@ def product_kernel(
         half = tl.arange(0, HALF)
         nothing = (half // HALF)[None, :]
         share = tl.cdiv(rounds, splits)
-        for turn in tl.range(split * share, tl.minimum(split * share + share, rounds)):
+        for turn in tl.range(
+            split * share,
+            tl.minimum(split * share + share, rounds),
+            loop_unroll_factor=4 if BLOCK_M <= 16 else 1,  # loads of several rounds in flight
+        ):
             # A few products are added up in fp16, two at a time, then in float32.
             few = tl.zeros((BLOCK_N, HALF), tl.float16)
             more = few  # the other half of the columns

@@ -39,13 +39,13 @@ _NVIDIA = {
     8: Blocks(64, 8, 2, 4, 6),
     16: Blocks(64, 16, 2, 4, 4),
     32: Blocks(64, 32, 2, 3, 3),
-    256: Blocks(128, 64, 4, 3, 2),
+    64: Blocks(128, 64, 4, 3, 2),
 }
 TABLE: Mapping[str, Mapping[int, Blocks]] = {
     "cuda": _NVIDIA,
     # With these limits, found by trying, no layout of `static` spills; without them some do.
-    "sm_80": _NVIDIA | {256: Blocks(128, 64, 4, 3, 2, 250)},
-    "sm_89": _NVIDIA | {256: Blocks(128, 64, 4, 3, 2, 248)},
+    "sm_80": _NVIDIA | {64: Blocks(128, 64, 4, 3, 2, 250)},
+    "sm_89": _NVIDIA | {64: Blocks(128, 64, 4, 3, 2, 248)},
     "sm_100": _NVIDIA | {32: Blocks(64, 32, 2, 3, 3, 241)},
     "hip": {
         16: Blocks(64, 16, 2, 2, 4),

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from precalib_kernels.backends.triton import decode_ptx
 from precalib_kernels.backends.triton.launch_configs import (
@@ -20,7 +21,11 @@ from precalib_kernels.format.layout import Layout
 from precalib_kernels.ops import array_order as array_order
 from precalib_kernels.ops import named_arrays
 
-PANEL_WEIGHTS = 1 << 25  # dequantized at a time for a plain product: 64 MiB of bfloat16
+PREPARE_WARPS = 8
+DEQUANTIZE_WARPS = 2
+PANEL_WEIGHTS = 1 << int(
+    __import__("os").environ.get("PW", "25")
+)  # dequantized at a time for a plain product: 64 MiB of bfloat16
 
 
 def gpu_linear(
@@ -113,14 +118,13 @@ def product(
     counters = torch.empty(row_blocks * tiles, dtype=torch.int32, device=device)
     y = x.new_empty((rows, sum(shard_sizes)))
 
-    block_k = min(16384, 1 << (whole - 1).bit_length())
-    prepare_kernel[(row_blocks * blocks.block_m, parts)](
+    block_k, row_block = prepare_blocks(blocks.block_m, whole)
+    prepare_kernel[(row_blocks * blocks.block_m, parts, -(-max(whole, picked) // block_k))](
         x, arrays.get("column_scale", x), dots, by_column, start, sums, inverse, counters,
         counters.numel(), rows, columns, whole, picked, x.stride(0),
         OFFSET=form.offset, LEVEL_STEP=form.level_step, GROUP=form.group, MODE=form.mode,
         J=form.chain_tiles, SCALED=layout.column_scale, BY_COLUMN=form.slots > 0,
-        BLOCK_M=blocks.block_m, BLOCK_K=block_k, WHOLE=max(whole, picked) <= block_k,
-        num_warps=prepare_warps(block_k),
+        BLOCK_M=blocks.block_m, BLOCK_K=block_k, ROW_BLOCK=row_block, num_warps=PREPARE_WARPS,
     )  # fmt: skip
     product_kernel[(tiles, share, row_blocks)](
         y, x if bias is None else bias, **_arguments(arrays),
@@ -134,9 +138,17 @@ def product(
 
 
 def panel(
-    weight: Tensor, arrays: Mapping[str, Tensor], layout: Layout, first: int, last: int
+    weight: Tensor,
+    arrays: Mapping[str, Tensor],
+    layout: Layout,
+    first: int,
+    last: int,
+    in_dots: bool = False,
 ) -> None:
-    """Write the rows of tiles first … last - 1 of Ŵ into `weight` [rows, K]."""
+    """Write the rows of tiles first … last - 1 of Ŵ into `weight` [rows, K].
+
+    in_dots: columns in the order of the dots, K being whole steps.
+    """
     from precalib_kernels.backends.triton.dequantize_kernel import dequantize_kernel
 
     form = triton_layout(layout)
@@ -144,8 +156,8 @@ def panel(
     dequantize_kernel[(last - first, steps)](
         weight, **_arguments(arrays), column_scale=arrays.get("column_scale", weight),
         first_tile=first, columns=weight.shape[1], padded_rows=padded_rows,
-        SCALED=layout.column_scale, LEVEL_STEP=form.level_step,
-        num_warps=2, **specialization(form),
+        SCALED=layout.column_scale, LEVEL_STEP=form.level_step, IN_DOTS=in_dots,
+        num_warps=DEQUANTIZE_WARPS, **specialization(form),
     )  # fmt: skip
 
 
@@ -157,7 +169,11 @@ def _by_panels(
     shard_sizes: Sequence[int],
 ) -> Tensor:
     """x·Ŵᵀ by the vendor's product, a bounded number of dequantized rows at a time."""
-    columns = x.shape[1]
+    form, device = triton_layout(layout), x.device
+    in_dots, columns = form.mode == "trellis", x.shape[1]
+    if in_dots:  # columns of a trellis are far apart in memory, so x is reordered instead
+        columns = form.steps(columns) * form.step
+        x = pad(x, (0, columns - x.shape[1])).index_select(1, dot_order(form, columns, device))
     most = max(1, PANEL_WEIGHTS // columns // ROWS)  # tiles of a panel
     ends, tile = [], 0
     for size in shard_sizes:
@@ -166,15 +182,23 @@ def _by_panels(
             last = min(first + most, count)
             ends.append((tile + first, tile + last, min(last * ROWS, size) - first * ROWS))
         tile += count
-    y = x.new_empty((x.shape[0], sum(shard_sizes)))
-    row = 0
+    results, row = [], 0
     for first, last, rows in ends:
         weight = x.new_empty((rows, columns))
-        panel(weight, arrays, layout, first, last)
+        panel(weight, arrays, layout, first, last, in_dots)
         part_bias = None if bias is None else bias[row : row + rows]
-        y[:, row : row + rows] = torch.nn.functional.linear(x, weight, part_bias)
+        results.append(torch.nn.functional.linear(x, weight, part_bias))
         row += rows
-    return y
+    return results[0] if len(results) == 1 else torch.cat(results, 1)
+
+
+@functools.lru_cache(maxsize=64)
+def dot_order(form: TritonLayout, columns: int, device: torch.device) -> Tensor:
+    """Column of every place in the order of the dots of a trellis, int64 [columns]."""
+    place = torch.arange(columns, device=device)
+    tiles = form.chain_tiles
+    dot, r = place // 16, place % 16
+    return dot // (4 * tiles) * form.group + r // 2 * (8 * tiles) + dot % (4 * tiles) * 2 + r % 2
 
 
 def warm_up_rows() -> list[int]:
@@ -209,9 +233,13 @@ def specialization(form: TritonLayout, assembler: bool | None = None) -> dict[st
     }
 
 
-def prepare_warps(block_k: int) -> int:
-    """Warps that make a row ready: 16 columns a thread."""
-    return min(32, max(4, block_k // 512))
+def prepare_blocks(block_m: int, columns: int) -> tuple[int, int]:
+    """Columns that one program makes ready, and those it takes at a time for the maximum.
+
+    Few rows of x are cut into many programs, as each only waits for memory.
+    """
+    row_block = min(8192, 1 << (columns - 1).bit_length())
+    return min(1024 if block_m <= 16 else 4096, max(128, row_block)), row_block
 
 
 def _arguments(arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,7 +1,5 @@
-"""Level `amx` on machines without AMX: the tests of `test_op.py`, with tiles in software."""
+"""ISA `amx` on machines without AMX: the tests of `test_op.py`, with tiles in software."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,14 +8,13 @@ from precalib_kernels.backends.x86 import library
 from precalib_kernels.toolchain.compile import BuildError
 
 try:
-    HIGHEST = library.machine_levels()[-1:]
-except BuildError:
-    HIGHEST = ()
+    HIGHEST, REASON = library.machine_levels()[-1:], "this processor has AMX, or lacks AVX512-BF16"
+except BuildError as error:
+    HIGHEST, REASON = (), f"the kernels cannot be built here: {error}"
 
 
-@pytest.mark.skipif(HIGHEST != ("avx512_bf16",), reason="has AMX, or lacks what it is added to")
-def test_what_level_amx_computes():
-    script = Path(__file__).with_name("rebuilt.py")
-    command = [sys.executable, str(script), "--software-tiles", "-k", "amx"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+@pytest.mark.slow
+@pytest.mark.skipif(HIGHEST != ("avx512_bf16",), reason=REASON)
+def test_what_level_amx_computes(run_suite):
+    script = Path(__file__).with_name("rebuilt_suite.py")
+    run_suite([script, "--software-tiles", "-k", "amx"])

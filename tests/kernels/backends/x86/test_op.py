@@ -17,10 +17,10 @@ from precalib_kernels.format.layout import Layout
 from precalib_kernels.toolchain.compile import BuildError
 
 try:
-    LEVELS = library.machine_levels()
-except BuildError:
-    LEVELS = ()
-pytestmark = pytest.mark.skipif(not LEVELS, reason="no kernels for this machine")
+    LEVELS, REASON = library.machine_levels(), "this processor lacks AVX2"
+except BuildError as error:
+    LEVELS, REASON = (), f"the kernels cannot be built here: {error}"
+pytestmark = pytest.mark.skipif(not LEVELS, reason=REASON)
 
 PLAIN_CODEBOOK = (-128, -90, -50, -20, 0, 25, 60, 127)
 LAYOUTS = {

@@ -1,4 +1,4 @@
-"""Engines on tiny checkpoints: run as `python engines.py SUITE FOLDER`, which writes results.json.
+"""Engines on tiny checkpoints: `python engines_suite.py SUITE FOLDER` writes results.json.
 
 Every case returns the answers of vLLM next to the truth, which is transformers in float32 on the
 weights as the reference unpacks them; the tests compare. One process runs many cases because
@@ -311,15 +311,17 @@ SUITES = {
 
 
 def main(suite: str, folder: Path) -> None:
+    """Written after every case, so that one that ends the process takes no other with it."""
     results = {}
     for case in SUITES[suite]:
         name = case.__name__.removeprefix("case_")
+        print(f"=== case {name}", flush=True)
         try:
             results[name] = case(folder / name)
         except Exception:
             results[name] = {"failed": traceback.format_exc()}
+        (folder / "results.json").write_text(json.dumps(results))
         gc.collect()  # frees the engine
-    (folder / "results.json").write_text(json.dumps(results))
 
 
 if __name__ == "__main__":

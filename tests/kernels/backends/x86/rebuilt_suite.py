@@ -1,6 +1,6 @@
 """The tests of the compiled CPU kernels on other builds of them.
 
-    python tests/kernels/backends/x86/rebuilt.py [--sanitize] [--software-tiles] [options of pytest]
+    python rebuilt_suite.py [--sanitize] [--software-tiles] [options of pytest]
 
 Sanitizers have to be in the process before Python is, and so has libstdc++, whose exceptions they
 watch: see `make sanitize`. Tiles in software stand for those of AMX on a machine that has

@@ -1,6 +1,6 @@
 """Run by test_served.py in a process of its own: what vLLM and transformers answer, as JSON.
 
-    python serve.py PACKED DENSE DTYPE
+    python serve_suite.py PACKED DENSE DTYPE
 
 PACKED is served by vLLM, DENSE (its `precalib dequantize`) runs in transformers. Both get the same
 prompts of token ids; the result holds greedy tokens, their log probabilities and the 20 likeliest
