@@ -55,11 +55,12 @@ class BuildPython(build_py):
             try:
                 made = define()
                 path = directory / made.file_name()
-                if not path.exists():
-                    build.compile_library(made, path)
+                remarks = () if path.exists() else build.compile_library(made, path)
             except build.BuildError as error:
                 print(f"vllm-precalib: library {name} is left for its first use: {error}")
             else:
+                for remark in remarks:
+                    print(f"vllm-precalib: library {name}: {remark}")
                 print(f"vllm-precalib: library {name} is compiled")
                 self.distribution.compiled = not self.editable_mode
 

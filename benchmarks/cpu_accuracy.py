@@ -19,7 +19,7 @@ from offline_quantize.evaluation.kl import compare, refer, text_windows
 from offline_quantize.evaluation.models import load_original, load_packed, load_tokenizer
 from precalib_kernels.backends.x86 import library, op
 from precalib_kernels.backends.x86.memory_layout import X86Layout
-from precalib_kernels.backends.x86.repack import pack
+from precalib_kernels.backends.x86.repack import repack
 
 
 def native_product(
@@ -31,7 +31,7 @@ def native_product(
     tensors = checkpoint.tensors(module)
     if "column_scale" in tensors:
         tensors["column_scale"] = tensors["column_scale"].view(1, columns)
-    packed, bytes_of_plan = pack(tensors, plan, module), op.layout_tensor(plan)
+    packed, bytes_of_plan = repack(tensors, plan, module), op.layout_tensor(plan)
     return lambda x: op.linear(x, packed, bytes_of_plan, None, rows, isa=-1)
 
 
@@ -42,16 +42,16 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--tokens", type=int, default=8192)
     options = parser.parse_args()
-    if not library.machine_levels():
+    if not library.supported_isas():
         parser.error("the kernels need AVX2")
     windows = text_windows(load_tokenizer(options.original), [options.text], options.tokens)
     reference = refer(load_original(options.original, torch.bfloat16, "cpu"), windows)
     checkpoint = open_packed(options.packed)
     model = load_packed(options.packed, torch.bfloat16, "cpu")
-    print(f"# {options.packed.name}, level {library.machine_levels()[-1]}, {len(windows)} windows")
+    print(f"# {options.packed.name}, ISA {library.supported_isas()[-1]}, {len(windows)} windows")
     print("| products | KL | 95 % | perplexity |\n|---|--:|--:|--:|")
     ways = {"dense": None, "x86": False}
-    if library.INT8_LEVEL in library.machine_levels():
+    if library.INT8_ISA in library.supported_isas():
         ways["x86, int8"] = True
     for name, int8_inputs in ways.items():
         if int8_inputs is not None:

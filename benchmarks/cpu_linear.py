@@ -38,7 +38,7 @@ def packed_operators(size: int) -> Operators:
         "4 bits, g 64, 4.7 %": dataclasses.replace(four, group_size=64, salient_count=3),
     }
     plans = {name: X86Layout(layout, size, (size,)) for name, layout in layouts.items()}
-    if library.INT8_LEVEL in library.machine_levels():
+    if library.INT8_ISA in library.supported_isas():
         plans["balanced-4, 8-bit inputs"] = X86Layout(four, size, (size,), int8_inputs=True)
     operators: Operators = {}
     for name, plan in plans.items():

@@ -85,7 +85,7 @@ def libraries(wheel):
 
 
 def test_a_wheel_built_with_a_compiler_holds_libraries_of_this_platform(source, compiler):
-    old = source / "build" / "lib" / "precalib_kernels" / "build" / "compiled"
+    old = source / "build" / "lib" / "precalib_kernels" / "toolchain" / "compiled"
     old.mkdir(parents=True)
     (old / "viterbi-0123456789abcdef.so").write_text("of sources that have changed since")
     wheel, _ = pip_wheel(source)

@@ -65,7 +65,7 @@ def _cpu_kernels() -> tuple[str, bool | None, str]:
     from precalib_kernels.toolchain import compile as build
 
     try:
-        levels = library.machine_levels()
+        levels = library.supported_isas()
     except build.BuildError as error:
         return "CPU kernels", None, f"none, CPUs serve dense weights: {error}"
     if not levels:

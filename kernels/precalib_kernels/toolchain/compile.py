@@ -1,5 +1,9 @@
 """The package's C++ sources as shared libraries: compiled at installation, else at first use.
 
+GCC compiles them: the kernels call the GNU runtime of OpenMP, which is the one that torch loads.
+Where a compiler fails the next one is tried, and an optional part that cannot be compiled is left
+out; a sentence tells of both.
+
 A library's name holds a digest of sources, flags and machine, so neither a changed source nor
 another machine sharing the cache meets a wrong build. The compiler is no part of it: what is built
 is found again without one. The build imports this module, so it needs the standard library only.
@@ -14,11 +18,13 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 COMPILED = Path(__file__).with_name("compiled")  # of a wheel; no such folder in the sources
-COMPILERS = ("g++", "clang++", "c++")
+COMPILERS = ("g++", "c++")
+WARNINGS = ("-Wall", "-Wextra")
 # No contraction: a fused multiply-add would round differently from the torch reference.
 FLAGS: tuple[str, ...] = (
     "-O3",
@@ -26,6 +32,7 @@ FLAGS: tuple[str, ...] = (
     "-std=c++17",
     "-ffp-contract=off",
     "-fPIC",
+    *WARNINGS,
 )
 if platform.machine() in ("x86_64", "AMD64"):
     FLAGS = ("-mprefer-vector-width=512", *FLAGS)  # else compilers stop at half of AVX-512
@@ -37,10 +44,14 @@ class BuildError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Unit:
-    """A source file and the flags it is compiled with; one file may be several units."""
+    """A source file and the flags it is compiled with; one file may be several units.
+
+    optional: what is lost without the unit, if the library can do without it.
+    """
 
     source: Path
     flags: tuple[str, ...]
+    optional: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +100,8 @@ def load_library(library: Library) -> ctypes.CDLL:
             if path.exists():
                 failures.append(f"cannot load {error}")
     try:
-        compile_library(library, kept)
+        for remark in compile_library(library, kept):
+            warnings.warn(f"{remark}; delete {kept} to have it compiled again", stacklevel=2)
         return ctypes.CDLL(str(kept))
     except BuildError as error:
         raise BuildError("; ".join([*failures, str(error)])) from error
@@ -104,36 +116,74 @@ def cache_directory() -> Path:
 
 
 def find_compiler() -> str | None:
-    """The C++ compiler: $CXX where it names an executable, else the first of COMPILERS there is."""
-    found = map(shutil.which, (os.environ.get("CXX", ""), *COMPILERS))
-    return next(filter(None, found), None)
+    """The C++ compiler that is tried first."""
+    return next(iter(find_compilers()), None)
 
 
-def compile_library(library: Library, path: Path) -> None:
+def find_compilers() -> list[str]:
+    """$CXX where it names an executable, then those of COMPILERS that there are; each once."""
+    found: dict[str, str] = {}
+    for name in (os.environ.get("CXX", ""), *COMPILERS):
+        if path := shutil.which(name):
+            found.setdefault(os.path.realpath(path), path)
+    return list(found.values())
+
+
+def compile_library(library: Library, path: Path) -> tuple[str, ...]:
     """Write the library to `path`, whole or not at all.
 
-    Raises BuildError when there is no compiler, it fails, or the directory cannot be written.
+    returns: a sentence for each optional unit that is left out and each compiler that failed before
+             another one did not.
+
+    Raises BuildError when there is no compiler, all fail, or the directory cannot be written.
     """
-    compiler = find_compiler()
-    if compiler is None:
+    compilers = find_compilers()
+    if not compilers:
         raise BuildError(f"no C++ compiler ($CXX, {', '.join(COMPILERS)}) on the PATH")
+    failures: list[str] = []
+    for compiler in compilers:
+        try:
+            left_out = _compile_by(compiler, library, path)
+        except OSError as error:
+            raise BuildError(f"{path.parent} cannot be written ({error.strerror})") from error
+        except BuildError as error:
+            failures.append(str(error))
+        else:
+            return (*(f"{failure}; {compiler} is used instead" for failure in failures), *left_out)
+    raise BuildError("; ".join(failures))
+
+
+def _compile_by(compiler: str, library: Library, path: Path) -> list[str]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        tempfile.TemporaryDirectory(dir=path.parent) as work,
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+    ):
+        objects = [Path(work) / f"{i}.o" for i in range(len(library.units))]
+        left_out = [
+            remark
+            for remark in pool.map(
+                functools.partial(_compile_unit, compiler), library.units, objects
+            )
+            if remark
+        ]
+        built = Path(work) / path.name
+        made = [str(unit) for unit in objects if unit.exists()]
+        _run([compiler, "-shared", *made, *library.link, "-o", str(built)])
+        built.replace(path)  # another process may have been faster, with the same library
+    return left_out
+
+
+def _compile_unit(compiler: str, unit: Unit, made: Path) -> str | None:
+    """Why an optional unit is left out, or None. Raises BuildError for any other."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with (
-            tempfile.TemporaryDirectory(dir=path.parent) as work,
-            ThreadPoolExecutor(os.cpu_count()) as pool,
-        ):
-            objects = [Path(work) / f"{i}.o" for i in range(len(library.units))]
-            commands = [
-                [compiler, *unit.flags, "-c", str(unit.source), "-o", str(made)]
-                for unit, made in zip(library.units, objects, strict=True)
-            ]
-            list(pool.map(_run, commands))
-            built = Path(work) / path.name
-            _run([compiler, "-shared", *map(str, objects), *library.link, "-o", str(built)])
-            built.replace(path)  # another process may have been faster, with the same library
-    except OSError as error:
-        raise BuildError(f"{path.parent} cannot be written ({error.strerror})") from error
+        _run([compiler, *unit.flags, "-c", str(unit.source), "-o", str(made)])
+    except BuildError as error:
+        if not unit.optional:
+            raise
+        made.unlink(missing_ok=True)
+        return f"{unit.optional} are left out: {error}"
+    return None
 
 
 def _run(command: list[str]) -> None:
@@ -143,8 +193,9 @@ def _run(command: list[str]) -> None:
         raise BuildError(f"{command[0]} cannot be run ({error.strerror})") from error
     except subprocess.CalledProcessError as error:
         lines = error.stderr.strip().splitlines() or ["no message"]
+        reason = next((line for line in lines if "error:" in line), lines[0])
         what = next((Path(part).name for part in command if part.endswith(".cpp")), "linking")
-        raise BuildError(f"{command[0]} failed on {what}: {lines[0]}") from error
+        raise BuildError(f"{command[0]} failed on {what}: {reason}") from error
 
 
 def _machine(flags: tuple[str, ...]) -> bytes:

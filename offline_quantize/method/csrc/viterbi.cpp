@@ -1,7 +1,8 @@
-// Viterbi search through the trellis of `layout.py`, sixteen groups side by side.
+// Viterbi search through the trellis of `format/layout.py`, sixteen groups side by side, one per
+// lane.
 //
 // It does the arithmetic of `trellis.search_torch` in the same order, so both give the same codes.
-// Loops over the lanes have a fixed length and no branches: the compiler makes vectors of them.
+// Loops over the lanes have a fixed length and no branches, so that the compiler vectorizes them.
 
 #include <algorithm>
 #include <cmath>
@@ -15,20 +16,22 @@ constexpr int kLanes = 16;
 typedef float Floats __attribute__((vector_size(4 * kLanes)));
 typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
 
-// Of each subset, the level nearest to each whole number: where it is in the subset, and its value.
+// For each subset of the codebook, the entry nearest to each integer: its rank in the subset, and
+// its value.
 struct Tables {
   int width;
   std::vector<int32_t> rank;  // [4 subsets][width]
   std::vector<float> value;
 
-  Tables(const int32_t* levels, int count, int limit) : width(2 * limit + 1) {
+  Tables(const int32_t* codebook, int count, int limit) : width(2 * limit + 1) {
     for (int s = 0; s < 4; ++s)
       for (int point = -limit; point <= limit; ++point) {
         int best = 0;
         for (int j = 1; 4 * j + s < count; ++j)
-          if (std::abs(point - levels[4 * j + s]) < std::abs(point - levels[4 * best + s])) best = j;
+          if (std::abs(point - codebook[4 * j + s]) < std::abs(point - codebook[4 * best + s]))
+            best = j;
         rank.push_back(best);
-        value.push_back(float(levels[4 * best + s]));
+        value.push_back(float(codebook[4 * best + s]));
       }
   }
 };
@@ -36,25 +39,30 @@ struct Tables {
 // Sixteen groups, weight by weight with the lanes side by side.
 struct Block {
   int size;
-  std::vector<Floats> scaled;  // weights in units of the levels
+  std::vector<Floats> scaled;  // weights in units of codebook entries
   std::vector<Ints> forced, points, codes;
   std::vector<Floats> values;
-  std::vector<Ints> came;  // [size][4 states (u[k], u[k-1])]: u[k-2] of the best way there
+  std::vector<Ints> survivors;  // [size][4 states (u[k], u[k-1])]: u[k-2] of the best path there
 
   explicit Block(int size)
-      : size(size), scaled(size), forced(size), points(size), codes(size), values(size),
-        came(size_t(size) * 4) {}
+      : size(size),
+        scaled(size),
+        forced(size),
+        points(size),
+        codes(size),
+        values(size),
+        survivors(size_t(size) * 4) {}
 
   void load(const float* weights, const float* unit, const uint8_t* given, int lanes) {
     for (int l = 0; l < lanes; ++l)
       for (int k = 0; k < size; ++k) {
         const float x = weights[int64_t(l) * size + k] * unit[l];
-        scaled[k][l] = x == x ? x : 0.0f;  // what is not a number would index out of the tables
+        scaled[k][l] = x == x ? x : 0.0f;  // NaN would index out of the tables
         forced[k][l] = given[int64_t(l) * size + k];
       }
   }
 
-  // Costs of the best ways to the end, [state].
+  // Fills `survivors`. cost: of the best path to each state after the last weight, [state].
   void search(const Tables& tables, int limit, Floats* cost) {
     const float end = float(limit);
     for (int s = 0; s < 4; ++s) cost[s] = Floats{} + (s ? INFINITY : 0.0f);
@@ -69,7 +77,7 @@ struct Block {
         at[l] = int32_t(point + end);
       }
       points[k] = at;
-      Floats error[4];
+      Floats error[4];  // branch metric of each subset
       for (int s = 0; s < 4; ++s) {
         const float* const value = tables.value.data() + s * tables.width;
         Floats nearest;
@@ -77,22 +85,23 @@ struct Block {
         const Floats distance = x - nearest;
         error[s] = f > 1 ? distance * distance : Floats{};
       }
-      const Floats barrier[2] = {f == 1 ? Floats{} + INFINITY : Floats{},
-                                 f == 0 ? Floats{} + INFINITY : Floats{}};
+      // by u[k]: infinite where the low bit is given and is the other one
+      const Floats constraint[2] = {f == 1 ? Floats{} + INFINITY : Floats{},
+                                    f == 0 ? Floats{} + INFINITY : Floats{}};
       Floats next[4];
       for (int u = 0; u < 2; ++u)      // u[k]
         for (int a = 0; a < 2; ++a) {  // u[k-1]; then u[k-2] is 0 or 1
-          const Floats stay = cost[2 * a] + error[2 * u + a];
-          const Floats turn = cost[2 * a + 1] + error[2 * (u ^ 1) + a];
-          const Ints turned = turn < stay;
-          came[size_t(k) * 4 + 2 * u + a] = turned & 1;
-          next[2 * u + a] = (turned ? turn : stay) + barrier[u];
+          const Floats from_0 = cost[2 * a] + error[2 * u + a];
+          const Floats from_1 = cost[2 * a + 1] + error[2 * (u ^ 1) + a];
+          const Ints survivor = from_1 < from_0;
+          survivors[size_t(k) * 4 + 2 * u + a] = survivor & 1;
+          next[2 * u + a] = (survivor ? from_1 : from_0) + constraint[u];
         }
       for (int s = 0; s < 4; ++s) cost[s] = next[s];
     }
   }
 
-  // Codes and values along the best ways, from the last weight back to the first.
+  // Codes and values along the best paths, from the last weight back to the first.
   void trace(const Tables& tables, const Floats* cost) {
     Ints state = {};
     Floats least = cost[0];
@@ -102,9 +111,12 @@ struct Block {
       least = better ? cost[s] : least;
     }
     for (int k = size - 1; k >= 0; --k) {
-      const Ints* const way = &came[size_t(k) * 4];
+      const Ints* const survivor = &survivors[size_t(k) * 4];
       const Ints now = state >> 1, last = state & 1;
-      const Ints before = state == 0 ? way[0] : state == 1 ? way[1] : state == 2 ? way[2] : way[3];
+      const Ints before = state == 0   ? survivor[0]
+                          : state == 1 ? survivor[1]
+                          : state == 2 ? survivor[2]
+                                       : survivor[3];
       const Ints entry = (2 * (now ^ before) + last) * tables.width + points[k];
       Ints rank;
       Floats value;
@@ -127,12 +139,13 @@ struct Block {
 
 }  // namespace
 
-// weights: [groups][size];  unit: [groups], levels per weight unit;  forced: [groups][size], low bit
-// of the code where it is given, else 2;  results: codes and level values, [groups][size].
+// weights: [groups][size];  unit: [groups], codebook units per weight unit;  forced:
+// [groups][size], the low bit of the code where it is given, else 2;  results: codes and codebook
+// entries, [groups][size].
 extern "C" void trellis_search(const float* weights, const float* unit, const uint8_t* forced,
-                               const int32_t* levels, int32_t level_count, int32_t limit,
+                               const int32_t* codebook, int32_t codebook_size, int32_t limit,
                                int64_t groups, int32_t size, uint8_t* codes, float* values) {
-  const Tables tables(levels, level_count, limit);
+  const Tables tables(codebook, codebook_size, limit);
   Block block(size);
   for (int64_t first = 0; first < groups; first += kLanes) {
     const int lanes = int(std::min<int64_t>(kLanes, groups - first));

@@ -1,7 +1,9 @@
 """Compiling native sources: cached by content, one clear reason when it cannot be done."""
 
+import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -95,12 +97,62 @@ def test_the_compiler_is_the_one_that_cxx_names(tmp_path, monkeypatch):
     assert build.find_compiler() == str(tmp_path / "g++")
 
 
-def test_a_compiler_that_is_no_program_is_a_reason(tmp_path, monkeypatch):
-    (tmp_path / "mine").write_text("")
-    (tmp_path / "mine").chmod(0o755)
-    monkeypatch.setenv("CXX", str(tmp_path / "mine"))
+def test_a_compiler_is_tried_once_under_all_of_its_names(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (tmp_path / "g++").write_text("")
+    (tmp_path / "g++").chmod(0o755)
+    (tmp_path / "c++").symlink_to("g++")
+    assert build.find_compilers() == [str(tmp_path / "g++")]
+
+
+@pytest.fixture
+def no_program(tmp_path, monkeypatch):
+    path = tmp_path / "mine"
+    path.write_text("")
+    path.chmod(0o755)
+    monkeypatch.setenv("CXX", str(path))
+    return path
+
+
+def test_a_compiler_that_is_no_program_is_a_reason(no_program, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(build.BuildError, match="mine cannot be run"):
         build.load(SOURCE)
+
+
+def test_where_a_compiler_fails_another_is_used_and_named(no_program):
+    second = re.escape(build.find_compilers()[1])
+    text = f"^{no_program} cannot be run .*; {second} is used instead; delete .*viterbi-.* to have"
+    with pytest.warns(UserWarning, match=text):
+        assert build.load(SOURCE).trellis_search
+
+
+@pytest.fixture
+def two_units(tmp_path):
+    """A library of a unit that can be compiled and an optional one that cannot."""
+    (tmp_path / "one.cpp").write_text('extern "C" int one() { return 1; }\n')
+    (tmp_path / "two.cpp").write_text('extern "C" int two() { return 2; }\n')
+    units = [
+        build.Unit(tmp_path / "one.cpp", ("-fPIC",)),
+        build.Unit(tmp_path / "two.cpp", ("-fPIC", "-mno-such-isa"), "functions for two"),
+    ]
+    return build.Library("both", tuple(units))
+
+
+def test_an_optional_part_that_cannot_be_compiled_is_left_out_and_named(two_units):
+    text = r"^functions for two are left out: .* failed on two.cpp: .*-mno-such-isa.*; delete "
+    with pytest.warns(UserWarning, match=text):
+        made = build.load_library(two_units)
+    assert made.one() == 1
+    assert not hasattr(made, "two")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert build.load_library(two_units).one() == 1  # as it was kept
+
+
+def test_the_search_compiles_without_warnings():
+    command = [build.find_compiler(), *build.FLAGS, "-Werror", "-fsyntax-only", str(SOURCE)]
+    subprocess.run(command, check=True)
 
 
 def test_the_build_needs_the_standard_library_only():

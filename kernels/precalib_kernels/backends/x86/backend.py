@@ -9,7 +9,7 @@ from torch import Tensor
 from precalib_kernels.backends.base import Backend, LinearSpec
 from precalib_kernels.backends.x86 import library, op
 from precalib_kernels.backends.x86.memory_layout import X86Layout
-from precalib_kernels.backends.x86.repack import pack
+from precalib_kernels.backends.x86.repack import repack
 from precalib_kernels.toolchain.compile import BuildError
 
 
@@ -34,16 +34,16 @@ class X86Backend(Backend):
         if spec.device != "cpu":
             return f"computes on CPUs, not on {spec.device}"
         try:
-            levels = library.machine_levels()
+            levels = library.supported_isas()
         except BuildError as error:
             return str(error)
-        if spec.int8_activations and library.INT8_LEVEL not in levels:
+        if spec.int8_activations and library.INT8_ISA not in levels:
             return "8-bit activations need AVX-512 with VNNI and VBMI"
         return None if levels else "needs AVX2, FMA and F16C"
 
     def prepare(self, tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
         """Two tensors of bytes, one under a name by which vLLM's LoRA layers know a weight."""
-        packed = pack(tensors, self.layout, where)
+        packed = repack(tensors, self.layout, where)
         return {"qweight": packed, "x86_layout": op.layout_tensor(self.layout)}
 
     def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:

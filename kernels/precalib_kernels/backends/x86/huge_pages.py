@@ -6,6 +6,7 @@ tables. Most packed weights are smaller than a page of 2 MiB; so they share regi
 
 import contextlib
 import mmap
+import threading
 
 import torch
 from torch import Tensor
@@ -14,17 +15,28 @@ PAGE = 2 << 20
 REGION = 16 * PAGE
 LINE = 64  # tensors begin on one
 
-_rest = torch.empty(0, dtype=torch.uint8)  # of the newest region, which lives while tensors do
+
+class HugePageArena:
+    """Tensors that lie one after another in regions of huge pages; threads may share an arena.
+
+    A region is freed with the last tensor in it.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._rest = torch.empty(0, dtype=torch.uint8)  # of the newest region
+
+    def zeros(self, nbytes: int) -> Tensor:
+        """uint8 [nbytes], at a multiple of 64 bytes."""
+        size = -(-nbytes // LINE) * LINE
+        with self._lock:
+            if size > self._rest.numel():
+                self._rest = _new_region(max(size, REGION))
+            result, self._rest = self._rest[:nbytes], self._rest[size:]
+        return result
 
 
-def zeros(nbytes: int) -> Tensor:
-    """uint8 [nbytes], at a multiple of 64 bytes."""
-    global _rest
-    size = -(-nbytes // LINE) * LINE
-    if size > _rest.numel():
-        _rest = _new_region(max(size, REGION))
-    result, _rest = _rest[:nbytes], _rest[size:]
-    return result
+WEIGHTS = HugePageArena()  # of all repacked weights of the process
 
 
 def _new_region(size: int) -> Tensor:

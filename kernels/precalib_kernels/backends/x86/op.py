@@ -27,11 +27,11 @@ def linear(
     """x·Ŵᵀ + bias from one tensor of bytes as `memory_layout.py` describes it.
 
     x:          [..., K] in bfloat16, float16 or float32, the type of the result [..., N] as well.
-    packed:     uint8, from `pack`.
+    packed:     uint8, from `repack`.
     x86_layout: uint8, from `layout_tensor`.
     bias:       [N] in the type of x, or None.
     outputs:    N.
-    isa:        index of one of `library.machine_levels()`, -1 for the last.
+    isa:        index of one of `library.supported_isas()`, -1 for the last.
 
     Raises RuntimeError for sizes and types that do not belong together.
     """

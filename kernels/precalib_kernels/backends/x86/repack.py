@@ -1,41 +1,46 @@
-"""From the tensors of the file to the packed form of `memory_layout.py`."""
+"""From the tensors of a checkpoint to the memory layout of `memory_layout.py`."""
 
 from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 
-from precalib_kernels.backends.x86 import huge_pages
+from precalib_kernels.backends.x86.huge_pages import WEIGHTS, HugePageArena
 from precalib_kernels.backends.x86.memory_layout import LANES, ROW_VALUES, VECTOR, X86Layout
 from precalib_kernels.format import reference
 from precalib_kernels.format.bitstream import unpack_bits
 from precalib_kernels.format.layout import COLUMN_UNIT, Layout
 
-CHUNK_WEIGHTS = 1 << 22  # weights packed at a time: their float32 and index form is large
+CHUNK_WEIGHTS = 1 << 22  # weights packed at a time: their float32 and index forms are large
 SEGMENTS = 4
 STEPS = 8
 
 
-def pack(tensors: Mapping[str, Tensor], plan: X86Layout, where: str) -> Tensor:
-    """The packed form, uint8 [plan.nbytes].
+def repack(
+    tensors: Mapping[str, Tensor], x86: X86Layout, where: str, arena: HugePageArena = WEIGHTS
+) -> Tensor:
+    """The tensors of a weight as one tensor in the memory layout, uint8 [x86.nbytes].
 
     tensors: as named by `Layout.tensors`; column_scale has a row per shard.
     where:   begins the text of a FormatError about damaged positions.
+    arena:   where its memory comes from.
     """
-    packed = huge_pages.zeros(plan.nbytes)
-    side_start, row_start, column_start, _ = plan.offsets
-    planes = packed[:side_start].view(plan.blocks, plan.block_bytes)
-    side_size = plan.blocks * plan.groups * plan.side_bytes
-    side = packed[side_start:][:side_size].view(plan.blocks, plan.groups, plan.side_bytes)
-    rows = packed[row_start:column_start].view(torch.float32).view(plan.blocks, ROW_VALUES, LANES)
-    for first, chunk in _blocks_of_rows(tensors, plan):
+    packed = arena.zeros(x86.nbytes)
+    metadata_start, row_start, column_start, _ = x86.offsets
+    planes = packed[:metadata_start].view(x86.blocks, x86.block_bytes)
+    metadata_size = x86.blocks * x86.groups * x86.metadata_bytes
+    metadata = packed[metadata_start:][:metadata_size].view(
+        x86.blocks, x86.groups, x86.metadata_bytes
+    )
+    rows = packed[row_start:column_start].view(torch.float32).view(x86.blocks, ROW_VALUES, LANES)
+    for first, chunk in _blocks_of_rows(tensors, x86):
         count = chunk["qweight"].shape[0] // LANES
         blocks = slice(first, first + count)
-        codes = unpack_bits(chunk["qweight"], plan.layout.bits, plan.columns)
-        planes[blocks] = bit_planes(codes, plan.layout)
-        side[blocks] = _side(chunk, codes, plan, where)
-        rows[blocks] = _row_values(chunk, plan.layout).view(-1, count, LANES).transpose(0, 1)
-    if plan.layout.column_scale:
+        codes = unpack_bits(chunk["qweight"], x86.layout.bits, x86.columns)
+        planes[blocks] = bit_planes(codes, x86.layout)
+        metadata[blocks] = _group_metadata(chunk, codes, x86, where)
+        rows[blocks] = _row_values(chunk, x86.layout).view(-1, count, LANES).transpose(0, 1)
+    if x86.layout.column_scale:
         scale = tensors["column_scale"].contiguous().view(torch.uint8).flatten()
         packed[column_start:][: scale.numel()] = scale
     return packed
@@ -88,14 +93,16 @@ def _high_planes(high: Tensor, bits: int) -> list[Tensor]:
     return planes
 
 
-def _side(tensors: Mapping[str, Tensor], codes: Tensor, plan: X86Layout, where: str) -> Tensor:
-    """Scales, zeros and salient weights, uint8 [blocks, groups, side_bytes]."""
+def _group_metadata(
+    tensors: Mapping[str, Tensor], codes: Tensor, x86: X86Layout, where: str
+) -> Tensor:
+    """Scales, zeros and salient weights, uint8 [blocks, groups, metadata_bytes]."""
     pieces = [tensors["scales"]]
-    if plan.layout.uniform:
+    if x86.layout.uniform:
         pieces.append(tensors["zeros"])
-    if plan.layout.salient_count:
-        slots = _salient(tensors, codes, plan, where)
-        pieces += [part[..., j] for j in range(plan.layout.salient_count) for part in slots]
+    if x86.layout.salient_count:
+        slots = _salient(tensors, codes, x86, where)
+        pieces += [part[..., j] for j in range(x86.layout.salient_count) for part in slots]
     return torch.cat([_by_block(piece) for piece in pieces], 2)
 
 
@@ -107,13 +114,13 @@ def _by_block(per_group: Tensor) -> Tensor:
 
 
 def _salient(
-    tensors: Mapping[str, Tensor], codes: Tensor, plan: X86Layout, where: str
+    tensors: Mapping[str, Tensor], codes: Tensor, x86: X86Layout, where: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Position 4 * step + segment in the group, salient code, the base's level.
+    """Position 4 * step + segment in the group, salient code, codebook entry of the base.
 
     returns: uint8 (positions of large groups int16) [rows, groups, slots].
     """
-    layout, columns = plan.layout, plan.columns
+    layout, columns = x86.layout, x86.columns
     column, salient = reference.salient_codes(tensors, layout, columns, where)
     used = column < columns
     column = torch.where(used, column, 0)
@@ -121,17 +128,17 @@ def _salient(
     segment = (columns - start).clamp(max=layout.group_size) // SEGMENTS
     place = column - start
     index = reference.codebook_index(codes, layout).gather(1, column)
-    level = torch.tensor(layout.codebook_values, dtype=torch.int8)[index.int()]
+    entry = torch.tensor(layout.codebook_values, dtype=torch.int8)[index.int()]
     if layout.salient_grid == "sign-magnitude":  # the sign as bit 7, whatever the width
         top = 2 ** (layout.salient_bits - 1)
         salient = salient % top | (salient // top) << 7
-    shape = column.shape[0], plan.groups, layout.salient_count
+    shape = column.shape[0], x86.groups, layout.salient_count
     place = place % segment * SEGMENTS + place // segment
-    kind = torch.uint8 if plan.position_bytes == 1 else torch.int16
+    kind = torch.uint8 if x86.position_bytes == 1 else torch.int16
     return (
-        torch.where(used, place, plan.no_position).to(kind).view(shape),
+        torch.where(used, place, x86.no_position).to(kind).view(shape),
         salient.view(shape),
-        level.view(shape),
+        entry.view(shape),
     )
 
 
@@ -155,12 +162,12 @@ def _row_values(tensors: Mapping[str, Tensor], layout: Layout) -> Tensor:
 
 
 def _blocks_of_rows(
-    tensors: Mapping[str, Tensor], plan: X86Layout
+    tensors: Mapping[str, Tensor], x86: X86Layout
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    """A few whole blocks at a time, a part's last one padded: first block and its tensors."""
-    step = max(1, CHUNK_WEIGHTS // (plan.columns * LANES)) * LANES
+    """A few whole blocks at a time, a shard's last one padded: first block and its tensors."""
+    step = max(1, CHUNK_WEIGHTS // (x86.columns * LANES)) * LANES
     block = start = 0
-    for size in plan.shard_sizes:
+    for size in x86.shard_sizes:
         for first in range(0, size, step):
             count = min(step, size - first)
             rows = slice(start + first, start + first + count)

@@ -8,6 +8,8 @@ watch: see `make sanitize`. Tiles in software stand for those of AMX on a machin
 """
 
 import argparse
+import dataclasses
+import functools
 import sys
 import zlib
 from pathlib import Path
@@ -21,16 +23,21 @@ SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 TILES = HERE / "software_tiles.h"
 
 
-def with_software_tiles() -> None:
-    if library.machine_levels()[-1:] == ("avx512_bf16",):
-        digest = zlib.crc32(TILES.read_bytes())  # a library's name knows flags, not this file
-        library._COMMON = (*library._COMMON, f"-DPRECALIB_SOFTWARE_TILES={digest}")
-        library._ADDED["amx"] = ("-include", str(TILES))
+def with_software_tiles(options: library.BuildOptions) -> library.BuildOptions:
+    if library.supported_isas()[-1:] != (library.AVX512_BF16.name,):
+        return options
+    digest = zlib.crc32(TILES.read_bytes())  # a library's name knows flags, not this file
+    flags = (*library.AVX512_BF16.flags, "-include", str(TILES))
+    return dataclasses.replace(
+        options,
+        isas=(*library.ISAS[:-1], dataclasses.replace(library.AMX, flags=flags)),
+        flags=(*options.flags, f"-DPRECALIB_SOFTWARE_TILES={digest}"),
+    )
 
 
-def with_sanitizers() -> None:
-    library._COMMON = (*library._COMMON, *SANITIZERS, "-g", "-O1")
-    library._LINK = SANITIZERS
+def with_sanitizers(options: library.BuildOptions) -> library.BuildOptions:
+    flags = (*options.flags, *SANITIZERS, "-g", "-O1")
+    return dataclasses.replace(options, flags=flags, link=SANITIZERS)
 
 
 if __name__ == "__main__":
@@ -38,10 +45,13 @@ if __name__ == "__main__":
     parser.add_argument("--sanitize", action="store_true")
     parser.add_argument("--software-tiles", action="store_true")
     chosen, options = parser.parse_known_args()
+    built = library.DEFAULT_OPTIONS
     if chosen.software_tiles:
-        with_software_tiles()
+        built = with_software_tiles(built)
     if chosen.sanitize:
-        with_sanitizers()
-    library.machine_levels.cache_clear()
+        built = with_sanitizers(built)
+    library.definition = functools.partial(library.definition, built)
+    library.supported_isas.cache_clear()
     library.load.cache_clear()
-    sys.exit(pytest.main([str(HERE / "test_op.py"), "-q", "-p", "no:cacheprovider", *options]))
+    files = [str(HERE / name) for name in ("test_op.py", "test_kernel_table.py")]
+    sys.exit(pytest.main([*files, "-q", "-p", "no:cacheprovider", *options]))

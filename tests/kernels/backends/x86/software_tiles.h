@@ -1,6 +1,6 @@
-// AMX's tiles in software: included before the sources of level `amx`, so that what it computes can
-// be tested on a machine without them. What a processor refuses ends the process. Sizes and zeros are
-// those of Intel's manual; sums of bfloat16 round in another order.
+// AMX's tiles in software: included before the sources of ISA `amx`, so that what it computes can
+// be tested on a machine without them. What a processor refuses ends the process. Sizes and zeros
+// are those of Intel's manual; sums of bfloat16 round in another order.
 #pragma once
 
 #include <immintrin.h>
@@ -102,7 +102,8 @@ inline float bfloat(uint16_t bits) {
 inline void multiply_bfloats(int to, int a, int b) {
   multiply<float>(to, a, b, [&](float sum, int m, int k, int n) {
     for (int i = 0; i < 2; ++i)
-      sum += bfloat(element<uint16_t>(a, m, 2 * k + i)) * bfloat(element<uint16_t>(b, k, 2 * n + i));
+      sum +=
+          bfloat(element<uint16_t>(a, m, 2 * k + i)) * bfloat(element<uint16_t>(b, k, 2 * n + i));
     return sum;
   });
 }

@@ -19,7 +19,7 @@ SPEC = LinearSpec(LAYOUT, 160, (32, 16), torch.float32, "cpu")
 @pytest.fixture
 def machine(monkeypatch):
     """The kernels can be built, and the processor has these instructions."""
-    return lambda *isas: monkeypatch.setattr(library, "machine_levels", lambda: isas)
+    return lambda *isas: monkeypatch.setattr(library, "supported_isas", lambda: isas)
 
 
 def test_it_takes_any_layout_and_type(machine):
@@ -36,7 +36,7 @@ def test_it_says_why_not(machine, monkeypatch):
     rounded = dataclasses.replace(SPEC, int8_activations=True)
     assert X86Backend.can_run(on_gpu) == "computes on CPUs, not on cuda"
     assert X86Backend.can_run(rounded) == "8-bit activations need AVX-512 with VNNI and VBMI"
-    machine("avx2", "avx512", library.INT8_LEVEL)
+    machine("avx2", "avx512", library.INT8_ISA)
     assert X86Backend.can_run(rounded) is None
     machine()
     assert X86Backend.can_run(SPEC) == "needs AVX2, FMA and F16C"
@@ -44,7 +44,7 @@ def test_it_says_why_not(machine, monkeypatch):
     def broken():
         raise BuildError("no C++ compiler")
 
-    monkeypatch.setattr(library, "machine_levels", broken)
+    monkeypatch.setattr(library, "supported_isas", broken)
     assert X86Backend.can_run(SPEC) == "no C++ compiler"
 
 

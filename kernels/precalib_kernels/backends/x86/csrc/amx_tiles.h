@@ -1,4 +1,5 @@
-// Tiles of AMX: 16 rows of 64 bytes.
+// AMX tile registers: configuration, and the fence that their intrinsics need. A tile has 16 rows
+// of 64 bytes.
 #pragma once
 
 #include "decode.h"
@@ -8,8 +9,9 @@ namespace {
 
 constexpr int kTile = 16;  // rows of x in a tile
 
-// Memory is written before and read after this: GCC's intrinsics do not say that tiles are loaded.
-inline void in_order() { asm volatile("" ::: "memory"); }
+// Keeps GCC from moving memory accesses across it: its AMX intrinsics do not declare that they read
+// and write memory.
+inline void compiler_fence() { asm volatile("" ::: "memory"); }
 
 #if defined(__AMX_TILE__)
 
@@ -19,26 +21,26 @@ struct alignas(64) TileConfig {
   uint8_t rows[16] = {};
 };
 
-// Tiles 0-5 have a row per row of x, for sums and inputs; 6 and 7 are for weights. They belong to
-// the thread: what another library may have set up is put back.
-class Tiles {
+// Configures the thread's tiles, and restores on destruction what another library had configured.
+// Tiles 0 to 5 have a row per row of x, for accumulators and activations; 6 and 7 hold weights.
+class AmxTiles {
  public:
-  explicit Tiles(int64_t rows_of_x) {
+  explicit AmxTiles(int64_t rows_of_x) {
     _tile_storeconfig(&before_);
     asm volatile("" : "+m"(before_));  // GCC takes these instructions to touch eight bytes only
     TileConfig config;
     for (int t = 0; t < 8; ++t) {
-      config.rows[t] = uint8_t(t < 6 ? smaller(rows_of_x, kTile) : kTile);
+      config.rows[t] = uint8_t(t < 6 ? min(rows_of_x, kTile) : kTile);
       config.bytes[t] = 64;
     }
     asm volatile("" : "+m"(config));
     _tile_loadconfig(&config);
   }
-  ~Tiles() {
+  ~AmxTiles() {
     if (before_.palette) _tile_loadconfig(&before_);
     else _tile_release();
   }
-  Tiles(const Tiles&) = delete;
+  AmxTiles(const AmxTiles&) = delete;
 
  private:
   TileConfig before_;
@@ -46,9 +48,9 @@ class Tiles {
 
 #else
 
-class Tiles {
+class AmxTiles {
  public:
-  explicit Tiles(int64_t) {}
+  explicit AmxTiles(int64_t) {}
 };
 
 #endif

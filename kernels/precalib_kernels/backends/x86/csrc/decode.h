@@ -1,10 +1,12 @@
-// From bit planes to levels: 16 rows by 4 columns of them per step.
+// Decodes packed codes: bit planes to codebook indices, 16 rows by 4 columns per step; and finds
+// the blocks, groups and salient weights of a packed weight.
 //
 // A group of L columns is cut into four segments of L/4; byte 4r+s of a vector belongs to row r and
 // segment s, so every 32-bit lane is a row and holds four columns. A chunk is eight steps along all
-// segments. Its first plane has the low bits u of the codes, bit i of a byte being step i; the other
-// planes hold the high bits. An index is the high bits above u[k], u[k-1], u[k-2], so one byte
-// shift of the plane u yields the trellis' state, and a table without trellis just ignores it.
+// segments. Its first plane has the low bits u of the codes, bit i of a byte being step i; the
+// other planes hold the high bits. An index is the high bits above u[k], u[k-1], u[k-2], so one
+// byte shift of the plane u yields the trellis state; the table of a codebook without trellis has
+// equal entries for all states.
 #pragma once
 
 #include "simd_x86.h"
@@ -12,47 +14,47 @@
 namespace precalib {
 namespace {
 
-constexpr uint16_t both(int byte) { return uint16_t(byte << 8 | byte); }
+constexpr uint16_t broadcast_byte(int byte) { return uint16_t(byte << 8 | byte); }
 
 template <int kBy>
-inline Shorts shift_left(Shorts v) {
+inline U16x32 shift_left(U16x32 v) {
   if constexpr (kBy >= 0) return v << kBy;
   else return v >> -kBy;
 }
 
-// High bits of step i's codes, from bit 3 on; what lies around them is not cleared.
+// High bits of the codes of step i, from bit 3 of each byte on; other bits are not cleared.
 template <int kBits, int i>
-inline Shorts high_bits(const Shorts* plane) {
+inline U16x32 high_bits(const U16x32* plane) {
   if constexpr (kBits == 2) return shift_left<3 - i>(plane[0]);
   if constexpr (kBits == 3) return shift_left<3 - 2 * (i % 4)>(plane[i / 4]);
   if constexpr (kBits == 4) {
     if constexpr (i < 6) return shift_left<i % 2 ? 0 : 3>(plane[i / 2]);
-    // two left-over bits of one plane, one of the last
-    else return select(Shorts{} + both(0x18), plane[i - 6] >> 3, plane[2] >> (i - 5));
+    // two bits left over in one plane, one in the last
+    else return select(U16x32{} + broadcast_byte(0x18), plane[i - 6] >> 3, plane[2] >> (i - 5));
   }
   if constexpr (kBits == 5) return shift_left<i % 2 ? -1 : 3>(plane[i / 2]);
 }
 
-// The planes of chunk c of a group's `chunks`.
+// The bit planes of chunk c of a group of `chunks`, in registers.
 template <int kBits>
 class ChunkPlanes {
  public:
-  // What lies `ahead` bytes further is fetched meanwhile: processors do so within a page only.
+  // Prefetches the planes `ahead` bytes further: hardware prefetchers stop at the end of a page.
   ChunkPlanes(const uint8_t* planes, int64_t chunks, int64_t c, int64_t ahead)
-      : low_(load<Shorts>(planes + c * kVector)) {
-    for (int p = 0; p < kBits; ++p) fetch(planes + (c * kBits + p) * kVector + ahead);
-    // What precedes a segment is the end of the one before it; zeros precede the first.
-    const Shorts before = c ? load<Shorts>(planes + (c - 1) * kVector)
-                            : (Shorts)(load<Words>(planes + (chunks - 1) * kVector) << 8);
-    joined_ = select(Shorts{} + both(0xfc), low_ << 2, before >> 6);
+      : low_(load<U16x32>(planes + c * kVector)) {
+    for (int p = 0; p < kBits; ++p) prefetch_l1(planes + (c * kBits + p) * kVector + ahead);
+    // A segment's state begins with the last bits of the segment before it; the first with zeros.
+    const U16x32 before = c ? load<U16x32>(planes + (c - 1) * kVector)
+                            : (U16x32)(load<U32x16>(planes + (chunks - 1) * kVector) << 8);
+    joined_ = select(U16x32{} + broadcast_byte(0xfc), low_ << 2, before >> 6);
     for (int p = 0; p < kBits - 1; ++p)
-      high_[p] = load<Shorts>(planes + (chunks + c * (kBits - 1) + p) * kVector);
+      high_[p] = load<U16x32>(planes + (chunks + c * (kBits - 1) + p) * kVector);
   }
 
-  // use(which, index) for steps [kFrom, kTo) of its eight.
+  // Calls use(step, index) for steps [kFrom, kTo) of the chunk's eight.
   template <int kFrom = 0, int kTo = 8, class Use>
   void decode(Use&& use) const {
-    const Shorts high_mask = Shorts{} + both(((1 << (kBits - 1)) - 1) << 3);
+    const U16x32 high_mask = U16x32{} + broadcast_byte(((1 << (kBits - 1)) - 1) << 3);
     [&]<int... i>(std::integer_sequence<int, i...>) {
       (use(std::integral_constant<int, kFrom + i>{},
            select(high_mask, high_bits<kBits, kFrom + i>(high_), state<kFrom + i>())),
@@ -62,158 +64,159 @@ class ChunkPlanes {
 
  private:
   template <int i>
-  Shorts state() const {
+  U16x32 state() const {
     if constexpr (i < 2) return joined_ >> i;
     else return low_ >> (i - 2);
   }
-  Shorts low_, joined_, high_[kBits - 1];
+  U16x32 low_, joined_, high_[kBits - 1];
 };
 
-// use(step, index, which of its chunk's eight steps) for all steps of a group.
+// Calls use(step, index, step % 8) for all steps of a group, the last as a compile-time constant.
 template <int kBits, class Use>
 inline void decode(const uint8_t* planes, int64_t chunks, int64_t ahead, Use&& use) {
   for (int64_t c = 0; c < chunks; ++c)
-    ChunkPlanes<kBits>(planes, chunks, c, ahead).decode([&](auto i, Shorts index) {
+    ChunkPlanes<kBits>(planes, chunks, c, ahead).decode([&](auto i, U16x32 index) {
       use(8 * c + i, index, i);
     });
 }
 
-// Levels plus `by`, 0 or 128, as unsigned bytes.
+// The codebook as a lookup table, each entry plus `by`, which is 0 or 128 (mod 256).
 template <int kBits>
-inline Table<kBits + 2> shifted_levels(const Plan& plan, int by) {
+inline ByteTable<kBits + 2> codebook_table(const X86Layout& layout, int by) {
   int8_t shifted[128];
-  for (int i = 0; i < 128; ++i) shifted[i] = int8_t(plan.levels[i] ^ by);
-  return Table<kBits + 2>(shifted);
+  for (int i = 0; i < 128; ++i) shifted[i] = int8_t(layout.codebook[i] ^ by);
+  return ByteTable<kBits + 2>(shifted);
 }
 
-// Where a block of rows is and what belongs to it.
+// A block of 16 output rows: where it is packed, and which rows it holds.
 struct Block {
   const uint8_t* planes;
   const uint8_t* side;
-  const float* row_values;  // [3][16]: factor of the scales; salient step and offset
-  int64_t part, first_row, rows;  // rows: at most 16
+  const float* row_values;         // [3][16]: factor of the scales; salient step and offset
+  int64_t shard, first_row, rows;  // rows: at most 16
 };
 
-inline int64_t count_blocks(const Plan& plan, int64_t part) {
-  return (plan.part_rows[part] + kLanes - 1) / kLanes;
+inline int64_t count_blocks(const X86Layout& layout, int64_t shard) {
+  return (layout.shard_rows[shard] + kLanes - 1) / kLanes;
 }
 
-inline int64_t count_blocks(const Plan& plan) {
+inline int64_t count_blocks(const X86Layout& layout) {
   int64_t blocks = 0;
-  for (int64_t p = 0; p < plan.part_count; ++p) blocks += count_blocks(plan, p);
+  for (int64_t p = 0; p < layout.shard_count; ++p) blocks += count_blocks(layout, p);
   return blocks;
 }
 
-inline Block find_block(const Plan& plan, const uint8_t* packed, int64_t index) {
+inline Block find_block(const X86Layout& layout, const uint8_t* packed, int64_t index) {
   Block block;
-  block.planes = packed + index * plan.block_bytes;
-  block.side = packed + plan.side_offset + index * plan.groups * plan.side_bytes;
-  block.row_values = (const float*)(packed + plan.row_offset) + index * 3 * kLanes;
-  int64_t row = 0, part = 0, local = index;
-  for (;; ++part) {
-    const int64_t blocks = count_blocks(plan, part);
+  block.planes = packed + index * layout.block_bytes;
+  block.side = packed + layout.metadata_offset + index * layout.groups * layout.metadata_bytes;
+  block.row_values = (const float*)(packed + layout.row_offset) + index * 3 * kLanes;
+  int64_t row = 0, shard = 0, local = index;
+  for (;; ++shard) {
+    const int64_t blocks = count_blocks(layout, shard);
     if (local < blocks) break;
     local -= blocks;
-    row += plan.part_rows[part];
+    row += layout.shard_rows[shard];
   }
-  block.part = part;
+  block.shard = shard;
   block.first_row = row + local * kLanes;
-  block.rows = smaller(kLanes, plan.part_rows[part] - local * kLanes);
+  block.rows = min(kLanes, layout.shard_rows[shard] - local * kLanes);
   return block;
 }
 
-// Two blocks of one part, or a part's last one alone.
+// Two blocks of one shard, or a shard's last one alone.
 struct Pair {
   Block blocks[2];
   int count;
 };
 
-inline int64_t count_pairs(const Plan& plan) {
+inline int64_t count_pairs(const X86Layout& layout) {
   int64_t pairs = 0;
-  for (int64_t p = 0; p < plan.part_count; ++p) pairs += (count_blocks(plan, p) + 1) / 2;
+  for (int64_t p = 0; p < layout.shard_count; ++p) pairs += (count_blocks(layout, p) + 1) / 2;
   return pairs;
 }
 
-inline Pair find_pair(const Plan& plan, const uint8_t* packed, int64_t index) {
+inline Pair find_pair(const X86Layout& layout, const uint8_t* packed, int64_t index) {
   int64_t first = 0;
-  for (int64_t part = 0;; ++part) {
-    const int64_t blocks = count_blocks(plan, part), pairs = (blocks + 1) / 2;
+  for (int64_t shard = 0;; ++shard) {
+    const int64_t blocks = count_blocks(layout, shard), pairs = (blocks + 1) / 2;
     if (index >= pairs) {
       index -= pairs;
       first += blocks;
       continue;
     }
     Pair pair;
-    pair.count = int(smaller(2, blocks - 2 * index));
+    pair.count = int(min(2, blocks - 2 * index));
     for (int b = 0; b < pair.count; ++b)
-      pair.blocks[b] = find_block(plan, packed, first + 2 * index + b);
+      pair.blocks[b] = find_block(layout, packed, first + 2 * index + b);
     return pair;
   }
 }
 
-// One group of a block: columns, scale and zero point by row, salient weights.
+// One group of a block: its columns, codes, scales, zero points and salient weights.
 struct Group {
   int64_t first, columns, chunks;
   const uint8_t* planes;
   const uint8_t* scales;
   const uint8_t* zeros;
-  const uint8_t* salient;  // per slot: positions [16], codes [16], base levels [16]
+  const uint8_t* salient;  // per slot: positions [16], codes [16], base entries [16]
 };
 
-inline Group find_group(const Plan& plan, const Block& block, int64_t index) {
+inline Group find_group(const X86Layout& layout, const Block& block, int64_t index) {
   Group group;
-  group.first = index * plan.group_size;
-  group.columns = smaller(plan.group_size, plan.columns - group.first);
+  group.first = index * layout.group_size;
+  group.columns = min(layout.group_size, layout.columns - group.first);
   group.chunks = group.columns / kChunk;
-  group.planes = block.planes + group.first / kChunk * plan.bits * kVector;
-  group.scales = block.side + index * plan.side_bytes;
-  group.zeros = group.scales + kLanes * (plan.log_scales ? 1 : 2);
-  group.salient = group.zeros + (plan.uniform ? kLanes : 0);
+  group.planes = block.planes + group.first / kChunk * layout.bits * kVector;
+  group.scales = block.side + index * layout.metadata_bytes;
+  group.zeros = group.scales + kLanes * (layout.log_scales ? 1 : 2);
+  group.salient = group.zeros + (layout.uniform ? kLanes : 0);
   return group;
 }
 
-// Scales and salient weights of the same group some blocks further.
-inline void fetch_side(const Plan& plan, const Group& group, int64_t blocks) {
-  const uint8_t* const from = group.scales + blocks * plan.groups * plan.side_bytes;
-  for (int64_t at = 0; at < plan.side_bytes; at += 64) fetch(from + at);
+// Prefetches the metadata (scales, zero points, salient weights) of the same group some blocks on.
+inline void prefetch_metadata(const X86Layout& layout, const Group& group, int64_t blocks) {
+  const uint8_t* const from = group.scales + blocks * layout.groups * layout.metadata_bytes;
+  for (int64_t at = 0; at < layout.metadata_bytes; at += 64) prefetch_l1(from + at);
 }
 
 // Scales of the group, float32.
-inline Floats group_scales(const Plan& plan, const Block& block, const Group& group) {
-  const Floats factor = load<Floats>(block.row_values);
-  if (!plan.log_scales) return factor * floats_of_halves(group.scales);
-  const Ints code = ints_of_bytes(group.scales);
-  const Ints power = among(plan.factors, code) - ((code & 0xf0) << 19);  // of 2, down
-  return factor * (Floats)(power & (code < 255));
+inline F32x16 group_scales(const X86Layout& layout, const Block& block, const Group& group) {
+  const F32x16 factor = load<F32x16>(block.row_values);
+  if (!layout.log_scales) return factor * load_fp16(group.scales);
+  const I32x16 code = load_u8(group.scales);
+  const I32x16 power =
+      permute16(layout.factors, code) - ((code & 0xf0) << 19);  // minus the power of two
+  return factor * (F32x16)(power & (code < 255));
 }
 
-// Zero points of the group, float32; zeros where levels have none.
-inline Floats group_zeros(const Plan& plan, const Group& group) {
-  return plan.uniform ? floats_of_bytes(group.zeros) : Floats{};
+// Zero points of the group, float32; zeros with a codebook, which has none.
+inline F32x16 group_zeros(const X86Layout& layout, const Group& group) {
+  return layout.uniform ? load_u8_as_f32(group.zeros) : F32x16{};
 }
 
 // One salient weight of each row.
 struct Salient {
-  Ints position;  // 4 * step + segment; `Plan.no_position` if not used
-  Floats value;   // without column scale
-  Floats level;   // of the base weight in its place
-  Ints used;      // 0 or -1
+  I32x16 position;    // 4 * step + segment; `X86Layout.no_position` in an unused slot
+  F32x16 value;       // without column scale
+  F32x16 base_entry;  // codebook entry of the base weight that it replaces
+  I32x16 used;        // 0 or -1
 };
 
-inline Salient find_salient(const Plan& plan, const Block& block, const Group& group,
+inline Salient find_salient(const X86Layout& layout, const Block& block, const Group& group,
                             int64_t slot) {
-  const uint8_t* at = group.salient + slot * kLanes * (plan.position_bytes + 2);
+  const uint8_t* at = group.salient + slot * kLanes * (layout.position_bytes + 2);
   Salient out;
-  out.position = plan.position_bytes == 1 ? ints_of_bytes(at) : ints_of_halves(at);
-  out.used = out.position < int32_t(plan.group_size);
-  at += kLanes * plan.position_bytes;
-  const Ints code = ints_of_bytes(at), level = ints_of_signed_bytes(at + kLanes);
-  const int32_t size = int32_t(plan.salient_mask);  // bits of a code that are not its sign
-  const Floats step = load<Floats>(block.row_values + kLanes);
-  const Floats offset = load<Floats>(block.row_values + 2 * kLanes);
-  const Ints bits = (Ints)(to_floats(code & size) * step + offset);
-  out.value = (Floats)(bits ^ (code & ~size) << 24);
-  out.level = to_floats(level);
+  out.position = layout.position_bytes == 1 ? load_u8(at) : load_u16(at);
+  out.used = out.position < int32_t(layout.group_size);
+  at += kLanes * layout.position_bytes;
+  const I32x16 code = load_u8(at), base_entry = load_i8(at + kLanes);
+  const int32_t size = int32_t(layout.salient_mask);  // bits of a code that are not its sign
+  const F32x16 step = load<F32x16>(block.row_values + kLanes);
+  const F32x16 offset = load<F32x16>(block.row_values + 2 * kLanes);
+  const I32x16 bits = (I32x16)(to_f32(code & size) * step + offset);
+  out.value = (F32x16)(bits ^ (code & ~size) << 24);
+  out.base_entry = to_f32(base_entry);
   return out;
 }
 

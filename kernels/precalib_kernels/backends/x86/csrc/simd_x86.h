@@ -1,11 +1,14 @@
-// Vectors of 64 bytes in GCC's own notation, which splits them where registers are narrower, and the
-// few operations that need an instruction by name. Everything here is internal to one level's copy.
+// SIMD types and operations: vectors of 64 bytes in GCC's vector extension, which splits them where
+// registers are narrower, and the few operations that need an intrinsic. All of it has internal
+// linkage, so that each ISA has its own copy.
 #pragma once
 
-#if defined(__GNUC__) && !defined(__clang__)
-// GCC 12's analysis of what functions write finds nothing in some copies of `decode`, which it drops.
-#pragma GCC optimize("no-ipa-modref")
+#if defined(__clang__)
+#error "the kernels need GCC: clang's code calls an OpenMP runtime other than the one torch loads"
 #endif
+
+// GCC 12's -fipa-modref takes some copies of `decode` for functions without effect and drops them.
+#pragma GCC optimize("no-ipa-modref")
 
 #include <immintrin.h>
 
@@ -15,18 +18,18 @@
 #include <cstring>
 #include <utility>
 
-#include "memory_layout.h"
+#include "kernel_table.h"
 
 namespace precalib {
 namespace {
 
-typedef float Floats __attribute__((vector_size(64)));
-typedef int32_t Ints __attribute__((vector_size(64)));
-typedef uint32_t Words __attribute__((vector_size(64)));
-typedef uint16_t Shorts __attribute__((vector_size(64)));
-typedef uint8_t Bytes __attribute__((vector_size(64)));
-typedef float Floats8 __attribute__((vector_size(32)));
-typedef uint16_t Halves __attribute__((vector_size(32)));  // sixteen
+typedef float F32x16 __attribute__((vector_size(64)));
+typedef int32_t I32x16 __attribute__((vector_size(64)));
+typedef uint32_t U32x16 __attribute__((vector_size(64)));
+typedef uint16_t U16x32 __attribute__((vector_size(64)));
+typedef uint8_t U8x64 __attribute__((vector_size(64)));
+typedef float F32x8 __attribute__((vector_size(32)));
+typedef uint16_t U16x16 __attribute__((vector_size(32)));
 
 template <class T>
 inline T load(const void* from) {
@@ -40,7 +43,7 @@ inline void store(void* to, T value) {
   std::memcpy(to, &value, sizeof value);
 }
 
-// Memory of one call or thread.
+// Uninitialized memory of one call or thread, aligned to 64 bytes.
 template <class T>
 struct Buffer {
   T* data;
@@ -52,65 +55,62 @@ struct Buffer {
   Buffer(const Buffer&) = delete;
 };
 
-// Into the first cache, for soon.
-inline void fetch(const uint8_t* from) { _mm_prefetch((const char*)from, _MM_HINT_T0); }
+inline void prefetch_l1(const uint8_t* from) { _mm_prefetch((const char*)from, _MM_HINT_T0); }
 
-constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// Bits of a where mask is set, of b elsewhere.
+// Bits of a where the mask is set, of b elsewhere.
 template <class T>
 inline T select(T mask, T a, T b) {
 #if defined(__AVX512F__)
-  // Into a's register: GCC takes the mask's, and copies that one each time.
+  // By name, so that the result takes a's register: GCC takes the mask's and copies it each time.
   return (T)_mm512_ternarylogic_epi32((__m512i)a, (__m512i)b, (__m512i)mask, 0xe4);
 #else
   return (a & mask) | (b & ~mask);
 #endif
 }
 
-constexpr Ints kLaneNumbers = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+constexpr I32x16 kLaneNumbers = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
-inline Floats to_floats(Ints v) { return __builtin_convertvector(v, Floats); }
+inline F32x16 to_f32(I32x16 v) { return __builtin_convertvector(v, F32x16); }
 
 #if defined(__AVX512F__)
 
-inline Ints ints_of_bytes(const void* from) {
-  return (Ints)_mm512_cvtepu8_epi32(load<__m128i>(from));
+inline I32x16 load_u8(const void* from) {
+  return (I32x16)_mm512_cvtepu8_epi32(load<__m128i>(from));
 }
 
-inline Ints ints_of_signed_bytes(const void* from) {
-  return (Ints)_mm512_cvtepi8_epi32(load<__m128i>(from));
+inline I32x16 load_i8(const void* from) {
+  return (I32x16)_mm512_cvtepi8_epi32(load<__m128i>(from));
 }
 
-inline Ints ints_of_halves(const void* from) {
-  return (Ints)_mm512_cvtepu16_epi32(load<__m256i>(from));
+inline I32x16 load_u16(const void* from) {
+  return (I32x16)_mm512_cvtepu16_epi32(load<__m256i>(from));
 }
 
-inline Floats floats_of_halves(const void* from) {
-  return (Floats)_mm512_cvtph_ps(load<__m256i>(from));
+inline F32x16 load_fp16(const void* from) { return (F32x16)_mm512_cvtph_ps(load<__m256i>(from)); }
+
+inline U16x16 to_fp16(F32x16 v) { return (U16x16)_mm512_cvtps_ph((__m512)v, 0); }
+
+inline U16x16 narrow_to_u16(U32x16 v) { return (U16x16)_mm512_cvtepi32_epi16((__m512i)v); }
+
+inline F32x16 gather(const float* table, I32x16 at) {
+  return (F32x16)_mm512_i32gather_ps((__m512i)at, table, 4);
 }
 
-inline Halves to_halves(Floats v) { return (Halves)_mm512_cvtps_ph((__m512)v, 0); }
-
-inline Halves low_halves(Words v) { return (Halves)_mm512_cvtepi32_epi16((__m512i)v); }
-
-inline Floats look_up(const float* table, Ints at) {
-  return (Floats)_mm512_i32gather_ps((__m512i)at, table, 4);
+// values[at % 16], lane by lane.
+inline I32x16 permute16(const float* values, I32x16 at) {
+  return (I32x16)_mm512_permutexvar_epi32((__m512i)at, load<__m512i>(values));
 }
 
-// Of sixteen values, by the low four bits of each index.
-inline Ints among(const float* values, Ints at) {
-  return (Ints)_mm512_permutexvar_epi32((__m512i)at, load<__m512i>(values));
-}
-
-// sum += *by * v. By name, as GCC 12 loads the one into a register of its own.
-inline void add_product(Floats& sum, const float* by, Floats v) {
+// sum += *by * v. In assembly, since GCC 12 does not use the broadcasting memory operand.
+inline void fma_broadcast(F32x16& sum, const float* by, F32x16 v) {
   asm("vfmadd231ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(v), "m"(*by));
 }
 
-// The columns of a square of sixteen rows, each `stride` floats after the one before.
-__attribute__((always_inline)) inline void turn(const float* from, int64_t stride,
-                                                Floats* columns) {
+// Transposes 16 rows of 16 floats, `stride` floats from row to row.
+__attribute__((always_inline)) inline void transpose_16x16(const float* from, int64_t stride,
+                                                           F32x16* columns) {
   __m512 pairs[kLanes];
   for (int i = 0; i < kLanes; i += 2) {
     const __m512 a = load<__m512>(from + i * stride), b = load<__m512>(from + (i + 1) * stride);
@@ -129,18 +129,18 @@ __attribute__((always_inline)) inline void turn(const float* from, int64_t strid
     const __m512 odd_a = _mm512_shuffle_f32x4(fours[i], fours[i + 4], 0xdd);
     const __m512 even_b = _mm512_shuffle_f32x4(fours[i + 8], fours[i + 12], 0x88);
     const __m512 odd_b = _mm512_shuffle_f32x4(fours[i + 8], fours[i + 12], 0xdd);
-    columns[i] = (Floats)_mm512_shuffle_f32x4(even_a, even_b, 0x88);
-    columns[i + 4] = (Floats)_mm512_shuffle_f32x4(odd_a, odd_b, 0x88);
-    columns[i + 8] = (Floats)_mm512_shuffle_f32x4(even_a, even_b, 0xdd);
-    columns[i + 12] = (Floats)_mm512_shuffle_f32x4(odd_a, odd_b, 0xdd);
+    columns[i] = (F32x16)_mm512_shuffle_f32x4(even_a, even_b, 0x88);
+    columns[i + 4] = (F32x16)_mm512_shuffle_f32x4(odd_a, odd_b, 0x88);
+    columns[i + 8] = (F32x16)_mm512_shuffle_f32x4(even_a, even_b, 0xdd);
+    columns[i + 12] = (F32x16)_mm512_shuffle_f32x4(odd_a, odd_b, 0xdd);
   }
 }
 
 #else
 
-// Both halves of sixteen lanes, each converted by itself.
+// Converts sixteen lanes as two vectors of 256 bits.
 template <class Result, class Convert>
-inline Result by_halves(const void* from, int bytes, Convert&& convert) {
+inline Result convert_by_256_bits(const void* from, int bytes, Convert&& convert) {
   Result out;
   for (int i = 0; i < 2; ++i) {
     const auto part = convert((const char*)from + i * bytes);
@@ -149,115 +149,112 @@ inline Result by_halves(const void* from, int bytes, Convert&& convert) {
   return out;
 }
 
-inline Ints ints_of_bytes(const void* from) {
-  return by_halves<Ints>(from, 8, [](const char* at) {
+inline I32x16 load_u8(const void* from) {
+  return convert_by_256_bits<I32x16>(from, 8, [](const char* at) {
     return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)at));
   });
 }
 
-inline Ints ints_of_signed_bytes(const void* from) {
-  return by_halves<Ints>(from, 8, [](const char* at) {
+inline I32x16 load_i8(const void* from) {
+  return convert_by_256_bits<I32x16>(from, 8, [](const char* at) {
     return _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)at));
   });
 }
 
-inline Ints ints_of_halves(const void* from) {
-  return by_halves<Ints>(from, 16, [](const char* at) {
-    return _mm256_cvtepu16_epi32(load<__m128i>(at));
-  });
+inline I32x16 load_u16(const void* from) {
+  return convert_by_256_bits<I32x16>(
+      from, 16, [](const char* at) { return _mm256_cvtepu16_epi32(load<__m128i>(at)); });
 }
 
-inline Floats floats_of_halves(const void* from) {
-  return by_halves<Floats>(from, 16, [](const char* at) {
-    return _mm256_cvtph_ps(load<__m128i>(at));
-  });
+inline F32x16 load_fp16(const void* from) {
+  return convert_by_256_bits<F32x16>(
+      from, 16, [](const char* at) { return _mm256_cvtph_ps(load<__m128i>(at)); });
 }
 
-inline Halves to_halves(Floats v) {
-  return by_halves<Halves>(&v, 32, [](const char* at) {
-    return _mm256_cvtps_ph(load<__m256>(at), 0);
-  });
+inline U16x16 to_fp16(F32x16 v) {
+  return convert_by_256_bits<U16x16>(
+      &v, 32, [](const char* at) { return _mm256_cvtps_ph(load<__m256>(at), 0); });
 }
 
-inline Halves low_halves(Words v) {
-  const Words small = v & 0xffff;
-  return by_halves<Halves>(&small, 32, [](const char* at) {
+inline U16x16 narrow_to_u16(U32x16 v) {
+  const U32x16 small = v & 0xffff;
+  return convert_by_256_bits<U16x16>(&small, 32, [](const char* at) {
     return _mm_packus_epi32(load<__m128i>(at), load<__m128i>(at + 16));
   });
 }
 
-inline Floats look_up(const float* table, Ints at) {
-  Floats out;
+inline F32x16 gather(const float* table, I32x16 at) {
+  F32x16 out;
   for (int lane = 0; lane < kLanes; ++lane) out[lane] = table[at[lane]];
   return out;
 }
 
-inline Ints among(const float* values, Ints at) { return (Ints)look_up(values, at & 15); }
+inline I32x16 permute16(const float* values, I32x16 at) { return (I32x16)gather(values, at & 15); }
 
 #endif
 
-inline Floats floats_of_bytes(const void* from) { return to_floats(ints_of_bytes(from)); }
+inline F32x16 load_u8_as_f32(const void* from) { return to_f32(load_u8(from)); }
 
-inline Floats floats_of_bfloats(const void* from) { return (Floats)(ints_of_halves(from) << 16); }
+inline F32x16 load_bf16(const void* from) { return (F32x16)(load_u16(from) << 16); }
 
-inline Halves to_bfloats(Floats v) {  // to nearest even; not-a-number stays one
+inline U16x16 to_bf16(F32x16 v) {  // to nearest even; NaN stays NaN
 #if defined(__AVX512BF16__)
-  return (Halves)_mm512_cvtneps_pbh((__m512)v);
+  return (U16x16)_mm512_cvtneps_pbh((__m512)v);
 #else
-  const Words bits = (Words)v;
-  const Words rounded = bits + 0x7fff + ((bits >> 16) & 1);
-  const Words kept = v == v ? rounded : bits | 0x400000;
-  return low_halves(kept >> 16);
+  const U32x16 bits = (U32x16)v;
+  const U32x16 rounded = bits + 0x7fff + ((bits >> 16) & 1);
+  const U32x16 kept = v == v ? rounded : bits | 0x400000;
+  return narrow_to_u16(kept >> 16);
 #endif
 }
 
-inline Floats load_floats(const void* from, int64_t at, int64_t type) {
-  if (type == kFloat32) return load<Floats>((const float*)from + at);
+inline F32x16 load_floats(const void* from, int64_t at, int64_t type) {
+  if (type == kFloat32) return load<F32x16>((const float*)from + at);
   const void* const place = (const uint16_t*)from + at;
-  return type == kBfloat16 ? floats_of_bfloats(place) : floats_of_halves(place);
+  return type == kBfloat16 ? load_bf16(place) : load_fp16(place);
 }
 
-// The first `count` of sixteen values. Copies of a size known beforehand are stores, not calls.
+// Stores the first `count` of sixteen values. A copy of constant size is a store, not a call.
 template <class T>
 inline void store_some(T* to, const void* from, int64_t count) {
   if (count == kLanes) std::memcpy(to, from, kLanes * sizeof(T));
   else std::memcpy(to, from, size_t(count) * sizeof(T));
 }
 
-// The same in the type of the call.
-inline void store_floats(void* to, int64_t at, Floats v, int64_t count, int64_t type) {
+// Stores the first `count` of sixteen values in the dtype of the call.
+inline void store_floats(void* to, int64_t at, F32x16 v, int64_t count, int64_t type) {
   if (type == kFloat32) {
     store_some((float*)to + at, &v, count);
   } else {
-    const Halves halves = type == kBfloat16 ? to_bfloats(v) : to_halves(v);
+    const U16x16 halves = type == kBfloat16 ? to_bf16(v) : to_fp16(v);
     store_some((uint16_t*)to + at, &halves, count);
   }
 }
 
-// A table of int8 by index, for 64 indices at once. Of an index only as many bits count as the
-// table is long; those above may be anything.
-template <int kBits>  // of an index
-struct Table {
+// A table of 2**kBits int8 values, looked up by 64 indices at once. Bits of an index above kBits
+// are ignored.
+template <int kBits>
+struct ByteTable {
 #if defined(__AVX512VBMI__)
   static constexpr int kParts = kBits > 6 ? 2 : 1;
   __m512i part[kParts];
 
-  explicit Table(const int8_t* values) {
+  explicit ByteTable(const int8_t* values) {
     for (int i = 0; i < kParts; ++i) part[i] = _mm512_loadu_si512(values + 64 * i);
   }
-  Bytes find(Shorts index) const {
-    if constexpr (kParts == 1) return (Bytes)_mm512_permutexvar_epi8((__m512i)index, part[0]);
-    else return (Bytes)_mm512_permutex2var_epi8(part[0], (__m512i)index, part[1]);
+  U8x64 lookup(U16x32 index) const {
+    if constexpr (kParts == 1) return (U8x64)_mm512_permutexvar_epi8((__m512i)index, part[0]);
+    else return (U8x64)_mm512_permutex2var_epi8(part[0], (__m512i)index, part[1]);
   }
 #else
   static constexpr int kParts = kBits > 4 ? 1 << (kBits - 4) : 1;
   __m256i part[kParts];
 
-  explicit Table(const int8_t* values) {
+  explicit ByteTable(const int8_t* values) {
     for (int i = 0; i < kParts; ++i)
       part[i] = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)(values + 16 * i)));
   }
-  // Entry of the parts [first, first + count): bits above the low four choose, highest first.
+  // The entry in one of the parts [first, first + count): bits above the low four select it.
   template <int kFirst, int kCount>
   __m256i choose(__m256i low, __m256i index) const {
     if constexpr (kCount == 1) {
@@ -270,8 +267,8 @@ struct Table {
                                 _mm256_slli_epi16(index, 7 - kBit));
     }
   }
-  Bytes find(Shorts index) const {
-    Bytes out;
+  U8x64 lookup(U16x32 index) const {
+    U8x64 out;
     for (int i = 0; i < 2; ++i) {
       const __m256i half = load<__m256i>((char*)&index + 32 * i);
       const __m256i low = _mm256_and_si256(half, _mm256_set1_epi8(15));
