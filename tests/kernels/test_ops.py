@@ -126,7 +126,7 @@ def arrays(make_packed):
 
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_gpu_linear_passes_opcheck_without_rows(arrays, with_bias):
-    """Which is all of it that runs without a GPU; `interpreted.py` has the rest."""
+    """Which is all of it that runs without a GPU; `interpreted_suite.py` has the rest."""
     packed, text = arrays
     bias = torch.randn(70).half() if with_bias else None
     x = torch.randn(0, 160).half()

@@ -44,7 +44,7 @@ def test_answers_are_those_of_transformers(case, name, weights):
     assert_same(case("eager", name)[weights])
 
 
-PACKED = {  # how vLLM fuses what `engines.llama` packs
+PACKED = {  # how vLLM fuses what `engines_suite.llama` packs
     f"model.layers.{layer}.{name}"
     for layer in range(2)
     for name in ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")

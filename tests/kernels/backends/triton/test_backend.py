@@ -1,4 +1,4 @@
-"""When the Triton backend is taken; what it computes is tested by `interpreted.py`."""
+"""When the Triton backend is taken; what it computes is tested by `interpreted_suite.py`."""
 
 import dataclasses
 import sys
