@@ -100,7 +100,10 @@ kernels-report: $(STAMP) ## compile every GPU kernel for every chip, fail on new
 	@TRITON_DEFAULT_FP_FUSION=1 $(BIN)/python benchmarks/gpu/cost_model.py --check
 	@TRITON_DEFAULT_FP_FUSION=1 $(BIN)/python benchmarks/gpu/cost_model.py
 
-.PHONY: docs
+gpu-acceptance: ## tests, times and tuning of the GPU kernels on a machine with torch, Triton, pytest and a GPU
+	@$(PYTHON) benchmarks/gpu/acceptance.py --out build/gpu-acceptance
+
+.PHONY: docs gpu-acceptance
 docs: .venv-docs/.installed ## the documentation site, in build/docs; links are checked
 	@.venv-docs/bin/python docs/check_links.py
 	@NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet

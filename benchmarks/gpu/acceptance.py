@@ -99,8 +99,8 @@ def compile_entry(name: str, m: int, blocks: Blocks | None) -> None:
     else:
         named = dict(zip(op.array_order(LAYOUTS[name]), arrays, strict=True))
         for split in (0, 1000):  # without and with a split of K
-            entry = dataclasses.replace(blocks, waves=split)
-            op.product(x, named, None, LAYOUTS[name], [256], entry)
+            entry = dataclasses.replace(blocks, programs_per_sm=split)
+            op.gemm(x, named, None, LAYOUTS[name], [256], entry)
     torch.cuda.synchronize()
 
 
@@ -173,11 +173,15 @@ def candidates(most: int) -> list[Blocks]:
     """Blocks worth trying for up to `most` rows of x."""
     cuts = [(64, 2), (64, 4), (128, 4), (128, 8)][: 3 if most <= 16 else 4]
     stages = (3, 4) if most <= 16 else (2, 3)
-    waves = (4, 6, 8, 12, 16) if most <= 8 else (2, 3, 4, 6, 8) if most <= 16 else (1, 2, 3, 4)
+    programs_per_sm = (
+        (4, 6, 8, 12, 16) if most <= 8 else (2, 3, 4, 6, 8) if most <= 16 else (1, 2, 3, 4)
+    )
     widths = (32, 64) if most == 64 else (most,)
     return [
         Blocks(rows, width, warps, stage, wave)
-        for width, (rows, warps), stage, wave in itertools.product(widths, cuts, stages, waves)
+        for width, (rows, warps), stage, wave in itertools.product(
+            widths, cuts, stages, programs_per_sm
+        )
         if not (width == 64 and (rows, warps) == (64, 2))
     ]
 
@@ -189,7 +193,9 @@ def tune(names: list[str], jobs: int, deadline: float) -> Iterator[dict[str, Any
     kinds = [
         (name, most, blocks)
         for name, most in cases
-        for blocks in sorted({dataclasses.replace(b, waves=0) for b in candidates(most)}, key=str)
+        for blocks in sorted(
+            {dataclasses.replace(b, programs_per_sm=0) for b in candidates(most)}, key=str
+        )
     ]
     good = {kinds[i] for i in compiled(kinds, jobs)}
     print(f"{deadline - time.monotonic():.0f} s left, {len(good)} of {len(kinds)} run", flush=True)
@@ -199,7 +205,9 @@ def tune(names: list[str], jobs: int, deadline: float) -> Iterator[dict[str, Any
             print(f"tune: no time left for {name}, M = {most}", flush=True)
             continue
         every = [
-            b for b in candidates(most) if (name, most, dataclasses.replace(b, waves=0)) in good
+            b
+            for b in candidates(most)
+            if (name, most, dataclasses.replace(b, programs_per_sm=0)) in good
         ]
         now = blocks_for(family, most, triton_layout(layout).step)
         assert now, f"the table has no entry for M = {most}"
@@ -211,7 +219,7 @@ def tune(names: list[str], jobs: int, deadline: float) -> Iterator[dict[str, Any
             x = torch.randn(m, columns, dtype=torch.bfloat16, device="cuda")
             calls = {
                 str(blocks): [
-                    functools.partial(op.product, x, c, None, layout, [rows], blocks) for c in named
+                    functools.partial(op.gemm, x, c, None, layout, [rows], blocks) for c in named
                 ]
                 for blocks in logs
             }

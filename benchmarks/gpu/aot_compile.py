@@ -17,7 +17,7 @@ from triton.compiler import ASTSource
 
 from precalib_kernels.backends.triton.activation_kernel import prepare_kernel
 from precalib_kernels.backends.triton.dequantize_kernel import dequantize_kernel
-from precalib_kernels.backends.triton.gemm_kernel import product_kernel
+from precalib_kernels.backends.triton.gemm_kernel import gemm_kernel
 from precalib_kernels.backends.triton.launch_configs import Blocks, SparseBlocks
 from precalib_kernels.backends.triton.memory_layout import triton_layout
 from precalib_kernels.backends.triton.op import (
@@ -33,9 +33,9 @@ from precalib_kernels.format.layout import Layout
 POINTERS = {
     "x": "bf16", "y": "bf16", "out": "bf16", "bias": "bf16", "weight": "bf16",
     "column_scale": "fp16", "words": "i16", "group_data": "i32", "positions": "u8",
-    "values": "fp16", "lines": "fp16", "row_unit": "fp32", "salient_unit": "fp32", "table": "u8",
-    "constants": "i16", "tiles": "i32", "dots": "fp16", "by_column": "fp16", "start": "fp32",
-    "sums": "fp32", "inverse": "fp32", "shares": "fp32", "counters": "i32",
+    "values": "fp16", "affine": "fp16", "row_unit": "fp32", "salient_unit": "fp32", "table": "u8",
+    "constants": "i16", "tiles": "i32", "dots": "fp16", "by_column": "fp16", "offset_terms": "fp32",
+    "group_sums": "fp32", "x_scale": "fp32", "partial_sums": "fp32", "counters": "i32",
 }  # fmt: skip
 VLLM_KERNEL = "model_executor/kernels/linear/mixed_precision/triton_w4a16.py"
 
@@ -65,8 +65,8 @@ class Compiled:
         return 64 if self.target.startswith("gfx9") else 32
 
 
-def compile_product(layout: Layout, blocks: Blocks, target: str, split: bool = True) -> Compiled:
-    """`product_kernel` as the operator would launch it, in bfloat16 without bias."""
+def compile_gemm(layout: Layout, blocks: Blocks, target: str, split: bool = True) -> Compiled:
+    """`gemm_kernel` as the operator would launch it, in bfloat16 without bias."""
     constants = specialization(triton_layout(layout), target.startswith("sm_")) | {
         "BIAS": False,
         "SPLIT": split,
@@ -74,7 +74,7 @@ def compile_product(layout: Layout, blocks: Blocks, target: str, split: bool = T
         "BLOCK_M": blocks.block_m,
         "STAGES": blocks.stages,
     }
-    return _compile(product_kernel, constants, target, blocks.options)
+    return _compile(gemm_kernel, constants, target, blocks.options)
 
 
 def compile_dequantize(layout: Layout, target: str) -> Compiled:
@@ -82,7 +82,7 @@ def compile_dequantize(layout: Layout, target: str) -> Compiled:
     form = triton_layout(layout)
     constants = specialization(form, target.startswith("sm_")) | {
         "SCALED": layout.column_scale,
-        "LEVEL_STEP": form.level_step,
+        "ENTRIES_PER_UNIT": form.entries_per_unit,
         "IN_DOTS": form.mode == "trellis",
     }
     return _compile(
@@ -96,7 +96,7 @@ def compile_prepare(layout: Layout, block_m: int, columns: int, target: str) -> 
     form = triton_layout(layout)
     constants = {
         "OFFSET": form.offset,
-        "LEVEL_STEP": form.level_step,
+        "ENTRIES_PER_UNIT": form.entries_per_unit,
         "GROUP": form.group,
         "MODE": form.mode,
         "J": form.chain_tiles,

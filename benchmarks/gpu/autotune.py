@@ -25,10 +25,10 @@ from precalib_kernels.format.layout import Layout
 def candidates(most: int) -> Iterator[Blocks]:
     """Blocks worth trying for up to `most` rows of x."""
     widths = [width for width in (8, 16, 32, 64) if width <= max(8, most)][-2:]
-    for width, (rows, warps), stages, waves in itertools.product(
+    for width, (rows, warps), stages, programs_per_sm in itertools.product(
         widths, ((64, 2), (64, 4), (128, 4)), (2, 3, 4), (2, 4, 6)
     ):
-        yield Blocks(rows, width, warps, stages, waves)
+        yield Blocks(rows, width, warps, stages, programs_per_sm)
 
 
 def best(most: int, layout: Layout, shapes: list[str]) -> Blocks:
@@ -43,7 +43,7 @@ def best(most: int, layout: Layout, shapes: list[str]) -> Blocks:
         x = torch.randn(most, inputs, dtype=torch.bfloat16, device="cuda")
         calls: dict[str, Callable[[], Any]] = {}
         for blocks in list(logs):
-            call = functools.partial(op.product, x, arrays, None, layout, [outputs], blocks)
+            call = functools.partial(op.gemm, x, arrays, None, layout, [outputs], blocks)
             try:
                 call()
             except Exception as error:

@@ -22,7 +22,11 @@ import aot_compile
 import instruction_count
 
 from precalib_kernels.backends.triton.launch_configs import TABLE, Blocks, blocks_for, family_of
-from precalib_kernels.backends.triton.memory_layout import PICKS, SLOT_ROUNDS, triton_layout
+from precalib_kernels.backends.triton.memory_layout import (
+    SALIENT_CHUNK,
+    SALIENT_UNROLL,
+    triton_layout,
+)
 from precalib_kernels.format.codebooks import TRELLIS_CODEBOOKS
 from precalib_kernels.format.layout import Layout
 
@@ -119,21 +123,23 @@ class Cost:
     integer: float = 0
 
 
-def product_cost(layout: Layout, blocks: Blocks, target: str) -> Cost:
+def gemm_cost(layout: Layout, blocks: Blocks, target: str) -> Cost:
     """Main loop and salient loop of the fused product, per weight.
 
     Raises ValueError if the loops are not found where they are expected.
     """
-    form, compiled = triton_layout(layout), aot_compile.compile_product(layout, blocks, target)
+    form, compiled = triton_layout(layout), aot_compile.compile_gemm(layout, blocks, target)
     found = [loop for loop in instruction_count.loops(compiled) if len(loop.operations) > 10]
     main = [i for i, loop in enumerate(found) if loop.tensor]
     if len(main) != 1 or len(found) <= main[0] + (form.slots > 0):
         raise ValueError(f"{target}: loops of {[len(x.operations) for x in found]} instructions")
     threads = compiled.lanes * compiled.warps
     weights = {main[0]: blocks.block_n * form.step}  # of a turn of each loop
-    if form.slots:  # a round takes PICKS slots of every row; the loop is unrolled for few rows of x
-        rounds = SLOT_ROUNDS if blocks.block_m <= 16 else 1
-        weights[main[0] + 1] = blocks.block_n * form.group * PICKS * rounds // form.slots
+    if (
+        form.slots
+    ):  # a round takes SALIENT_CHUNK slots of every row; the loop is unrolled for few rows of x
+        rounds = SALIENT_UNROLL if blocks.block_m <= 16 else 1
+        weights[main[0] + 1] = blocks.block_n * form.group * SALIENT_CHUNK * rounds // form.slots
     each, integer = (
         sum(threads * count(found[i]) / most for i, most in weights.items())
         for count in (lambda loop: len(loop.operations), integer_operations)
@@ -208,7 +214,7 @@ def report(chips: list[Chip], names: list[str], rows: list[int]) -> Iterator[str
                     seconds, bound = panel_seconds(chip, LAYOUTS[name], m)
                     row = f"| {name} | {m} | – | | | | | "
                 else:
-                    cost = product_cost(LAYOUTS[name], blocks, chip.target)
+                    cost = gemm_cost(LAYOUTS[name], blocks, chip.target)
                     seconds, bound = layer_seconds(chip, cost, m)
                     block = f"{blocks.block_n} × {blocks.block_m}, {blocks.warps} warps"
                     row = f"| {name} | {m} | {block} | {_columns(chip, cost)}"
@@ -248,7 +254,7 @@ def check_all() -> Iterator[str]:
                 blocks = blocks_for(family, most, triton_layout(layout).step)
                 assert blocks is not None
                 try:
-                    made = aot_compile.compile_product(layout, blocks, target)
+                    made = aot_compile.compile_gemm(layout, blocks, target)
                 except RuntimeError as error:
                     text = str(error).splitlines()
                     yield f"{target} {name} {blocks.block_m}: {text[0] if text else error!r}"

@@ -46,8 +46,8 @@ def array_order(layout: Layout) -> list[str]:
     """Names of the arrays of a weight in GPU memory, in the order in which operators take them."""
     form = triton_layout(layout)
     names = ["qweight", "group_data", "row_unit", "tiles", "table", "constants"]
-    if form.in_place:
-        names.append("salient_lines")
+    if form.inline_salient:
+        names.append("salient_affine")
     if form.slots:
         names += ["salient_positions", "salient_values", "salient_unit"]
     if layout.column_scale:

@@ -4,7 +4,7 @@ import aot_compile
 import cost_model
 import instruction_count
 import pytest
-from cost_model import CHIPS, LAYOUTS, Chip, Cost, layer_seconds, product_cost
+from cost_model import CHIPS, LAYOUTS, Chip, Cost, gemm_cost, layer_seconds
 
 from precalib_kernels.backends.triton.launch_configs import SPARSE_TABLE, blocks_for, family_of
 from precalib_kernels.backends.triton.memory_layout import triton_layout
@@ -75,7 +75,7 @@ def test_the_largest_of_three_times_counts():
 )
 def test_instruction_budget(target, name, rows, most):
     layout = LAYOUTS[name]
-    cost = product_cost(
+    cost = gemm_cost(
         layout, blocks_for(family_of(target), rows, triton_layout(layout).step), target
     )
     assert cost.instructions <= most
@@ -95,7 +95,7 @@ def test_the_check_of_all_entries_fails_if_one_is_over(monkeypatch, capsys):
 
 
 def test_amd_and_the_other_kernels_compile():
-    cost = product_cost(LAYOUTS["balanced-4"], blocks_for("hip", 16, 128), "gfx942")
+    cost = gemm_cost(LAYOUTS["balanced-4"], blocks_for("hip", 16, 128), "gfx942")
     assert cost.compiled.spilled == 0
     assert cost.compiled.shared <= 65536
     assert aot_compile.compile_dequantize(LAYOUTS["balanced-3"], "sm_80").spilled == 0

@@ -19,18 +19,18 @@ def prepare_kernel(
     column_scale,  # [parts, padded] float16, or anything
     dots,  # out: float16 [parts, blocks, padded / 16, BLOCK_M, 16]
     by_column,  # out: float16 [parts, blocks, picked, BLOCK_M]
-    start,  # out: float32 [parts, blocks, groups, BLOCK_M]: minus offset times sum of dots
-    sums,  # out: float32 [parts, blocks, groups, BLOCK_M]: sums of x over level step
-    inverse,  # out: float32 [parts, blocks * BLOCK_M]: what undoes the power of two
+    offset_terms,  # out: float32 [parts, blocks, groups, BLOCK_M]: minus offset times sum of dots
+    group_sums,  # out: float32 [parts, blocks, groups, BLOCK_M]: sums of x over level step
+    x_scale,  # out: float32 [parts, blocks * BLOCK_M]: what undoes the power of two
     counters,  # out: int32, zeroed: arrivals of split programs
     counter_count,
     rows,
     columns,
     padded,  # columns of whole steps
-    picked,  # columns that salient weights are picked from, zeros beyond the others
+    gathered,  # columns that salient weights are picked from, zeros beyond the others
     row_stride,
     OFFSET: tl.constexpr,
-    LEVEL_STEP: tl.constexpr,
+    ENTRIES_PER_UNIT: tl.constexpr,
     GROUP: tl.constexpr,
     MODE: tl.constexpr,
     J: tl.constexpr,
@@ -64,16 +64,16 @@ def prepare_kernel(
     factor = (exponent << 23).to(tl.float32, bitcast=True)
     if chunk == 0:
         back = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
-        tl.store(inverse + part * blocks * BLOCK_M + m, back)
+        tl.store(x_scale + part * blocks * BLOCK_M + m, back)
 
     column = chunk * BLOCK_K + tl.arange(0, BLOCK_K)
     inside = column < padded
     values = _scaled(x, column_scale, m, part, column, rows, columns, padded, row_stride, SCALED)
     half = (values * factor).to(tl.float16)
     if BY_COLUMN:
-        at = by_column + (block * picked + column) * BLOCK_M + lane
+        at = by_column + (block * gathered + column) * BLOCK_M + lane
         # below 2**10: eight products are added up
-        tl.store(at, half * 0.03125, mask=column < picked)
+        tl.store(at, half * 0.03125, mask=column < gathered)
     dot, r = dot_position(column, GROUP, MODE, J)
     stored = half
     if MODE == "uniform":  # codes of odd dots count sixteenfold
@@ -83,10 +83,10 @@ def prepare_kernel(
     at = (block * (padded // GROUP) + group) * BLOCK_M + lane
     kept = group < padded // GROUP
     grouped = tl.reshape(stored.to(tl.float32), (BLOCK_K // GROUP, GROUP))
-    tl.store(start + at, -OFFSET * tl.sum(grouped, 1), mask=kept)
+    tl.store(offset_terms + at, -OFFSET * tl.sum(grouped, 1), mask=kept)
     if MODE == "uniform":
         grouped = tl.reshape(half.to(tl.float32), (BLOCK_K // GROUP, GROUP))
-        tl.store(sums + at, tl.sum(grouped, 1) / LEVEL_STEP, mask=kept)
+        tl.store(group_sums + at, tl.sum(grouped, 1) / ENTRIES_PER_UNIT, mask=kept)
     if (m == 0) & (part == 0) & (chunk == 0):
         for first in tl.range(0, counter_count, BLOCK_K):
             counter = first + tl.arange(0, BLOCK_K)

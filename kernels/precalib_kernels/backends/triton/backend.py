@@ -41,7 +41,7 @@ class TritonBackend(Backend):
         if spec.dtype not in (torch.bfloat16, torch.float16):
             return f"computes in bfloat16 and float16, not in {spec.dtype}"
         reason = reason_against(spec.layout)
-        if reason is None and triton_layout(spec.layout).in_place and flushes_subnormals():
+        if reason is None and triton_layout(spec.layout).inline_salient and flushes_subnormals():
             return "its salient weights are subnormal numbers of fp16, which MI200 takes for zero"
         return reason
 

@@ -61,11 +61,11 @@ def spare_tile(tiles, BITS: tl.constexpr, SPARE: tl.constexpr):
 
 
 @triton.jit
-def chain_halves(
+def decode_chain(
     first,
     second,
-    carry,
-    lines,
+    state,
+    affine,
     low,
     high,
     ones,
@@ -73,7 +73,7 @@ def chain_halves(
     table,
     BITS: tl.constexpr,
     MODE: tl.constexpr,
-    IN_PLACE: tl.constexpr,
+    INLINE: tl.constexpr,
     J: tl.constexpr,
     ASM: tl.constexpr,
     REGISTERS: tl.constexpr,
@@ -90,14 +90,14 @@ def chain_halves(
         inputs = ()
         if MODE != "uniform":
             inputs = (_over(low, first), _over(high, first))
-            if not IN_PLACE:
+            if not INLINE:
                 inputs = inputs + (_over(ones, first),)
-        if IN_PLACE:
-            inputs = inputs + (carry,)
+        if INLINE:
+            inputs = inputs + (state,)
             for i in tl.static_range(8):
-                inputs = inputs + (tl.broadcast_to(lines[i][:, None], first.shape),)
+                inputs = inputs + (tl.broadcast_to(affine[i][:, None], first.shape),)
         if MODE == "trellis":
-            inputs = inputs + (_over(shift, first), tl.broadcast_to(carry[:, None], first.shape))
+            inputs = inputs + (_over(shift, first), tl.broadcast_to(state[:, None], first.shape))
         if J == 2:
             result = tl.inline_asm_elementwise(
                 ASM, REGISTERS, inputs + (first, second), (tl.float16,) * 8, True, 2
@@ -106,21 +106,21 @@ def chain_halves(
             result = tl.inline_asm_elementwise(
                 ASM, REGISTERS, inputs + (first,), (tl.float16,) * 4, True, 2
             )
-    elif IN_PLACE:
-        result = _in_place_halves(first, carry, lines, table, BITS, MODE)
+    elif INLINE:
+        result = _decode_inline(first, state, affine, table, BITS, MODE)
     elif MODE == "uniform":
-        result = _uniform_halves(first, BITS)
+        result = _decode_uniform(first, BITS)
     else:
         word = _pair_words(first)
         before = word
         if MODE == "trellis":
             pair_shift, _ = tl.split(tl.reshape(shift, (8, 2)))
-            twice = (carry.to(tl.int32) & 0xFFFF) | (carry.to(tl.int32) << 16)
+            twice = (state.to(tl.int32) & 0xFFFF) | (state.to(tl.int32) << 16)
             before = (twice[:, None] << pair_shift.to(tl.int32)[None, :]) >> 24
             before = (before & (0x11 << (BITS - 1))) << 24
-        result = _lookup_halves(word, before, table, BITS, MODE)
+        result = _decode_codebook(word, before, table, BITS, MODE)
         if J == 2:
-            result = result + _lookup_halves(_pair_words(second), word, table, BITS, MODE)
+            result = result + _decode_codebook(_pair_words(second), word, table, BITS, MODE)
     return result
 
 
@@ -130,7 +130,7 @@ def _over(values, tile):
 
 
 @triton.jit
-def _uniform_halves(tile, BITS: tl.constexpr):
+def _decode_uniform(tile, BITS: tl.constexpr):
     """1024 + code in even dots, 1024 + 16 · code in odd ones."""
     mask: tl.constexpr = (1 << BITS) - 1
     return (
@@ -142,19 +142,23 @@ def _uniform_halves(tile, BITS: tl.constexpr):
 
 
 @triton.jit
-def _in_place_halves(tile, classes, lines, table, BITS: tl.constexpr, MODE: tl.constexpr):
+def _decode_inline(tile, classes, affine, table, BITS: tl.constexpr, MODE: tl.constexpr):
     """What each code stands for, or where its class is set what the dot's line makes of it."""
     mask: tl.constexpr = (1 << BITS) - 1
     return (
-        _in_place_half(tile & mask, classes, lines[0], lines[1], table, 0, MODE),
-        _in_place_half((tile >> 4) & mask, classes << 8, lines[2], lines[3], table, 4, MODE),
-        _in_place_half((tile >> 8) & mask, classes << 1, lines[4], lines[5], table, 0, MODE),
-        _in_place_half((tile >> 12) & mask, classes << 9, lines[6], lines[7], table, 4, MODE),
+        _decode_inline_half(tile & mask, classes, affine[0], affine[1], table, 0, MODE),
+        _decode_inline_half((tile >> 4) & mask, classes << 8, affine[2], affine[3], table, 4, MODE),
+        _decode_inline_half((tile >> 8) & mask, classes << 1, affine[4], affine[5], table, 0, MODE),
+        _decode_inline_half(
+            (tile >> 12) & mask, classes << 9, affine[6], affine[7], table, 4, MODE
+        ),
     )
 
 
 @triton.jit
-def _in_place_half(code, classes, slope, offset, table, SHIFT: tl.constexpr, MODE: tl.constexpr):
+def _decode_inline_half(
+    code, classes, slope, offset, table, SHIFT: tl.constexpr, MODE: tl.constexpr
+):
     if MODE == "uniform":
         raw = (code << SHIFT + 2).to(tl.float16, bitcast=True)
         half = raw
@@ -173,7 +177,7 @@ def _pair_words(tile):
 
 
 @triton.jit
-def _lookup_halves(word, before, table, BITS: tl.constexpr, MODE: tl.constexpr):
+def _decode_codebook(word, before, table, BITS: tl.constexpr, MODE: tl.constexpr):
     """Halves of the four dots of one tile; `before` is the word before each in its chain."""
     one = word
     x = word
@@ -181,15 +185,15 @@ def _lookup_halves(word, before, table, BITS: tl.constexpr, MODE: tl.constexpr):
         one = (word << 4) | ((before >> 28) & 0xF)
         x = word ^ one ^ ((word << 8) | ((before >> 24) & 0xFF))
     return (
-        _pair_halves(x, one, table, 0, BITS, MODE),
-        _pair_halves(x, one, table, 2, BITS, MODE),
-        _pair_halves(x, one, table, 4, BITS, MODE),
-        _pair_halves(x, one, table, 6, BITS, MODE),
+        _decode_pairs(x, one, table, 0, BITS, MODE),
+        _decode_pairs(x, one, table, 2, BITS, MODE),
+        _decode_pairs(x, one, table, 4, BITS, MODE),
+        _decode_pairs(x, one, table, 6, BITS, MODE),
     )
 
 
 @triton.jit
-def _pair_halves(x, one, table, NIBBLE: tl.constexpr, BITS: tl.constexpr, MODE: tl.constexpr):
+def _decode_pairs(x, one, table, NIBBLE: tl.constexpr, BITS: tl.constexpr, MODE: tl.constexpr):
     """Codes at NIBBLE and the next of every word, as fp16 [rows, 16]."""
     pair = tl.join(
         _half(x >> 4 * NIBBLE, one >> 4 * NIBBLE, table, BITS, MODE),
@@ -208,13 +212,13 @@ def _half(x, one, table, BITS: tl.constexpr, MODE: tl.constexpr):
 
 
 @triton.jit
-def side_by_side(halves, FIRST: tl.constexpr, COUNT: tl.constexpr):
+def side_by_side(decoded, FIRST: tl.constexpr, COUNT: tl.constexpr):
     """COUNT of the tiles [rows, 16] as one [rows, 16 * COUNT], register by register."""
     if COUNT == 1:
-        result = halves[FIRST]
+        result = decoded[FIRST]
     else:
-        left = side_by_side(halves, FIRST, COUNT // 2)
-        right = side_by_side(halves, FIRST + COUNT // 2, COUNT // 2)
+        left = side_by_side(decoded, FIRST, COUNT // 2)
+        right = side_by_side(decoded, FIRST + COUNT // 2, COUNT // 2)
         both = tl.permute(tl.join(left, right), (0, 2, 1))
         result = tl.reshape(both, (both.shape[0], 16 * COUNT))
     return result

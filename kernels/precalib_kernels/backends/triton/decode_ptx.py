@@ -32,13 +32,13 @@ def assembler(form: TritonLayout) -> str:
         mask = 0x88 << 24 >> (4 - form.bits)
         text += [f"shl.b32 p, ${first + 1}, ${first};", f"and.b32 p, p, {mask:#x};"]
         first += 2
-    if form.in_place:
+    if form.inline_salient:
         text.append(f"mov.b32 p, ${first};")
         lines = [(f"${first + i}", f"${first + i + 1}") for i in (1, 3, 5, 7)]
         first += 9
     for tile in range(tiles):
         word, out = f"${first + tile}", [f"${4 * tile + i}" for i in range(4)]
-        if form.in_place:
+        if form.inline_salient:
             text += _in_place(form, word, lines, out)
         elif form.mode == "uniform":
             text += _uniform(form.bits, word, out)
@@ -49,13 +49,13 @@ def assembler(form: TritonLayout) -> str:
 
 def constraints(form: TritonLayout) -> str:
     """Register classes of `assembler`'s operands."""
-    inputs = _rows(form) + 2 * (form.mode == "trellis") + 9 * form.in_place + form.chain_tiles
+    inputs = _rows(form) + 2 * (form.mode == "trellis") + 9 * form.inline_salient + form.chain_tiles
     return ",".join(["=r"] * (4 * form.chain_tiles) + ["r"] * inputs)
 
 
 def _rows(form: TritonLayout) -> int:
     """Rows of `constants` that are looked up in, and what becomes masks."""
-    return 0 if form.mode == "uniform" else 2 if form.in_place else 3
+    return 0 if form.mode == "uniform" else 2 if form.inline_salient else 3
 
 
 def table_words(form: TritonLayout) -> list[int]:
@@ -107,8 +107,10 @@ def _uniform(bits: int, word: str, out: list[str]) -> list[str]:
 def _in_place(
     form: TritonLayout, word: str, lines: list[tuple[str, str]], out: list[str]
 ) -> list[str]:
-    """Codes, or their bytes of the table, as fp16 numbers of TINYs, below 1024 of which are their
-    own bits; where p has a sign bit slope times code plus offset.
+    """Codes, or their bytes of the table, as fp16 numbers in subnormal units.
+
+    Fewer than 1024 of these units are their own bits. Where p has a sign bit, slope times code plus
+    offset.
     """
     codes, mask = [word, "f"], ((1 << form.bits) - 1) * 0x10001
     if form.mode == "uniform":

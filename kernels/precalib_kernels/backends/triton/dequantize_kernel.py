@@ -5,11 +5,11 @@ import triton.language as tl
 
 from precalib_kernels.backends.triton.decode import (
     chain_classes,
-    chain_halves,
+    decode_chain,
     nibble_tile,
     split_tiles,
 )
-from precalib_kernels.backends.triton.gemm_scales import group_lines, group_scale, scale_of
+from precalib_kernels.backends.triton.gemm_scales import group_affine, group_scale, scale_of
 
 
 @triton.jit(do_not_specialize=["first_tile", "columns"])
@@ -19,7 +19,7 @@ def dequantize_kernel(
     group_data,
     positions,
     values,
-    lines,
+    affine,
     row_unit,
     salient_unit,
     table,
@@ -31,7 +31,7 @@ def dequantize_kernel(
     padded_rows,
     BITS: tl.constexpr,
     MODE: tl.constexpr,
-    IN_PLACE: tl.constexpr,
+    INLINE: tl.constexpr,
     GROUP: tl.constexpr,
     STEP: tl.constexpr,
     TILES: tl.constexpr,
@@ -41,18 +41,18 @@ def dequantize_kernel(
     SLOTS: tl.constexpr,
     LOG8: tl.constexpr,
     SCALED: tl.constexpr,
-    LEVEL_STEP: tl.constexpr,
+    ENTRIES_PER_UNIT: tl.constexpr,
     IN_DOTS: tl.constexpr,
     ASM: tl.constexpr,
     REGISTERS: tl.constexpr,
     SPARE: tl.constexpr,
 ):
-    """Program (tile of 64 rows, step). Arguments as in `product_kernel`.
+    """Program (tile of 64 rows, step). Arguments as in `gemm_kernel`.
 
     IN_DOTS: columns are left in the order of the dots, whole steps of them, which a product can
     take as well if x has that order: a dot's 16 columns then lie together in memory.
     """
-    CODES: tl.constexpr = TILES - IN_PLACE  # tiles of codes
+    CODES: tl.constexpr = TILES - INLINE  # tiles of codes
     GROUPS: tl.constexpr = STEP // GROUP
     columns = columns // 32 * 32  # it always is; so Triton knows, and stores more than one at once
     tile, step = first_tile + tl.program_id(0), tl.program_id(1)
@@ -72,19 +72,21 @@ def dequantize_kernel(
     unit = tl.load(row_unit + n)
     for chain in tl.static_range(STEP // 64 // J):
         first_group = step * GROUPS + chain * J * 64 // GROUP
-        carry = n
-        line = ()
+        state = n
+        affine_terms = ()
         data, scale, places, added = n, unit, (), ()
         if MODE == "trellis":
-            carry = (tl.load(group_data + first_group * padded_rows + n) >> 16).to(tl.int16)
-        if IN_PLACE:
-            carry = chain_classes(here, padded_rows * 16, chain, CODES, ASM)
-            line = group_lines(lines, first_group * padded_rows + n, padded_rows, GROUP, MODE)
+            state = (tl.load(group_data + first_group * padded_rows + n) >> 16).to(tl.int16)
+        if INLINE:
+            state = chain_classes(here, padded_rows * 16, chain, CODES, ASM)
+            affine_terms = group_affine(
+                affine, first_group * padded_rows + n, padded_rows, GROUP, MODE
+            )
         first = nibble_tile(here, padded_rows * 16, held, chain * J, BITS)
         second = nibble_tile(here, padded_rows * 16, held, chain * J + J - 1, BITS)
-        halves = chain_halves(
-            first, second, carry, line,
-            low, high, ones, shift, table, BITS, MODE, IN_PLACE, J, ASM, REGISTERS,
+        decoded = decode_chain(
+            first, second, state, affine_terms,
+            low, high, ones, shift, table, BITS, MODE, INLINE, J, ASM, REGISTERS,
         )  # fmt: skip
         for dot in tl.static_range(4 * J):
             group = first_group + dot * 16 // GROUP
@@ -94,11 +96,11 @@ def dequantize_kernel(
                 places, added = group_slots(
                     positions, values, salient_unit, group, n, padded_rows, SLOTS
                 )
-            level = halves[dot].to(tl.float32) - OFFSET
+            level = decoded[dot].to(tl.float32) - OFFSET
             if MODE == "uniform" and dot % 2 == 1:
                 level *= 0.0625
             if ZEROS:
-                level -= ((data >> 16).to(tl.float32) / LEVEL_STEP)[:, None]
+                level -= ((data >> 16).to(tl.float32) / ENTRIES_PER_UNIT)[:, None]
             value = level * scale[:, None]
             number = step * (STEP // 16) + chain * 4 * J + dot
             column = dot_column(number, r, GROUP, MODE, J)

@@ -5,7 +5,7 @@ import triton.language as tl
 
 
 @triton.jit
-def add_splits(total, shares, counters, tile, split, splits, block, blocks):
+def add_splits(total, partial_sums, counters, tile, split, splits, block, blocks):
     """The sum of all splits of K, and whether this program, the last to arrive, has it.
 
     Partial sums are added in the order of the splits, so results repeat bit for bit.
@@ -16,8 +16,8 @@ def add_splits(total, shares, counters, tile, split, splits, block, blocks):
     TOGETHER: tl.constexpr = 4 if BLOCK_M < 64 else 1  # loaded at a time, for latency
     plane_size = tl.num_programs(0) * blocks * tile_size
     inner = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
-    shares += (block * tl.num_programs(0) + tile) * tile_size + inner
-    tl.store(shares + split * plane_size, total)
+    partial_sums += (block * tl.num_programs(0) + tile) * tile_size + inner
+    tl.store(partial_sums + split * plane_size, total)
     tl.debug_barrier()
     arrived = tl.atomic_add(counters + block * tl.num_programs(0) + tile, 1, sem="acq_rel")
     last = arrived == splits - 1
@@ -27,7 +27,7 @@ def add_splits(total, shares, counters, tile, split, splits, block, blocks):
             few = ()
             for i in tl.static_range(TOGETHER):
                 here = inner < tl.where(first + i < splits, tile_size, 0)
-                at = shares + (first + i) * plane_size
+                at = partial_sums + (first + i) * plane_size
                 few = few + (tl.load(at, here, 0.0, cache_modifier=".cg"),)
             for i in tl.static_range(TOGETHER):
                 total += few[i]
@@ -36,7 +36,7 @@ def add_splits(total, shares, counters, tile, split, splits, block, blocks):
 
 @triton.jit
 def store_result(
-    y, bias, inverse, about, total, part, block, blocks, rows, outputs, BIAS: tl.constexpr
+    y, bias, x_scale, about, total, part, block, blocks, rows, outputs, BIAS: tl.constexpr
 ):
     """Undo the scaling of x, add the bias and write total, [rows of the weight, rows of x]."""
     BLOCK_N: tl.constexpr = total.shape[0]
@@ -45,7 +45,7 @@ def store_result(
     inside = inner < tl.load(about + 2)
     n = tl.load(about + 1) + inner
     m = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    total *= tl.load(inverse + part * blocks * BLOCK_M + m)[None, :]
+    total *= tl.load(x_scale + part * blocks * BLOCK_M + m)[None, :]
     if BIAS:
         total += tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)[:, None]
     # 32 bits do for a few hundred rows; as many 64-bit offsets would not fit into registers.

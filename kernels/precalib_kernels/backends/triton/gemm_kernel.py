@@ -16,15 +16,15 @@ import triton.language as tl
 from precalib_kernels.backends.triton import memory_layout
 from precalib_kernels.backends.triton.decode import (
     chain_classes,
-    chain_halves,
+    decode_chain,
     nibble_tile,
     side_by_side,
     split_tiles,
 )
 from precalib_kernels.backends.triton.gemm_epilogue import add_splits, store_result
-from precalib_kernels.backends.triton.gemm_salient import add_salient, picked_columns
+from precalib_kernels.backends.triton.gemm_salient import add_salient, gathered_columns
 from precalib_kernels.backends.triton.gemm_scales import (
-    group_lines,
+    group_affine,
     group_scale,
     group_unit,
     one_unit,
@@ -32,21 +32,21 @@ from precalib_kernels.backends.triton.gemm_scales import (
     unit_ratio,
 )
 
-PICKS = tl.constexpr(memory_layout.PICKS)
+SALIENT_CHUNK = tl.constexpr(memory_layout.SALIENT_CHUNK)
 
 
 @triton.jit(
     do_not_specialize=["rows", "outputs", "steps"],  # padded_rows is known to be a multiple of 64
     do_not_specialize_on_alignment=["y", "bias"],
 )
-def product_kernel(
+def gemm_kernel(
     y,  # out: [rows, outputs]
     bias,  # [outputs], or anything
     words,  # int16 [steps, TILES, padded_rows, 16]
     group_data,  # int32 [groups, padded_rows], see `pack.group_data`
-    positions,  # uint8 [rounds * PICKS / 4, padded_rows, 4]
-    values,  # float16 [rounds * PICKS / 4, padded_rows, 4]
-    lines,  # float16 [groups, padded_rows, 2]
+    positions,  # uint8 [rounds * SALIENT_CHUNK / 4, padded_rows, 4]
+    values,  # float16 [rounds * SALIENT_CHUNK / 4, padded_rows, 4]
+    affine,  # float16 [groups, padded_rows, 2]
     row_unit,  # float32 [padded_rows]
     salient_unit,  # float32 [padded_rows]
     table,  # uint8
@@ -54,10 +54,10 @@ def product_kernel(
     tiles,  # int32 [padded_rows / 64, 4]
     dots,  # float16 [parts, blocks, steps * STEP / 16, BLOCK_M, 16]
     by_column,  # float16 [parts, blocks, columns of whole rounds, BLOCK_M]
-    start,  # float32 [parts, blocks, groups, BLOCK_M]
-    sums,  # float32 [parts, blocks, groups, BLOCK_M]
-    inverse,  # float32 [parts, blocks * BLOCK_M]
-    shares,  # workspace: float32 [splits, blocks, padded_rows, BLOCK_M]
+    offset_terms,  # float32 [parts, blocks, groups, BLOCK_M]
+    group_sums,  # float32 [parts, blocks, groups, BLOCK_M]
+    x_scale,  # float32 [parts, blocks * BLOCK_M]
+    partial_sums,  # workspace: float32 [splits, blocks, padded_rows, BLOCK_M]
     counters,  # workspace: int32 [blocks, tiles], zero
     rows,  # M
     outputs,  # N
@@ -65,7 +65,7 @@ def product_kernel(
     steps,
     BITS: tl.constexpr,
     MODE: tl.constexpr,
-    IN_PLACE: tl.constexpr,
+    INLINE: tl.constexpr,
     GROUP: tl.constexpr,
     STEP: tl.constexpr,
     TILES: tl.constexpr,
@@ -84,7 +84,7 @@ def product_kernel(
     SPARE: tl.constexpr,
 ):
     """Program (tile, share of the steps, block of x)."""
-    CODES: tl.constexpr = TILES - IN_PLACE  # tiles of codes
+    CODES: tl.constexpr = TILES - INLINE  # tiles of codes
     GROUPS: tl.constexpr = STEP // GROUP
     # Columns of a product: two to a step make Triton give every warp rows of its own on sm_80.
     DEPTH: tl.constexpr = min(GROUP, 64 * J if BLOCK_M < 32 else 64)
@@ -109,15 +109,17 @@ def product_kernel(
     dots += plane * (steps * STEP * BLOCK_M) + m[None, :] * 16
     k = tl.arange(0, DEPTH)[:, None]
     dots += k // 16 * (16 * BLOCK_M) + k % 16
-    start += plane * (steps * GROUPS * BLOCK_M)
-    sums += plane * (steps * GROUPS * BLOCK_M)
+    offset_terms += plane * (steps * GROUPS * BLOCK_M)
+    group_sums += plane * (steps * GROUPS * BLOCK_M)
 
-    share = tl.cdiv(steps, splits)
+    steps_per_split = tl.cdiv(steps, splits)
     total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     if RUNNING:
         unit = one_unit(n, LOG8)
     for step in tl.range(
-        split * share, tl.minimum(split * share + share, steps), num_stages=STAGES
+        split * steps_per_split,
+        tl.minimum(split * steps_per_split + steps_per_split, steps),
+        num_stages=STAGES,
     ):
         here = words + step * TILES * padded_rows * 16
         held = split_tiles(here, padded_rows * 16, BITS, SPARE)
@@ -125,19 +127,21 @@ def product_kernel(
         partial, data = total, n
         for chain in tl.static_range(STEP // 64 // J):
             group = step * GROUPS + chain * J * 64 // GROUP
-            carry = n
-            line = ()
+            state = n
+            affine_terms = ()
             if MODE == "trellis":  # a chain is a group
                 data = tl.load(group_data + group * padded_rows + n)
-                carry = (data >> 16).to(tl.int16)
-            if IN_PLACE:
-                carry = chain_classes(here, padded_rows * 16, chain, CODES, ASM)
-                line = group_lines(lines, group * padded_rows + n, padded_rows, GROUP, MODE)
+                state = (data >> 16).to(tl.int16)
+            if INLINE:
+                state = chain_classes(here, padded_rows * 16, chain, CODES, ASM)
+                affine_terms = group_affine(
+                    affine, group * padded_rows + n, padded_rows, GROUP, MODE
+                )
             first = nibble_tile(here, padded_rows * 16, held, chain * J, BITS)
             second = nibble_tile(here, padded_rows * 16, held, chain * J + J - 1, BITS)
-            halves = chain_halves(
-                first, second, carry, line,
-                low, high, ones, shift, table, BITS, MODE, IN_PLACE, J, ASM, REGISTERS,
+            decoded = decode_chain(
+                first, second, state, affine_terms,
+                low, high, ones, shift, table, BITS, MODE, INLINE, J, ASM, REGISTERS,
             )  # fmt: skip
             for piece in tl.static_range(PIECES):
                 first_column = (chain * PIECES + piece) * DEPTH
@@ -147,19 +151,19 @@ def product_kernel(
                         data = tl.load(group_data + current * padded_rows + n)
                     begin = tl.zeros((BLOCK_M,), tl.float32)
                     if OFFSET != 0:
-                        begin = tl.load(start + current * BLOCK_M + m)
+                        begin = tl.load(offset_terms + current * BLOCK_M + m)
                     if RUNNING:
-                        before, unit = unit, group_unit(scale_of(data, LOG8), LOG8, IN_PLACE)
+                        before, unit = unit, group_unit(scale_of(data, LOG8), LOG8, INLINE)
                         ratio = unit_ratio(before, unit, LOG8, ASM != "")
                         partial = total * ratio[:, None] + begin[None, :]
                     else:
                         partial = tl.broadcast_to(begin[None, :], (BLOCK_N, BLOCK_M))
                     if ZEROS:
                         zero = (data >> 16).to(tl.float32)
-                        sum = tl.load(sums + current * BLOCK_M + m)
+                        sum = tl.load(group_sums + current * BLOCK_M + m)
                         partial -= zero[:, None] * sum[None, :]
                 ready = tl.load(step_dots + first_column * BLOCK_M)
-                left = side_by_side(halves, piece * DEPTH // 16, DEPTH // 16)
+                left = side_by_side(decoded, piece * DEPTH // 16, DEPTH // 16)
                 partial = tl.dot(left, ready, partial)
                 if (first_column + DEPTH) % GROUP == 0:
                     if RUNNING:
@@ -167,9 +171,12 @@ def product_kernel(
                     else:
                         total += partial * group_scale(scale_of(data, LOG8), LOG8)[:, None]
     if RUNNING:  # registers are short
-        tile, split = again(tile, "ctaid.x", ASM), again(split, "ctaid.y", ASM)
-        block, blocks = again(block, "ctaid.z", ASM), again(blocks, "nctaid.z", ASM)
-        splits = again(splits, "nctaid.y", ASM)
+        tile, split = reread_register(tile, "ctaid.x", ASM), reread_register(split, "ctaid.y", ASM)
+        block, blocks = (
+            reread_register(block, "ctaid.z", ASM),
+            reread_register(blocks, "nctaid.z", ASM),
+        )
+        splits = reread_register(splits, "nctaid.y", ASM)
         about = tiles + tile * (BLOCK_N // 64) * 4
         plane = part * blocks + block
         n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -177,20 +184,20 @@ def product_kernel(
     total *= tl.load(row_unit + n)[:, None]
     if SLOTS > 0:
         total = add_salient(
-            total, n, by_column + plane * picked_columns(steps * GROUPS, GROUP, SLOTS) * BLOCK_M,
-            positions, values, salient_unit, tl.cdiv(steps * GROUPS * SLOTS, PICKS), split, splits,
-            padded_rows, GROUP, SLOTS, ASM,
+            total, n, by_column + plane * gathered_columns(steps * GROUPS, GROUP, SLOTS) * BLOCK_M,
+            positions, values, salient_unit, tl.cdiv(steps * GROUPS * SLOTS, SALIENT_CHUNK),
+            split, splits, padded_rows, GROUP, SLOTS, ASM,
         )  # fmt: skip
     if SPLIT:
-        total, last = add_splits(total, shares, counters, tile, split, splits, block, blocks)
+        total, last = add_splits(total, partial_sums, counters, tile, split, splits, block, blocks)
         if last:
-            store_result(y, bias, inverse, about, total, part, block, blocks, rows, outputs, BIAS)
+            store_result(y, bias, x_scale, about, total, part, block, blocks, rows, outputs, BIAS)
     else:
-        store_result(y, bias, inverse, about, total, part, block, blocks, rows, outputs, BIAS)
+        store_result(y, bias, x_scale, about, total, part, block, blocks, rows, outputs, BIAS)
 
 
 @triton.jit
-def again(number, REGISTER: tl.constexpr, ASM: tl.constexpr):
+def reread_register(number, REGISTER: tl.constexpr, ASM: tl.constexpr):
     """A special register's number, read once more, so that nothing holds it in between."""
     if ASM != "":
         number = tl.inline_asm_elementwise(

@@ -5,14 +5,14 @@ import triton.language as tl
 
 from precalib_kernels.backends.triton import memory_layout
 
-PICKS = tl.constexpr(memory_layout.PICKS)
-SLOT_ROUNDS = tl.constexpr(memory_layout.SLOT_ROUNDS)
+SALIENT_CHUNK = tl.constexpr(memory_layout.SALIENT_CHUNK)
+SALIENT_UNROLL = tl.constexpr(memory_layout.SALIENT_UNROLL)
 
 
 @triton.jit
-def picked_columns(groups, GROUP: tl.constexpr, SLOTS: tl.constexpr):
+def gathered_columns(groups, GROUP: tl.constexpr, SLOTS: tl.constexpr):
     """Columns that the slots of whole rounds can reach, those of `groups` groups or more."""
-    return tl.cdiv(tl.cdiv(groups * SLOTS, PICKS) * PICKS, SLOTS) * GROUP
+    return tl.cdiv(tl.cdiv(groups * SLOTS, SALIENT_CHUNK) * SALIENT_CHUNK, SLOTS) * GROUP
 
 
 @triton.jit
@@ -33,26 +33,26 @@ def add_salient(
     # Zeros, which Triton does not know: so it spreads words over a row's threads, not bytes.
     half = tl.arange(0, HALF)
     nothing = (half // HALF)[None, :]
-    share = tl.cdiv(rounds, splits)
+    rounds_per_split = tl.cdiv(rounds, splits)
     for turn in tl.range(
-        split * share,
-        tl.minimum(split * share + share, rounds),
-        loop_unroll_factor=SLOT_ROUNDS if BLOCK_M <= 16 else 1,
+        split * rounds_per_split,
+        tl.minimum(split * rounds_per_split + rounds_per_split, rounds),
+        loop_unroll_factor=SALIENT_UNROLL if BLOCK_M <= 16 else 1,
     ):
         # A few products are added up in fp16, two at a time, then in float32.
         few = tl.zeros((BLOCK_N, HALF), tl.float16)
         more = few  # the other half of the columns
-        for i in tl.static_range(PICKS):
+        for i in tl.static_range(SALIENT_CHUNK):
             if i % 4 == 0:
-                at = (turn * (PICKS // 4) + i // 4) * padded_rows + n
+                at = (turn * (SALIENT_CHUNK // 4) + i // 4) * padded_rows + n
                 places = tl.load(positions + at)[:, None] + nothing
                 four = tl.load(values + at)[:, None] + nothing
             base = by_column + slot_group(turn, i, SLOTS) * (GROUP * BLOCK_M) + half[None, :]
-            picked = pick(base, places, i % 4, BLOCK_M, ASM != "")
+            gathered = gather_pointers(base, places, i % 4, BLOCK_M, ASM != "")
             value = (four >> 16 * (i % 4)).to(tl.int16).to(tl.float16, bitcast=True)
-            few = multiply_add(tl.load(picked), value, few, ASM != "")
+            few = multiply_add(tl.load(gathered), value, few, ASM != "")
             if HALF < BLOCK_M:
-                more = multiply_add(tl.load(picked + HALF), value, more, ASM != "")
+                more = multiply_add(tl.load(gathered + HALF), value, more, ASM != "")
         if HALF < BLOCK_M:
             both = tl.permute(tl.join(few, more), (0, 2, 1))
             total += tl.reshape(both, (BLOCK_N, BLOCK_M)).to(tl.float32) * slot_unit[:, None]
@@ -63,16 +63,18 @@ def add_salient(
 
 @triton.jit
 def slot_group(turn, SLOT: tl.constexpr, SLOTS: tl.constexpr):
-    """Group of slot PICKS · turn + SLOT of a row."""
-    if PICKS % SLOTS == 0:
-        group = turn * (PICKS // SLOTS) + SLOT // SLOTS
+    """Group of slot SALIENT_CHUNK · turn + SLOT of a row."""
+    if SALIENT_CHUNK % SLOTS == 0:
+        group = turn * (SALIENT_CHUNK // SLOTS) + SLOT // SLOTS
     else:
-        group = (turn * PICKS + SLOT) // SLOTS
+        group = (turn * SALIENT_CHUNK + SLOT) // SLOTS
     return group
 
 
 @triton.jit
-def pick(base, places, BYTE: tl.constexpr, STRIDE: tl.constexpr, ASSEMBLER: tl.constexpr):
+def gather_pointers(
+    base, places, BYTE: tl.constexpr, STRIDE: tl.constexpr, ASSEMBLER: tl.constexpr
+):
     """Pointers base [1, columns] moved by STRIDE times byte BYTE of places [rows, columns].
 
     The assembler saves two of five instructions that Triton would make of it.

@@ -5,19 +5,19 @@ import triton.language as tl
 
 
 @triton.jit
-def group_lines(lines, at, rows, GROUP: tl.constexpr, MODE: tl.constexpr):
+def group_affine(affine, at, rows, GROUP: tl.constexpr, MODE: tl.constexpr):
     """Slope and offset for each of a tile's four dots, from the `lines` of its group or two."""
-    first = line_pair(lines, at, MODE)
+    first = affine_pair(affine, at, MODE)
     second = first
     if GROUP == 32:
-        second = line_pair(lines, at + rows, MODE)
+        second = affine_pair(affine, at + rows, MODE)
     return first + second
 
 
 @triton.jit
-def line_pair(lines, at, MODE: tl.constexpr):
+def affine_pair(affine, at, MODE: tl.constexpr):
     """Those of an even dot and an odd one, where codes, and uniform levels, count sixteenfold."""
-    both = tl.load(lines.to(tl.pointer_type(tl.int32)) + at)
+    both = tl.load(affine.to(tl.pointer_type(tl.int32)) + at)
     slope = both.to(tl.int16).to(tl.float16, bitcast=True)
     offset = (both >> 16).to(tl.int16).to(tl.float16, bitcast=True)
     if MODE == "uniform":
@@ -28,7 +28,7 @@ def line_pair(lines, at, MODE: tl.constexpr):
 
 
 @triton.jit
-def group_unit(scale, LOG8: tl.constexpr, IN_PLACE: tl.constexpr):
+def group_unit(scale, LOG8: tl.constexpr, INLINE: tl.constexpr):
     """What sums of a group are counted in: a factor, or its logarithm to base 2 if LOG8.
 
     A scale of zero counts 2**-60, so that a quotient by it is finite; rows of nothing else have
@@ -36,7 +36,7 @@ def group_unit(scale, LOG8: tl.constexpr, IN_PLACE: tl.constexpr):
     """
     if LOG8:
         unit = tl.where(scale == 255, -60.0, scale.to(tl.float32) * -0.0625)
-    elif IN_PLACE:
+    elif INLINE:
         unit = scale.to(tl.float32)
     else:
         factor = scale.to(tl.float32)

@@ -23,7 +23,7 @@ class Blocks:
     block_m: int
     warps: int
     stages: int
-    waves: int
+    programs_per_sm: int
     registers: int | None = None
 
     @property
@@ -80,9 +80,9 @@ def blocks_for(family: str, rows: int, step: int) -> Blocks | None:
 
 def splits(blocks: Blocks, tiles: int, row_blocks: int, steps: int, processors: int) -> int:
     """Programs that share the steps of one tile, so that every multiprocessor has work."""
-    wanted = blocks.waves * processors // max(1, tiles * row_blocks)
-    share = -(-steps // max(1, min(wanted, steps)))
-    return -(-steps // share)  # no program without a step
+    wanted = blocks.programs_per_sm * processors // max(1, tiles * row_blocks)
+    steps_each = -(-steps // max(1, min(wanted, steps)))
+    return -(-steps // steps_each)  # no program without a step
 
 
 @dataclasses.dataclass(frozen=True)

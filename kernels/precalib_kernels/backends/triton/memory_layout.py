@@ -31,9 +31,9 @@ from precalib_kernels.format.layout import Layout
 
 ROWS = 64  # rows of a tile; parts are padded to it
 DOT = 16  # columns of one dot
-PICKS = 8  # slots of a round: products of a row's salient weights that are added up in fp16
-SLOT_ROUNDS = 4  # rounds whose loads are in flight together, for few rows of x
-TINY = 2.0**-24  # fp16's smallest number; the bits of a small number of them are that number
+SALIENT_CHUNK = 8  # slots of a round: products of a row's salient weights that are added up in fp16
+SALIENT_UNROLL = 4  # rounds whose loads are in flight together, for few rows of x
+SUBNORMAL = 2.0**-24  # fp16's smallest number; the bits of a small number of them are that number
 Mode = Literal["uniform", "table", "trellis"]
 
 
@@ -41,35 +41,35 @@ Mode = Literal["uniform", "table", "trellis"]
 class TritonLayout:
     """Constants of a layout's in-memory form; what a kernel is compiled for.
 
-    bits, group: as in the layout.
-    mode:        how codes become levels.
-    in_place:    whether salient weights stay in place.
-    table:       entries of the lookup, one byte each, in the order of stored codes.
-    offset:      a decoded half at level zero.
-    level_step:  levels per unit of a decoded half.
-    slots:       places for salient weights in a group.
-    log8:        whether scales are bytes.
+    bits, group:      as in the layout.
+    mode:             how codes become codebook entries.
+    inline_salient:   whether salient weights stay among the base codes, with a class bit each.
+    table:            codebook in memory, one byte an entry, in the order of stored codes.
+    offset:           decoded fp16 value of a codebook entry of zero.
+    entries_per_unit: codebook units per unit of a decoded fp16 value.
+    slots:            places for salient weights in a group.
+    log8:             whether scales are bytes.
     """
 
     bits: int
     group: int
     mode: Mode
-    in_place: bool
+    inline_salient: bool
     table: tuple[int, ...]
     offset: float
-    level_step: float
+    entries_per_unit: float
     slots: int
     log8: bool
 
     @property
     def step(self) -> int:
         """Columns of one step of the main loop."""
-        return 256 if self.bits == 3 or self.in_place else 128
+        return 256 if self.bits == 3 or self.inline_salient else 128
 
     @property
     def stored_tiles(self) -> int:
         """Tiles of int16 words stored for one step, the classes included."""
-        return self.step * self.bits // 256 + self.in_place
+        return self.step * self.bits // 256 + self.inline_salient
 
     @property
     def chain_tiles(self) -> int:
@@ -86,18 +86,18 @@ class TritonLayout:
         return -(-input_size // self.step)
 
     def rounds(self, input_size: int) -> int:
-        """Rounds of PICKS that hold all slots of a row."""
-        return -(-self.steps(input_size) * self.step // self.group * self.slots // PICKS)
+        """Rounds of SALIENT_CHUNK that hold all slots of a row."""
+        return -(-self.steps(input_size) * self.step // self.group * self.slots // SALIENT_CHUNK)
 
-    def picked_columns(self, input_size: int) -> int:
+    def gathered_columns(self, input_size: int) -> int:
         """Columns that the slots of whole rounds can reach; as many as the steps have, or more."""
         if not self.slots:
             return self.steps(input_size) * self.step
-        return -(-self.rounds(input_size) * PICKS // self.slots) * self.group
+        return -(-self.rounds(input_size) * SALIENT_CHUNK // self.slots) * self.group
 
     def bits_per_weight(self, input_size: int) -> float:
         """Bits read per weight of a long row: words and what a group has besides."""
-        side = 32 + 32 * self.in_place
+        side = 32 + 32 * self.inline_salient
         columns = self.steps(input_size) * self.step
         words = 256 * self.stored_tiles / self.step
         return (words + (side + 24 * self.slots) / self.group) * columns / input_size
@@ -126,7 +126,7 @@ def reason_against(layout: Layout) -> str | None:
     return None
 
 
-def stays_in_place(layout: Layout) -> bool:
+def keeps_salient_inline(layout: Layout) -> bool:
     """Whether salient weights stay in place: where it can be done and takes less memory.
 
     It takes a bit per weight and two halves per group, where a place takes 24 bits: from 7 places
@@ -156,28 +156,28 @@ def triton_layout(layout: Layout) -> TritonLayout:
 
     fp16 0x6400 + byte is 1024 + byte; bytes of a table are 128 + level. A trellis has 7-bit bytes
     63.5 + level / 2, of which bit 7 is set as well. In place a half has room for salient weights,
-    too: it counts TINYs, four to a uniform level, or a table's levels from its least one.
+    too: it counts subnormal units, four to a uniform level, or a table's levels from its least one.
     """
-    levels, placed = layout.codebook_values, stays_in_place(layout)
+    levels, placed = layout.codebook_values, keeps_salient_inline(layout)
     mode: Mode = "uniform" if layout.uniform else "trellis" if layout.trellis else "table"
     table: tuple[int, ...] = ()
-    offset, level_step = 1024.0, 1.0
+    offset, entries_per_unit = 1024.0, 1.0
     if mode == "trellis":
         top = layout.bits - 1  # the bit of a stored code that carries u
         codes = [
             (code << 1 | code >> top) & (2**layout.bits - 1) for code in range(len(levels) // 2)
         ]
         table = tuple((levels[2 * code] + 127) // 2 for code in codes)
-        offset, level_step = 1215.5, 2.0
+        offset, entries_per_unit = 1215.5, 2.0
     elif mode == "table" and placed:
         spacing = _spacing(levels)
         table = tuple((level - min(levels)) // spacing for level in levels)
-        offset, level_step = -min(levels) / spacing * TINY, spacing / TINY
+        offset, entries_per_unit = -min(levels) / spacing * SUBNORMAL, spacing / SUBNORMAL
     elif mode == "table":
         table, offset = tuple(level + 128 for level in levels), 1152.0
     elif placed:
-        offset, level_step = 0.0, 1 / (4 * TINY)
+        offset, entries_per_unit = 0.0, 1 / (4 * SUBNORMAL)
     return TritonLayout(
-        layout.bits, layout.group_size, mode, placed, table, offset, level_step,
+        layout.bits, layout.group_size, mode, placed, table, offset, entries_per_unit,
         0 if placed else layout.salient_count, layout.scale == "log8",
     )  # fmt: skip

@@ -59,7 +59,7 @@ def _gpu_linear(
     if blocks is None:
         y = by_panels(flat, arrays, bias, parsed, shard_sizes)
     else:
-        y = product(flat, arrays, bias, parsed, shard_sizes, blocks)
+        y = gemm(flat, arrays, bias, parsed, shard_sizes, blocks)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -80,7 +80,7 @@ def _gpu_dequantize(
 torch.library.register_kernel("precalib::gpu_dequantize", None, _gpu_dequantize)
 
 
-def product(
+def gemm(
     x: Tensor,
     arrays: Mapping[str, Tensor],
     bias: Tensor | None,
@@ -90,7 +90,7 @@ def product(
 ) -> Tensor:
     """x [M, K] times Ŵᵀ by the fused kernel, cut up as `blocks` says."""
     from precalib_kernels.backends.triton.activation_kernel import prepare_kernel
-    from precalib_kernels.backends.triton.gemm_kernel import product_kernel
+    from precalib_kernels.backends.triton.gemm_kernel import gemm_kernel
 
     form = triton_layout(layout)
     x = x if x.stride(-1) == 1 else x.contiguous()
@@ -102,34 +102,38 @@ def product(
     block_n = blocks.block_n if fits else ROWS  # a program stays within one part
     row_blocks = -(-rows // blocks.block_m)
     tiles = padded_rows // block_n
-    share = splits(blocks, tiles, row_blocks, steps, processors(device))
+    split_count = splits(blocks, tiles, row_blocks, steps, processors(device))
 
     plane = (parts, row_blocks)
     half = functools.partial(torch.empty, dtype=torch.float16, device=device)
     single = functools.partial(torch.empty, dtype=torch.float32, device=device)
     dots = half((*plane, whole, blocks.block_m))
-    picked = form.picked_columns(columns)
-    by_column = half((*plane, picked, blocks.block_m)) if form.slots else dots
-    start, sums = single((2, *plane, whole // form.group, blocks.block_m))
-    inverse = single((*plane, blocks.block_m))
-    shares = single((share, row_blocks, padded_rows, blocks.block_m)) if share > 1 else inverse
+    gathered = form.gathered_columns(columns)
+    by_column = half((*plane, gathered, blocks.block_m)) if form.slots else dots
+    offset_terms, group_sums = single((2, *plane, whole // form.group, blocks.block_m))
+    x_scale = single((*plane, blocks.block_m))
+    partial_sums = (
+        single((split_count, row_blocks, padded_rows, blocks.block_m))
+        if split_count > 1
+        else x_scale
+    )
     counters = torch.empty(row_blocks * tiles, dtype=torch.int32, device=device)
     y = x.new_empty((rows, sum(shard_sizes)))
 
     block_k, row_block = prepare_blocks(blocks.block_m, whole)
-    prepare_kernel[(row_blocks * blocks.block_m, parts, -(-max(whole, picked) // block_k))](
-        x, arrays.get("column_scale", x), dots, by_column, start, sums, inverse, counters,
-        counters.numel(), rows, columns, whole, picked, x.stride(0),
-        OFFSET=form.offset, LEVEL_STEP=form.level_step, GROUP=form.group, MODE=form.mode,
-        J=form.chain_tiles, SCALED=layout.column_scale, BY_COLUMN=form.slots > 0,
+    prepare_kernel[(row_blocks * blocks.block_m, parts, -(-max(whole, gathered) // block_k))](
+        x, arrays.get("column_scale", x), dots, by_column, offset_terms, group_sums, x_scale,
+        counters, counters.numel(), rows, columns, whole, gathered, x.stride(0),
+        OFFSET=form.offset, ENTRIES_PER_UNIT=form.entries_per_unit, GROUP=form.group,
+        MODE=form.mode, J=form.chain_tiles, SCALED=layout.column_scale, BY_COLUMN=form.slots > 0,
         BLOCK_M=blocks.block_m, BLOCK_K=block_k, ROW_BLOCK=row_block, num_warps=PREPARE_WARPS,
     )  # fmt: skip
-    product_kernel[(tiles, share, row_blocks)](
+    gemm_kernel[(tiles, split_count, row_blocks)](
         y, x if bias is None else bias, **_arguments(arrays),
-        dots=dots, by_column=by_column, start=start, sums=sums, inverse=inverse,
-        shares=shares, counters=counters, rows=rows, outputs=y.shape[1],
-        padded_rows=padded_rows, steps=steps,
-        BIAS=bias is not None, SPLIT=share > 1, BLOCK_N=block_n, BLOCK_M=blocks.block_m,
+        dots=dots, by_column=by_column, offset_terms=offset_terms, group_sums=group_sums,
+        x_scale=x_scale, partial_sums=partial_sums, counters=counters, rows=rows,
+        outputs=y.shape[1], padded_rows=padded_rows, steps=steps,
+        BIAS=bias is not None, SPLIT=split_count > 1, BLOCK_N=block_n, BLOCK_M=blocks.block_m,
         STAGES=blocks.stages, **blocks.options, **specialization(form),
     )  # fmt: skip
     return y
@@ -154,7 +158,7 @@ def panel(
     dequantize_kernel[(last - first, steps)](
         weight, **_arguments(arrays), column_scale=arrays.get("column_scale", weight),
         first_tile=first, columns=weight.shape[1], padded_rows=padded_rows,
-        SCALED=layout.column_scale, LEVEL_STEP=form.level_step, IN_DOTS=in_dots,
+        SCALED=layout.column_scale, ENTRIES_PER_UNIT=form.entries_per_unit, IN_DOTS=in_dots,
         num_warps=DEQUANTIZE_WARPS, **specialization(form),
     )  # fmt: skip
 
@@ -216,7 +220,7 @@ def specialization(form: TritonLayout, assembler: bool | None = None) -> dict[st
     return {
         "BITS": form.bits,
         "MODE": form.mode,
-        "IN_PLACE": form.in_place,
+        "INLINE": form.inline_salient,
         "GROUP": form.group,
         "STEP": form.step,
         "TILES": form.stored_tiles,
@@ -248,7 +252,7 @@ def _arguments(arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
         "group_data": arrays["group_data"],
         "positions": arrays.get("salient_positions", absent),
         "values": arrays.get("salient_values", absent),
-        "lines": arrays.get("salient_lines", absent),
+        "affine": arrays.get("salient_affine", absent),
         "row_unit": arrays["row_unit"],
         "salient_unit": arrays.get("salient_unit", absent),
         "table": arrays["table"],

@@ -11,9 +11,9 @@ from torch.nn.functional import pad
 from precalib_kernels.backends.triton.decode_ptx import constants
 from precalib_kernels.backends.triton.memory_layout import (
     DOT,
-    PICKS,
     ROWS,
-    TINY,
+    SALIENT_CHUNK,
+    SUBNORMAL,
     TritonLayout,
     padded,
     triton_layout,
@@ -24,7 +24,7 @@ from precalib_kernels.format.layout import Layout
 
 CHUNK_WEIGHTS = 1 << 22  # weights changed at a time; the index form takes several bytes each
 VALUE_LIMIT = 4.0  # largest salient value of a row, so that eight times 2**10 fit float16
-PICKED_SCALE = 32.0  # by how much `activations` divides what salient weights pick
+GATHER_SCALE = 32.0  # by how much `activations` divides what salient weights pick
 LEAST_UNIT = 2.0**-19  # of a row's largest salient weight, in place; float16 holds the quotients
 
 
@@ -45,7 +45,7 @@ def repack(
     slots of whole rounds; row_unit, salient_unit [R] float32;
     column_scale [parts, K] float16; table uint8 and constants [4, 16] int16 for the
     lookup; tiles [R / 64, 4] int32: part, first row of the result, rows left in the part, 0.
-    In place, salient_lines [G, R, 2] float16 stands for the three arrays salient_….
+    In place, salient_affine [G, R, 2] float16 stands for the three arrays salient_….
 
     Raises FormatError that begins with `where` for positions out of range.
     """
@@ -89,11 +89,11 @@ def _empty(
         "group_data": new((groups, rows), dtype=torch.int32),
         "row_unit": new(rows, dtype=torch.float32),
     }
-    if form.in_place:
+    if form.inline_salient:
         result["group_data"].fill_(0x3C00)  # float16's one: no scale is zero, see group_unit
-        result["salient_lines"] = new((groups, rows, 2), dtype=torch.float16)
+        result["salient_affine"] = new((groups, rows, 2), dtype=torch.float16)
     if form.slots:
-        fours = form.rounds(input_size) * PICKS // 4
+        fours = form.rounds(input_size) * SALIENT_CHUNK // 4
         result["salient_positions"] = new((fours, rows, 4), dtype=torch.uint8)
         result["salient_values"] = new((fours, rows, 4), dtype=torch.float16)
         result["salient_unit"] = new(rows, dtype=torch.float32)
@@ -112,23 +112,23 @@ def _fill(
     columns = form.steps(input_size) * form.step
     groups = layout.groups(input_size)
     codes, salient = unpack_bits(tensors["qweight"], form.bits, input_size), None
-    if form.in_place:
+    if form.inline_salient:
         tensors, codes, salient, lines = two_grids(tensors, codes, layout, input_size, where)
-        result["salient_lines"][:groups, rows] = lines
+        result["salient_affine"][:groups, rows] = lines
         salient = pad(salient, (0, columns - input_size))
     fields, carry = stored_codes(pad(codes, (0, columns - input_size)), form)
     result["qweight"][:, :, rows] = pack_words(fields, form, salient)
     result["group_data"][:groups, rows] = group_data(tensors, carry, groups).T
     unit = tensors["row_scale"][:, 0].float() if form.log8 else torch.ones_like(codes[:, 0]).float()
     nothing = (tensors["scales"] == (255 if form.log8 else 0)).all(1)  # see gemm_kernel.group_unit
-    result["row_unit"][rows] = unit * form.level_step / layout.codebook_limit * ~nothing
+    result["row_unit"][rows] = unit * form.entries_per_unit / layout.codebook_limit * ~nothing
     if form.slots:
         base = reference.base_values(tensors, layout, input_size)
         positions, values, salient_unit = salient_slots(tensors, base, layout, input_size, where)
         for name, slots in (("salient_positions", positions), ("salient_values", values)):
             filled = pad(slots.flatten(1), (0, 4 * len(result[name]) - slots[0].numel()))
             result[name][:, rows] = filled.view(len(filled), -1, 4).transpose(0, 1)
-        result["salient_unit"][rows] = salient_unit * PICKED_SCALE
+        result["salient_unit"][rows] = salient_unit * GATHER_SCALE
 
 
 def group_data(tensors: Mapping[str, Tensor], carry: Tensor | None, groups: int) -> Tensor:
@@ -187,7 +187,7 @@ def pack_words(fields: Tensor, form: TritonLayout, salient: Tensor | None = None
     """
     rows, dots, _ = fields.shape
     tiles = fields.view(rows, dots // 4, 4, DOT).int()
-    if form.mode == "uniform" or form.in_place:
+    if form.mode == "uniform" or form.inline_salient:
         nibbles = tiles.permute(0, 1, 3, 2)  # nibble i of word r: code r of dot i
     else:  # nibble 2i + h of pair w: code 2w + h of dot i
         pairs = tiles.view(rows, -1, 4, 8, 2).permute(0, 1, 3, 2, 4)
@@ -235,10 +235,11 @@ def two_grids(
     """Weights whose salient ones stay in place: what changes, codes, classes and lines.
 
     codes: uint8 [N, K].
-    lines: float16 [G, N, 2], slope and offset. A salient weight's half is slope · h + offset, h
-           being its code as even dots have it: in TINYs, four to one if levels are uniform.
+    lines: float16 [G, N, 2], slope and offset. A salient weight decodes to slope · h + offset in
+           fp16, h being its code as even dots have it: in subnormal units, four to a code with a
+           uniform codebook.
 
-    A TINY of a half stands for a weight of one unit, which depends on the group's scale. Scales,
+    One subnormal unit stands for a weight of one unit, which depends on the group's scale. Scales,
     and zeros, are returned in `tensors`: a unit below LEAST_UNIT times the largest salient weight
     of its row is raised to that, and base weights are rounded to what their grid has become.
     """
@@ -248,8 +249,10 @@ def two_grids(
     salient = salient.scatter_(1, column, True)[:, :-1]
     step, first = tensors["salient_scale"].double(), tensors["salient_offset"].double()
     largest = torch.maximum(first.abs(), (first + top * step).abs()).maximum(16 * step.abs())
-    of_scale = form.level_step * TINY / layout.codebook_limit  # a unit over its group's scale
-    least = (largest * (LEAST_UNIT / of_scale)).half().clamp(min=TINY)  # float16's smallest
+    of_scale = (
+        form.entries_per_unit * SUBNORMAL / layout.codebook_limit
+    )  # a unit over its group's scale
+    least = (largest * (LEAST_UNIT / of_scale)).half().clamp(min=SUBNORMAL)  # float16's smallest
     raised = tensors["scales"].abs() < least
     scales = torch.where(raised, least, tensors["scales"])
     zeros = tensors["zeros"] if form.zero_points else torch.zeros_like(scales)
@@ -263,10 +266,10 @@ def two_grids(
         nearest = (wanted[moved][:, None] - levels).abs().argmin(1)
         codes = codes.masked_scatter(moved, nearest.to(codes.dtype))
     unit = scales.double() * of_scale
-    zero = form.offset / TINY + zeros.double() / (form.level_step * TINY)
+    zero = form.offset / SUBNORMAL + zeros.double() / (form.entries_per_unit * SUBNORMAL)
     code = 4 if layout.uniform else 1  # what one counts in an even dot
     slope = (step / (code * unit)).half()
     middle = first + step * top / 2  # where rounding the slope does no harm
-    offset = (middle / unit + zero - slope.double() * (code * top / 2)) * TINY
+    offset = (middle / unit + zero - slope.double() * (code * top / 2)) * SUBNORMAL
     changed = {"scales": scales} | ({"zeros": zeros} if form.zero_points else {})
     return {**tensors, **changed}, codes, salient, torch.stack([slope.T, offset.half().T], -1)

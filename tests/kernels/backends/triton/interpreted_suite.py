@@ -19,7 +19,7 @@ from precalib_kernels.backends.base import LinearSpec
 from precalib_kernels.backends.triton import op
 from precalib_kernels.backends.triton.backend import TritonBackend
 from precalib_kernels.backends.triton.launch_configs import Blocks, blocks_for
-from precalib_kernels.backends.triton.memory_layout import TINY, reason_against, triton_layout
+from precalib_kernels.backends.triton.memory_layout import SUBNORMAL, reason_against, triton_layout
 from precalib_kernels.backends.triton.repack import LEAST_UNIT, repack
 from precalib_kernels.format import reference
 from precalib_kernels.format.codebooks import TRELLIS_CODEBOOKS
@@ -86,7 +86,7 @@ def check_product(case: Case, rows: int, dtype=torch.float32, bias=False, blocks
         y = op.gpu_linear(there, case.packed, bias_there, case.parts, text)
     else:
         arrays = dict(zip(op.array_order(case.layout), case.packed, strict=True))
-        y = op.product(there, arrays, bias_there, case.layout, case.parts, blocks)
+        y = op.gemm(there, arrays, bias_there, case.layout, case.parts, blocks)
     assert y.dtype == dtype
     y = y.cpu()
     weight = case.weight()
@@ -112,7 +112,7 @@ def sizes(case: Case) -> tuple[Tensor, Tensor]:
     return base.double().abs(), (case.weight() - base.double()).abs()
 
 
-def in_place_slack(case: Case) -> tuple[Tensor, Tensor]:
+def inline_slack(case: Case) -> tuple[Tensor, Tensor]:
     """By how much a weight may be off [N, K] where salient weights stay in place, and its size.
 
     Salient weights: slope and offset of their line over a code, and the half that they become,
@@ -123,13 +123,13 @@ def in_place_slack(case: Case) -> tuple[Tensor, Tensor]:
     form, top = triton_layout(chosen), 2**chosen.bits - 1
     step, first = tensors["salient_scale"], tensors["salient_offset"]
     largest = torch.maximum(first.abs(), (first + top * step).abs()).maximum(16 * step)
-    of_scale = form.level_step * TINY / chosen.codebook_limit
-    least = (largest * LEAST_UNIT).maximum(torch.tensor(TINY * of_scale)) * 1.001
+    of_scale = form.entries_per_unit * SUBNORMAL / chosen.codebook_limit
+    least = (largest * LEAST_UNIT).maximum(torch.tensor(SUBNORMAL * of_scale)) * 1.001
     own = tensors["scales"].abs() * of_scale
     raised = reference.expand_groups(own < least, chosen, case.columns)
     unit = reference.expand_groups(own.maximum(least), chosen, case.columns)
-    level = unit / (form.level_step * TINY)
-    zero = unit * form.offset / TINY
+    level = unit / (form.entries_per_unit * SUBNORMAL)
+    zero = unit * form.offset / SUBNORMAL
     if form.zero_points:
         zero = zero + level * reference.expand_groups(tensors["zeros"], chosen, case.columns)
     half = (case.weight() + zero).abs()
@@ -141,9 +141,9 @@ def in_place_slack(case: Case) -> tuple[Tensor, Tensor]:
     return torch.where(salient, line, base), zero + half
 
 
-def check_in_place(case: Case, rows: int = 3) -> None:
-    text, (slack, size) = case.layout.to_text(), in_place_slack(case)
-    assert triton_layout(case.layout).in_place
+def check_inline(case: Case, rows: int = 3) -> None:
+    text, (slack, size) = case.layout.to_text(), inline_slack(case)
+    assert triton_layout(case.layout).inline_salient
     weight = op.gpu_dequantize(case.packed, case.columns, case.parts, text, torch.float32)
     weight = weight.cpu()
     assert ((weight.double() - case.weight()).abs() <= slack).all()
@@ -197,13 +197,13 @@ def paper(bits: int, group: int, slots: int, table: str = "uniform") -> Layout:
 @pytest.mark.parametrize("table", TABLE_KINDS)
 def test_salient_weights_in_place(make_case, bits, group, slots, table):
     """Ragged in N and K, fused shards; groups of 32 with nothing but salient weights."""
-    check_in_place(make_case(paper(bits, group, slots, table), [17, 1], 352))
+    check_inline(make_case(paper(bits, group, slots, table), [17, 1], 352))
 
 
 @pytest.mark.parametrize("table", ["uniform", "odd"])
 @pytest.mark.parametrize(("rows", "columns"), [(1, 32), (16, 96), (33, 576), (130, 4160)])
 def test_salient_weights_in_place_for_awkward_shapes(make_case, rows, columns, table):
-    check_in_place(make_case(paper(4, 128, 16, table), [3], columns), rows)
+    check_inline(make_case(paper(4, 128, 16, table), [3], columns), rows)
 
 
 def test_salient_weights_in_place_under_a_column_scale(make_case):
@@ -226,8 +226,8 @@ def test_extremes_in_place(make_case, table):
     change["salient_scale"][8], change["salient_offset"][8] = 4000, -30000
     change["scales"][9] = 60000
     change["scales"][10], change["salient_scale"][10] = 0, 2.0**-24
-    check_in_place(case)
-    check_in_place(case, 40)
+    check_inline(case)
+    check_inline(case, 40)
 
 
 @pytest.mark.parametrize(
@@ -246,10 +246,10 @@ def test_awkward_shapes(make_case, rows, parts, columns, dtype, bias):
 
 
 @pytest.mark.parametrize("waves", [0, 100])
-def test_any_split_gives_the_same_sum(make_case, waves):
+def test_any_split_gives_the_same_sum(make_case, programs_per_sm):
     case = make_case(layout(3, "uniform", 64, 0), [65], 700 // 32 * 32)
-    check_product(case, 5, blocks=Blocks(64, 8, 2, 2, waves))
-    check_product(case, 40, blocks=Blocks(64, 64, 2, 2, waves))
+    check_product(case, 5, blocks=Blocks(64, 8, 2, 2, programs_per_sm))
+    check_product(case, 40, blocks=Blocks(64, 64, 2, 2, programs_per_sm))
 
 
 def test_blocks_of_128_rows(make_case):
@@ -297,8 +297,8 @@ def test_negative_scales(make_case, chosen):
     case = make_case(chosen, [4], 160)
     case.tensors["scales"][:, ::2] *= -1
     for rows in (3, 40):
-        if triton_layout(chosen).in_place:
-            check_in_place(case, rows)
+        if triton_layout(chosen).inline_salient:
+            check_inline(case, rows)
         else:
             check_product(case, rows)
 

@@ -15,7 +15,7 @@ from precalib_kernels.backends.triton.decode_ptx import (
     constraints,
     spare_assembler,
 )
-from precalib_kernels.backends.triton.memory_layout import TINY, triton_layout
+from precalib_kernels.backends.triton.memory_layout import SUBNORMAL, triton_layout
 from precalib_kernels.backends.triton.repack import repack
 from precalib_kernels.format.layout import Layout
 from precalib_kernels.format.reference import codebook_index, expand_groups, salient_codes
@@ -98,20 +98,20 @@ def decoded(arrays, form, steps: int) -> torch.Tensor:
     text, tiles, rows = assembler(form), form.chain_tiles, []
     for step in range(steps):
         words = [registers(tile) for tile in arrays["qweight"][step, :, 0]]
-        classes = words.pop() if form.in_place else None
+        classes = words.pop() if form.inline_salient else None
         if form.bits < 4:
             spare = spare_assembler(form.bits)
             words.append([run(spare, 1, list(pair))[0] for pair in zip(*words, strict=True)])
         for chain in range(0, form.step // 64, tiles):
             group = (step * form.step + chain * 64) // form.group
-            halves = []
+            decoded = []
             for r in range(8):
                 inputs = []
                 if form.mode != "uniform":
-                    count = 3 + (form.mode == "trellis") - form.in_place
+                    count = 3 + (form.mode == "trellis") - form.inline_salient
                     inputs = [row[r] for row in constants(form)[:count]]
-                if form.in_place:
-                    lines = arrays["salient_lines"][group : group + 2, 0]
+                if form.inline_salient:
+                    lines = arrays["salient_affine"][group : group + 2, 0]
                     lines = lines[[0, 0, 1, 1] if form.group == 32 else [0] * 4].clone()
                     lines[1::2] *= torch.tensor([1, 16] if form.mode == "uniform" else [1 / 16, 1])
                     inputs.append(classes[r] << 2 * chain & ONES)
@@ -120,8 +120,8 @@ def decoded(arrays, form, steps: int) -> torch.Tensor:
                     inputs.append((int(arrays["group_data"][group, 0]) >> 16 & 0xFFFF) * 0x10001)
                 inputs += [words[chain + j][r] for j in range(tiles)]
                 assert len(constraints(form).split(",")) == 4 * tiles + len(inputs)
-                halves.append(run(text, 4 * tiles, inputs))
-            rows.append(numpy.array(halves, dtype=numpy.uint32).T.copy().view(numpy.float16))
+                decoded.append(run(text, 4 * tiles, inputs))
+            rows.append(numpy.array(decoded, dtype=numpy.uint32).T.copy().view(numpy.float16))
     return torch.from_numpy(numpy.concatenate(rows))
 
 
@@ -134,24 +134,24 @@ def test_assembler_turns_codes_into_levels(make_packed, name):
     if layout.column_scale:
         tensors["column_scale"] = torch.ones(1, columns).half()
     arrays = repack(tensors, layout, columns, [1])
-    halves = decoded(arrays, form, columns // form.step)
+    found = decoded(arrays, form, columns // form.step)
     index = codebook_index(packed.codes, layout).int()
-    expected = torch.tensor(layout.codebook_values)[index][0] / form.level_step + form.offset
+    expected = torch.tensor(layout.codebook_values)[index][0] / form.entries_per_unit + form.offset
     expected = expected.double()
-    if form.in_place:
-        lines = arrays["salient_lines"][:, 0].double()
+    if form.inline_salient:
+        lines = arrays["salient_affine"][:, 0].double()
         slope, offset = (expand_groups(line[None], layout, columns)[0] for line in lines.T)
         column, _ = salient_codes(tensors, layout, columns, name)
         column = column[column < columns]
         assert len(column) > columns // 16
-        code = packed.codes[0] * TINY * (4 if form.mode == "uniform" else 1)
+        code = packed.codes[0] * SUBNORMAL * (4 if form.mode == "uniform" else 1)
         salient = code * slope + offset
     for k in range(columns):
         dot, r = dot_position.fn(k, form.group, form.mode, form.chain_tiles)
         sixteenfold = form.mode == "uniform" and dot % 2 == 1
         wanted = expected[k]
-        if form.in_place and k in column:
+        if form.inline_salient and k in column:
             wanted = (salient[k] * (16 if sixteenfold else 1)).half()
         elif sixteenfold:
             wanted = (expected[k] - form.offset) * 16 + form.offset
-        assert halves[dot, r] == wanted
+        assert found[dot, r] == wanted

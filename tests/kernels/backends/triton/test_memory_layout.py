@@ -91,7 +91,7 @@ def test_many_salient_weights_stay_in_place(change, placed):
     """And where both ways can be taken, the one that needs less memory is."""
     layout = dataclasses.replace(LAYOUTS["paper-4"], **change)
     form = triton_layout(layout)
-    assert form.in_place == placed
+    assert form.inline_salient == placed
     assert form.slots == (0 if placed else layout.salient_count)
     other = triton_layout(dataclasses.replace(layout, salient_bits=8)).bits_per_weight(4096)
     assert not placed or form.bits_per_weight(4096) < other

@@ -84,6 +84,6 @@ def test_vllms_kernel_with_salient_weights_is_the_reference(
         assert ((y.double() - exact).abs() <= 2**-6 * size).all()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            again = backend.apply(layer, x, bias)
+            reread_register = backend.apply(layer, x, bias)
         graph.replay()
-        assert torch.equal(again, y)
+        assert torch.equal(reread_register, y)
