@@ -121,7 +121,7 @@ def test_text_form_round_trips():
 
 
 def test_check_names_the_tensor(make_packed):
-    packed = make_packed(RECIPES["balanced-4"].layout)
+    packed = make_packed(RECIPES["balanced-4"].layout, 5, 160)
     for name in packed.tensors:
         rest = {k: v for k, v in packed.tensors.items() if k != name}
         with pytest.raises(FormatError, match=f"here: tensor '{name}' is missing"):

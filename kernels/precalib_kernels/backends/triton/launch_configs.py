@@ -44,8 +44,13 @@ _NVIDIA = {
 TABLE: Mapping[str, Mapping[int, Blocks]] = {
     "cuda": _NVIDIA,
     # With these limits, found by trying, no layout of `static` spills; without them some do.
-    "sm_80": _NVIDIA | {64: Blocks(128, 64, 4, 3, 2, 250)},
-    "sm_89": _NVIDIA | {64: Blocks(128, 64, 4, 3, 2, 248)},
+    "sm_80": _NVIDIA | {64: Blocks(128, 64, 4, 3, 2, 254)},
+    "sm_89": _NVIDIA
+    | {
+        8: Blocks(64, 8, 2, 4, 6, 254),
+        16: Blocks(64, 16, 2, 4, 4, 254),
+        64: Blocks(128, 64, 4, 3, 2, 248),
+    },
     "sm_90": {  # tuned on an H200, see benchmarks/results/gpu-h200.md
         8: Blocks(128, 8, 4, 4, 6),
         16: Blocks(128, 16, 4, 4, 6),

@@ -137,11 +137,8 @@ def test_programs_share_all_steps():
 
 
 def test_architectures_have_entries_of_their_own():
-    assert [family_of(target) for target in ("sm_80", "sm_90", "gfx942")] == [
-        "sm_80",
-        "cuda",
-        "hip",
-    ]
+    targets = {"sm_80": "sm_80", "sm_90": "sm_90", "sm_120": "cuda", "gfx942": "hip"}
+    assert {target: family_of(target) for target in targets} == targets
     assert blocks_for("sm_80", 64, 128) != blocks_for("cuda", 64, 128)
 
 
