@@ -78,7 +78,7 @@ lint: $(STAMP) ## ruff and mypy
 PEER_OPTIONS = $(if $(PEERS),--peers-python $(PEERS)) $(if $(LIBLLAMA),--libllama $(LIBLLAMA)) \
   $(if $(CALIBRATION),--calibration $(CALIBRATION))
 
-bench-quality: $(STAMP) ## KL against true bits, beside other methods: make bench-quality TEXT=file.txt
+bench-quality: $(STAMP) ## KL against effective bits, beside other methods: make bench-quality TEXT=file.txt
 	@test -n "$(TEXT)" || { echo "bench-quality: name a text file: make bench-quality TEXT=file.txt"; exit 1; }
 	@$(BIN)/python deploy/smollm2.py demo-output/SmolLM2-135M-Instruct
 	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/quality.py demo-output/SmolLM2-135M-Instruct --text $(TEXT) \

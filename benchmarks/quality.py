@@ -1,4 +1,4 @@
-"""Quality along the curve: true bits against KL, for every recipe and for other methods.
+"""Quality along the curve: effective bits against KL, for every recipe and for other methods.
 
     python benchmarks/quality.py SOURCE --text DECIDING [OTHER ...]
 

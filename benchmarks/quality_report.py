@@ -53,7 +53,7 @@ def table(rows: Sequence[Row], texts: Sequence[str]) -> str:
     groups = " | ".join(f"{text}: KL | 95 % | top-1 | × data-free | × calibrated" for text in texts)
     originals = " | ".join("0 | | 100 % | |" for _ in texts)
     lines = [
-        f"| method | variant | true bits | {groups} |",
+        f"| method | variant | effective bits | {groups} |",
         "|---|---|--:" + "|--:" * 5 * len(texts) + "|",
         f"| original | bfloat16 | 16 | {originals} |",
     ]
@@ -119,7 +119,7 @@ def plot(rows: Sequence[Row], texts: Sequence[str], path: Path) -> None:
         axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
         axes.yaxis.set_minor_formatter(ticker.NullFormatter())
-        axes.set_xlabel("true bits per weight")
+        axes.set_xlabel("effective bits per weight")
         axes.set_title(text)
         axes.grid(alpha=0.3)
     panels[0][0].set_ylabel("KL(original ‖ quantized), nats per token")

@@ -187,7 +187,7 @@ def report(seconds: float, speeds: dict[str, list[float]], computed_by: set[str]
         before, after = sizes[SOURCE], sizes[TARGET]
         table.add_row(text, f"{before / 1e6:.1f}", f"{after / 1e6:.1f}", f"÷ {before / after:.2f}")
     bits = totals.bits_per_weight
-    table.add_row("true bits per weight", "16", f"[bold]{bits:.3f}[/]", f"÷ {16 / bits:.2f}")
+    table.add_row("effective bits per weight", "16", f"[bold]{bits:.3f}[/]", f"÷ {16 / bits:.2f}")
     table.add_row("seconds to quantize, with start-up", "", f"{seconds:.1f}", "")
     plain, packed = speeds["bf16"], speeds["precalib"]
     medians = statistics.median(plain), statistics.median(packed)

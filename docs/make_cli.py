@@ -24,8 +24,8 @@ HEAD = """# Command line
 <!-- Written by docs/make_cli.py; run it again after a change of the command line. -->
 
 """
-TERMS = """In the texts below, "true bits" are effective bits: all stored bytes of a weight, in
-bits, per weight. "Kept" means left unquantized. The [glossary](architecture.md#glossary) explains
+TERMS = """Effective bits are all stored bytes of a weight, in bits, per weight. "Kept" means left
+unquantized. The [glossary](architecture.md#glossary) explains
 the other terms.
 
 """

@@ -90,7 +90,7 @@ def show_table(table: Table) -> None:
 
 def show_plan(plan: Plan) -> None:
     """Print what a run would do."""
-    table = new_table("recipe", "weights", "tensors", "true bits", no_wrap=True)
+    table = new_table("recipe", "weights", "tensors", "effective bits", no_wrap=True)
     table.add_column("about")
     by_label: dict[str, list[WeightPlan]] = {}
     for weight_plan in plan.weight_plans.values():
@@ -107,7 +107,7 @@ def show_plan(plan: Plan) -> None:
     before = size(plan.source.nbytes)
     out.print(
         f"Weight files {before} → {size(sum(s.size for s in plan.files.shards.values()))}; "
-        f"{8 * plan.stored_bytes / plan.weights:.3f} true bits per quantized weight.\n"
+        f"{8 * plan.stored_bytes / plan.weights:.3f} effective bits per quantized weight.\n"
         f"Exact size of the output: {plan.output_bytes:,} bytes and the manifest precalib.json."
     )
 
@@ -140,7 +140,7 @@ def show_totals(totals: Totals, seconds: float | None = None) -> None:
     out.print(
         f"{totals.weights:,} weights{took}: {size(totals.source_bytes)} → "
         f"{size(totals.stored_bytes)}, ",
-        Text(f"{totals.bits_per_weight:.3f} true bits", style="bold"),
+        Text(f"{totals.bits_per_weight:.3f} effective bits", style="bold"),
         f" per weight (Eq. 13 of the paper: {totals.eq13_bits_per_weight:.3f}), "
         f"relative error {totals.mean_relative_error:.5f}; "
         f"{size(totals.unquantized_bytes)} kept as they were.",

@@ -283,7 +283,9 @@ def recipes() -> None:
         default = " (default)" if name == DEFAULT else ""
         bits = recipe.layout.bits_per_weight(4096, 4096)
         title = Text(name, style="bold")
-        console.out.print(title, f"{default}: {recipe.describe()}; {bits:.2f} true bits", sep="")
+        console.out.print(
+            title, f"{default}: {recipe.describe()}; {bits:.2f} effective bits", sep=""
+        )
 
 
 @app.command()

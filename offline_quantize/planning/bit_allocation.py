@@ -83,7 +83,8 @@ def allocate(
         low, high = (8 * (size + fixed[1]) / count for size in (smallest, largest))
         raise RecipeError(
             f"--target-bits {target_bits:g} cannot be met: these weights take between "
-            f"{math.ceil(1000 * low) / 1000:.3f} and {math.floor(1000 * high) / 1000:.3f} true bits"
+            f"{math.ceil(1000 * low) / 1000:.3f} and {math.floor(1000 * high) / 1000:.3f} "
+            "effective bits"
         )
     options = _widths_around(every, allowed)
     depth = _depth(weights, config)

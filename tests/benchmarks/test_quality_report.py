@@ -44,7 +44,7 @@ def test_table(load: Load) -> None:
     ]
     written = report.table(report.ranked(rows), ["b", "a"])
     lines = written.splitlines()
-    assert lines[0].startswith("| method | variant | true bits | b: KL | 95 % |")
+    assert lines[0].startswith("| method | variant | effective bits | b: KL | 95 % |")
     assert len({line.count("|") for line in lines[:11]}) == 1
     assert lines[3] == (
         "| precalib balanced | v | 6.000 | 0.0200 | 0.0050–0.0200 | 50.0 % |  |  "

@@ -48,10 +48,10 @@ def test_paper_example_is_within_equation_13():
     # b = 4, alpha = 8 % (10 of 128), group 128, 4-bit salient codes: Eq. 13 says 4.81
     layout = Layout(4, 128, salient_count=10, salient_bits=4, salient_grid="min-max")
     assert round(eq13_bits(4, 128, 0.08), 2) == 4.81
-    true_bits = layout.bits_per_weight(4096, 4096)
+    effective_bits = layout.bits_per_weight(4096, 4096)
     # by hand: codes 4, scale and zero 24/128, rank of ≤ 10 of 128 in 6 bytes, two row factors
-    assert true_bits == 4 + 24 / 128 + 48 / 128 + 32 / 4096
-    assert true_bits <= 4.81 + 0.05
+    assert effective_bits == 4 + 24 / 128 + 48 / 128 + 32 / 4096
+    assert effective_bits <= 4.81 + 0.05
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 4, 10, 16, 32])

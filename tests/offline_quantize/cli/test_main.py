@@ -42,7 +42,7 @@ def test_recipes(precalib):
     assert ran.code == 0
     assert len(ran.out.splitlines()) == 7
     assert ran.out.startswith("balanced-4 (default): 4 bits")
-    assert all(line.endswith("true bits") for line in ran.out.splitlines())
+    assert all(line.endswith("effective bits") for line in ran.out.splitlines())
 
 
 @pytest.mark.slow
@@ -52,7 +52,7 @@ def test_a_first_use(checkpoint, precalib, tmp_path, contents):
     ran = precalib("quantize", source, target, "--recipe", "paper-4")
     assert (ran.code, ran.err) == (0, "")
     assert "Kept (embedding): model.embed_tokens.weight\n" in ran.out
-    assert "true bits per weight (Eq. 13 of the paper: 4.8" in ran.out
+    assert "effective bits per weight (Eq. 13 of the paper: 4.8" in ran.out
     assert f"Serve it:  vllm serve '{target}' --quantization precalib" in ran.out
     assert "expert" not in ran.out
 
