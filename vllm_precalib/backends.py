@@ -32,7 +32,7 @@ def plugin_registry() -> BackendRegistry:
 
 
 def describe() -> Iterator[tuple[str, str | None]]:
-    """Name of every backend, with the reason why it cannot run an ordinary layer here, or None."""
+    """Name of every backend, with the reason why it cannot run a typical layer here, or None."""
     yield from plugin_registry().describe(current_platform.device_type).items()
 
 

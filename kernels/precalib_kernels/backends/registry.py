@@ -119,7 +119,7 @@ class BackendRegistry:
         return {backend.name: backend.can_run(spec) for backend in self}
 
     def describe(self, device: str) -> dict[str, str | None]:
-        """`reasons` for an ordinary layer: 4 bits, groups of 128, bfloat16.
+        """`reasons` for a typical layer: 4 bits, groups of 128, bfloat16.
 
         device: torch's name for the kind of device, "cpu" or "cuda".
         """

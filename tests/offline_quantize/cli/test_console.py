@@ -81,7 +81,7 @@ def test_a_plan(checkpoint, capsys):
         "recipe",
         "weights",
         "tensors",
-        "true",
+        "effective",
         "bits",
         "about",
     ]

@@ -11,16 +11,16 @@ import triton.language as tl
 
 
 @triton.jit(
-    do_not_specialize=["counter_count", "rows", "columns", "padded", "picked", "row_stride"],
+    do_not_specialize=["counter_count", "rows", "columns", "padded", "gathered", "row_stride"],
     do_not_specialize_on_alignment=["x", "column_scale"],
 )
 def prepare_kernel(
     x,  # [rows, columns], any float type
     column_scale,  # [parts, padded] float16, or anything
     dots,  # out: float16 [parts, blocks, padded / 16, BLOCK_M, 16]
-    by_column,  # out: float16 [parts, blocks, picked, BLOCK_M]
+    by_column,  # out: float16 [parts, blocks, gathered, BLOCK_M]
     offset_terms,  # out: float32 [parts, blocks, groups, BLOCK_M]: minus offset times sum of dots
-    group_sums,  # out: float32 [parts, blocks, groups, BLOCK_M]: sums of x over level step
+    group_sums,  # out: float32 [parts, blocks, groups, BLOCK_M]: sums over ENTRIES_PER_UNIT
     x_scale,  # out: float32 [parts, blocks * BLOCK_M]: what undoes the power of two
     counters,  # out: int32, zeroed: arrivals of split programs
     counter_count,
@@ -81,12 +81,12 @@ def prepare_kernel(
     tl.store(dots + ((block * (padded // 16) + dot) * BLOCK_M + lane) * 16 + r, stored, mask=inside)
     group = chunk * (BLOCK_K // GROUP) + tl.arange(0, BLOCK_K // GROUP)
     at = (block * (padded // GROUP) + group) * BLOCK_M + lane
-    kept = group < padded // GROUP
+    inside_groups = group < padded // GROUP
     grouped = tl.reshape(stored.to(tl.float32), (BLOCK_K // GROUP, GROUP))
-    tl.store(offset_terms + at, -OFFSET * tl.sum(grouped, 1), mask=kept)
+    tl.store(offset_terms + at, -OFFSET * tl.sum(grouped, 1), mask=inside_groups)
     if MODE == "uniform":
         grouped = tl.reshape(half.to(tl.float32), (BLOCK_K // GROUP, GROUP))
-        tl.store(group_sums + at, tl.sum(grouped, 1) / ENTRIES_PER_UNIT, mask=kept)
+        tl.store(group_sums + at, tl.sum(grouped, 1) / ENTRIES_PER_UNIT, mask=inside_groups)
     if (m == 0) & (part == 0) & (chunk == 0):
         for first in tl.range(0, counter_count, BLOCK_K):
             counter = first + tl.arange(0, BLOCK_K)

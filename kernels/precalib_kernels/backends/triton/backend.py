@@ -16,7 +16,7 @@ MIN_CAPABILITY = (8, 0)  # NVIDIA: tensor-core products of 16 columns and asynch
 
 
 class TritonBackend(Backend):
-    """About the memory of the file; base and salient weights in one kernel."""
+    """Fused kernels: base and salient weights in one launch."""
 
     name = "triton"
 

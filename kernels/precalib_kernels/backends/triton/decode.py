@@ -1,4 +1,4 @@
-"""From words to halves: `assembly` on NVIDIA, the same in plain Triton for everything else.
+"""From packed words to fp16: `decode_ptx` on NVIDIA, the same in plain Triton elsewhere.
 
 Kernels give an empty ASM where there is no assembler: on AMD and in Triton's interpreter.
 """
@@ -78,11 +78,11 @@ def decode_chain(
     ASM: tl.constexpr,
     REGISTERS: tl.constexpr,
 ):
-    """Halves fp16 [rows, 16] of the 4·J dots of a chain.
+    """fp16 values [rows, 16] of the 4·J dots of a chain.
 
     first, second: nibble tiles int16 [rows, 16]; the second is used if J is 2, of a trellis.
-    carry:         int16 [rows], for a trellis; in place `chain_classes`.
-    lines:         in place, slope and offset fp16 [rows] for each dot.
+    state:         int16 [rows], for a trellis; inline `chain_classes`.
+    affine:        inline, slope and offset fp16 [rows] for each dot.
     low … shift:   the rows of `constants`, int16 [16].
     table:         pointer to the lookup's bytes, for the path without assembler.
     """

@@ -1,4 +1,4 @@
-"""From words to halves in NVIDIA's assembler; `halves` has the same in plain Triton.
+"""From packed words to fp16 in NVIDIA's assembler; `decode` has the same in plain Triton.
 
 A half holds 1024 + byte: the bits of fp16 1024.0 are 0x6400, and its last place is worth one. So
 a code becomes a number by putting it into the low bits, without a conversion, and the `offset`
@@ -15,7 +15,7 @@ _AND_OR = "0xea"  # (first & second) | third
 
 
 def assembler(form: TritonLayout) -> str:
-    """PTX that turns the nibble tiles of a chain into the halves of their dots.
+    """PTX that turns the nibble tiles of a chain into the fp16 values of their dots.
 
     Operands: 4·J outputs; with a table the first rows of `constants`, two if it is in place, else
     three; with a trellis its fourth row and the pair's carry, twice; in place the classes, then

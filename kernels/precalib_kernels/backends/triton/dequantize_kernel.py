@@ -96,12 +96,12 @@ def dequantize_kernel(
                 places, added = group_slots(
                     positions, values, salient_unit, group, n, padded_rows, SLOTS
                 )
-            level = decoded[dot].to(tl.float32) - OFFSET
+            entry = decoded[dot].to(tl.float32) - OFFSET
             if MODE == "uniform" and dot % 2 == 1:
-                level *= 0.0625
+                entry *= 0.0625
             if ZEROS:
-                level -= ((data >> 16).to(tl.float32) / ENTRIES_PER_UNIT)[:, None]
-            value = level * scale[:, None]
+                entry -= ((data >> 16).to(tl.float32) / ENTRIES_PER_UNIT)[:, None]
+            value = entry * scale[:, None]
             number = step * (STEP // 16) + chain * 4 * J + dot
             column = dot_column(number, r, GROUP, MODE, J)
             inside_group = column - group * GROUP

@@ -1,11 +1,10 @@
-"""The product for small and middling M: words to halves in registers, times x.
+"""The fused GEMM for small and middling M: words are decoded to fp16 in registers, times x.
 
-A program computes BLOCK_N rows of the result's transpose for BLOCK_M rows of x, over a share of
-the steps. Weights are the left operand: at M ≤ 8 a tensor-core product of 8 columns is enough, and
-a group's scale belongs to a row of the accumulator.
+A program computes BLOCK_N rows of the result's transpose for BLOCK_M rows of x, over the steps of
+one split. Weights are the left operand: at M ≤ 8 a tensor-core product of 8 columns is enough, and a group's scale belongs to a row of the accumulator.
 
-    y[m, n] = unit[n] · Σ_g f[n, g] · (Σ_k half · x'[m, k] + start[m, g] - zero[n, g] · sum[m, g])
-            + salient_unit[n] · Σ_slots value · x'[m, position]          all · inverse[m], + bias[n]
+    y[m, n] = unit[n] · Σ_g f[n, g] · (Σ_k w16 · x'[m, k] + term[m, g] - zero[n, g] · sum[m, g])
+            + salient_unit[n] · Σ_slots value · x'[m, position]          all · x_scale[m], + bias[n]
 
 The partial products of a split are added up in a fixed order by the program that arrives last.
 """
@@ -43,14 +42,14 @@ def gemm_kernel(
     y,  # out: [rows, outputs]
     bias,  # [outputs], or anything
     words,  # int16 [steps, TILES, padded_rows, 16]
-    group_data,  # int32 [groups, padded_rows], see `pack.group_data`
+    group_data,  # int32 [groups, padded_rows], see `repack.group_data`
     positions,  # uint8 [rounds * SALIENT_CHUNK / 4, padded_rows, 4]
     values,  # float16 [rounds * SALIENT_CHUNK / 4, padded_rows, 4]
     affine,  # float16 [groups, padded_rows, 2]
     row_unit,  # float32 [padded_rows]
     salient_unit,  # float32 [padded_rows]
     table,  # uint8
-    constants,  # int16 [4, 16], see `assembly.constants`
+    constants,  # int16 [4, 16], see `decode_ptx.constants`
     tiles,  # int32 [padded_rows / 64, 4]
     dots,  # float16 [parts, blocks, steps * STEP / 16, BLOCK_M, 16]
     by_column,  # float16 [parts, blocks, columns of whole rounds, BLOCK_M]
@@ -83,7 +82,7 @@ def gemm_kernel(
     REGISTERS: tl.constexpr,
     SPARE: tl.constexpr,
 ):
-    """Program (tile, share of the steps, block of x)."""
+    """Program (tile, split of the steps, block of x)."""
     CODES: tl.constexpr = TILES - INLINE  # tiles of codes
     GROUPS: tl.constexpr = STEP // GROUP
     # Columns of a product: two to a step make Triton give every warp rows of its own on sm_80.

@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def group_affine(affine, at, rows, GROUP: tl.constexpr, MODE: tl.constexpr):
-    """Slope and offset for each of a tile's four dots, from the `lines` of its group or two."""
+    """Slope and offset for each of a tile's four dots, from its group's or two groups' terms."""
     first = affine_pair(affine, at, MODE)
     second = first
     if GROUP == 32:

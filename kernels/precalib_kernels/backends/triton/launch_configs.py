@@ -11,12 +11,12 @@ from collections.abc import Mapping
 class Blocks:
     """How one product is cut up.
 
-    block_n:   rows of the weight per program, 64 or 128; 64 where a fused shard has odd tiles.
-    block_m:   rows of x per program.
-    warps:     of a program; two keep the tensor-core products of sm_80 on newer chips too.
-    stages:    steps of words and activations in flight.
-    waves:     programs wanted per multiprocessor; K is split until there are as many.
-    registers: most that a thread may take, None for the compiler's choice.
+    block_n:         rows of the weight per program, 64 or 128; 64 where a shard has odd tiles.
+    block_m:         rows of x per program.
+    warps:           of a program; two keep the tensor-core products of sm_80 on newer chips too.
+    stages:          steps of words and activations in flight.
+    programs_per_sm: programs wanted per multiprocessor; K is split until there are as many.
+    registers:       most that a thread may take, None for the compiler's choice.
     """
 
     block_n: int
@@ -43,7 +43,7 @@ _NVIDIA = {
 }
 TABLE: Mapping[str, Mapping[int, Blocks]] = {
     "cuda": _NVIDIA,
-    # With these limits, found by trying, no layout of `static` spills; without them some do.
+    # With these limits, found by trying, no layout of `cost_model.py` spills; without them some do.
     "sm_80": _NVIDIA | {64: Blocks(128, 64, 4, 3, 2, 254)},
     "sm_89": _NVIDIA
     | {
@@ -92,7 +92,7 @@ def splits(blocks: Blocks, tiles: int, row_blocks: int, steps: int, processors: 
 
 @dataclasses.dataclass(frozen=True)
 class SparseBlocks:
-    """How the sum over salient weights is cut up (`sparse`).
+    """How the sum over salient weights is cut up (`salient_kernel`).
 
     block_n: rows of the weight per program.
     block_m: rows of x per program, and the largest M the entry serves; the last serves any.

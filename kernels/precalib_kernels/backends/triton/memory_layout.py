@@ -5,7 +5,7 @@ words), a step into dots of 16 columns, the depth of one tensor-core product. Al
 rows last or next to last, padded to `ROWS` per fused shard, so a program reads whole lines.
 
     nibble tile   int16 [rows, 16]: four dots; code r of dot i lies in a nibble of word r (uniform)
-                  or of the pair of words that holds it (tables), see `_nibble_words`
+                  or of the pair of words that holds it (tables), see `repack.pack_words`
     4 bits        two tiles a step
     3 bits        three tiles a step; their spare fourth bits are a fourth tile
     2 bits        one tile a step; its nibbles hold two codes
@@ -20,7 +20,7 @@ grid a code is read, the group's or the row's.
 Uniform and plain table codes keep the order of the columns. A trellis runs down one pair of
 words after the other: pair w of a group of 64·J columns holds columns w·8·J … w·8·J + 8·J - 1,
 so that the codes before a code are in the same registers. What comes before a pair's first code
-is two bits, kept in `carry`.
+is two bits, in the high half of `group_data`.
 """
 
 import dataclasses
@@ -118,19 +118,19 @@ def reason_against(layout: Layout) -> str | None:
         return None
     if layout.group_size == 32:
         return "no kernel for a trellis in groups of 32, only 64 and 128"
-    levels = layout.codebook_values
-    if any(level % 2 == 0 for level in levels) or any(
-        a != -b for a, b in zip(levels, reversed(levels), strict=True)
+    entries = layout.codebook_values
+    if any(entry % 2 == 0 for entry in entries) or any(
+        a != -b for a, b in zip(entries, reversed(entries), strict=True)
     ):
-        return "no kernel for trellis levels that are not odd and symmetric"
+        return "no kernel for a trellis codebook whose entries are not odd and symmetric"
     return None
 
 
 def keeps_salient_inline(layout: Layout) -> bool:
     """Whether salient weights stay in place: where it can be done and takes less memory.
 
-    It takes a bit per weight and two halves per group, where a place takes 24 bits: from 7 places
-    in 128 it is less. The cost model sees fewer instructions from about 9, 6 and 3 (M ≤ 8, 16, 64).
+    It takes a bit per weight and two fp16 numbers per group, where a place takes 24 bits: from 7
+    places in 128 it is less. The cost model sees fewer instructions from about 9, 6 and 3 (M ≤ 8, 16, 64).
     """
     return (
         not layout.trellis

@@ -196,7 +196,10 @@ def by_panels(
 
 @functools.lru_cache(maxsize=64)
 def dot_order(form: TritonLayout, columns: int, device: torch.device) -> Tensor:
-    """Column of every place in the order of the dots of a trellis, int64 [columns]."""
+    """Column of every place in the order of the dots of a trellis, int64 [columns].
+
+    As `dequantize_kernel.dot_column` has it.
+    """
     place = torch.arange(columns, device=device)
     tiles = form.chain_tiles
     dot, r = place // 16, place % 16

@@ -24,7 +24,7 @@ from precalib_kernels.format.layout import Layout
 
 CHUNK_WEIGHTS = 1 << 22  # weights changed at a time; the index form takes several bytes each
 VALUE_LIMIT = 4.0  # largest salient value of a row, so that eight times 2**10 fit float16
-GATHER_SCALE = 32.0  # by how much `activations` divides what salient weights pick
+GATHER_SCALE = 32.0  # by how much `activation_kernel` divides what salient weights pick
 LEAST_UNIT = 2.0**-19  # of a row's largest salient weight, in place; float16 holds the quotients
 
 
@@ -113,14 +113,14 @@ def _fill(
     groups = layout.groups(input_size)
     codes, salient = unpack_bits(tensors["qweight"], form.bits, input_size), None
     if form.inline_salient:
-        tensors, codes, salient, lines = two_grids(tensors, codes, layout, input_size, where)
-        result["salient_affine"][:groups, rows] = lines
+        tensors, codes, salient, affine = two_grids(tensors, codes, layout, input_size, where)
+        result["salient_affine"][:groups, rows] = affine
         salient = pad(salient, (0, columns - input_size))
     fields, carry = stored_codes(pad(codes, (0, columns - input_size)), form)
     result["qweight"][:, :, rows] = pack_words(fields, form, salient)
     result["group_data"][:groups, rows] = group_data(tensors, carry, groups).T
     unit = tensors["row_scale"][:, 0].float() if form.log8 else torch.ones_like(codes[:, 0]).float()
-    nothing = (tensors["scales"] == (255 if form.log8 else 0)).all(1)  # see gemm_kernel.group_unit
+    nothing = (tensors["scales"] == (255 if form.log8 else 0)).all(1)  # see gemm_scales.group_unit
     result["row_unit"][rows] = unit * form.entries_per_unit / layout.codebook_limit * ~nothing
     if form.slots:
         base = reference.base_values(tensors, layout, input_size)
@@ -232,10 +232,10 @@ def salient_slots(
 def two_grids(
     tensors: Mapping[str, Tensor], codes: Tensor, layout: Layout, input_size: int, where: str
 ) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
-    """Weights whose salient ones stay in place: what changes, codes, classes and lines.
+    """Weights whose salient ones stay in place: what changes, codes, classes and affine terms.
 
     codes: uint8 [N, K].
-    lines: float16 [G, N, 2], slope and offset. A salient weight decodes to slope · h + offset in
+    affine: float16 [G, N, 2], slope and offset. A salient weight decodes to slope · h + offset in
            fp16, h being its code as even dots have it: in subnormal units, four to a code with a
            uniform codebook.
 
@@ -262,8 +262,8 @@ def two_grids(
         one = reference.expand_groups(scales.float() / layout.codebook_limit, layout, input_size)
         wanted = base / one + reference.expand_groups(zeros.float(), layout, input_size)
         moved = reference.expand_groups(raised, layout, input_size) & ~salient
-        levels = torch.tensor(layout.codebook_values, device=codes.device)
-        nearest = (wanted[moved][:, None] - levels).abs().argmin(1)
+        entries = torch.tensor(layout.codebook_values, device=codes.device)
+        nearest = (wanted[moved][:, None] - entries).abs().argmin(1)
         codes = codes.masked_scatter(moved, nearest.to(codes.dtype))
     unit = scales.double() * of_scale
     zero = form.offset / SUBNORMAL + zeros.double() / (form.entries_per_unit * SUBNORMAL)
