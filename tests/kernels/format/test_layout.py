@@ -8,8 +8,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from packed_tensors import RECIPE_LAYOUTS
 
-from offline_quantize.method.recipes import RECIPES
 from precalib_kernels.errors import FormatError
 from precalib_kernels.format import reference
 from precalib_kernels.format.bitstream import pack_bits, unpack_bits
@@ -63,7 +63,7 @@ def test_rank_bits_are_the_fewest_that_tell_all_sets_apart(count, group_size):
 
 
 @pytest.mark.parametrize("columns", [32, 96, 128, 576, 4096 + 64])
-@pytest.mark.parametrize("layout", [r.layout for r in RECIPES.values()], ids=list(RECIPES))
+@pytest.mark.parametrize("layout", RECIPE_LAYOUTS.values(), ids=list(RECIPE_LAYOUTS))
 def test_stored_bytes_are_the_bytes_of_the_tensors(layout, columns, make_packed):
     packed = make_packed(layout, rows=3, columns=columns)
     layout.check(packed.tensors, columns, "test")
@@ -73,7 +73,7 @@ def test_stored_bytes_are_the_bytes_of_the_tensors(layout, columns, make_packed)
 
 
 def test_tensors_can_be_cut_at_rows_and_group_boundaries(make_packed):
-    layout = RECIPES["balanced-3"].layout
+    layout = RECIPE_LAYOUTS["balanced-3"]
     packed = make_packed(layout, rows=6, columns=512)
     whole = reference.dequantize(packed.tensors, layout, 512)
     cut = {}
@@ -112,8 +112,8 @@ def test_a_layout_the_format_does_not_have_is_refused(fields, message):
 
 
 def test_text_form_round_trips():
-    for recipe in RECIPES.values():
-        assert Layout.from_text(recipe.layout.to_text()) == recipe.layout
+    for layout in RECIPE_LAYOUTS.values():
+        assert Layout.from_text(layout.to_text()) == layout
     with pytest.raises(FormatError, match="'colour' is not known to format version 1"):
         Layout.from_dict({"bits": 4, "group_size": 64, "colour": "red"})
     with pytest.raises(FormatError, match="group_size"):
@@ -121,7 +121,7 @@ def test_text_form_round_trips():
 
 
 def test_check_names_the_tensor(make_packed):
-    packed = make_packed(RECIPES["balanced-4"].layout, 5, 160)
+    packed = make_packed(RECIPE_LAYOUTS["balanced-4"], 5, 160)
     for name in packed.tensors:
         rest = {k: v for k, v in packed.tensors.items() if k != name}
         with pytest.raises(FormatError, match=f"here: tensor '{name}' is missing"):

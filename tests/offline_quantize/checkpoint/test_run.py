@@ -1,6 +1,6 @@
 """The protocol of a run, without a model: its states, and what each step leaves on disk.
 
-`test_writer.py` kills whole runs at every step; here each step is looked at by itself.
+`test_writer_kills.py` kills whole runs at every step; here each step is looked at by itself.
 """
 
 import pytest
