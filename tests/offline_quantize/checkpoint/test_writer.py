@@ -18,8 +18,8 @@ import torch
 from offline_quantize.checkpoint.atomic_files import JOB, JOURNAL, partial
 from offline_quantize.checkpoint.journal import Journal
 from offline_quantize.checkpoint.packed import open_packed
+from offline_quantize.checkpoint.progress import NullProgress
 from offline_quantize.checkpoint.source import open_checkpoint
-from offline_quantize.cli.console import NullProgress
 from offline_quantize.commands.dequantize import dequantize
 from offline_quantize.commands.quantize import quantize
 from offline_quantize.commands.verify import verify
