@@ -15,9 +15,8 @@ from torch import Tensor
 from offline_quantize.checkpoint import hub
 from offline_quantize.checkpoint.packed import PackedCheckpoint
 from offline_quantize.checkpoint.packed import open_packed as _open_packed
-from offline_quantize.checkpoint.progress import Progress
+from offline_quantize.checkpoint.progress import NullProgress, Progress
 from offline_quantize.checkpoint.source import open_checkpoint
-from offline_quantize.cli.console import NullProgress
 from offline_quantize.commands.dequantize import dequantize
 from offline_quantize.commands.quantize import Outcome, quantize
 from offline_quantize.commands.verify import verify

@@ -11,3 +11,13 @@ class Progress(Protocol):
 
     def advance(self, nbytes: int) -> None:
         """So many source bytes are done."""
+
+
+class NullProgress:
+    """Progress that is not shown."""
+
+    def begin(self, name: str) -> None:
+        """Nothing."""
+
+    def advance(self, nbytes: int) -> None:
+        """Nothing."""

@@ -16,6 +16,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from offline_quantize.checkpoint.manifest import Manifest, Totals
+from offline_quantize.checkpoint.progress import NullProgress
 from offline_quantize.planning.plan import Plan, WeightPlan
 from offline_quantize.units import size as size
 
@@ -23,16 +24,6 @@ from offline_quantize.units import size as size
 out = Console(soft_wrap=True, markup=False, highlight=False, emoji=False)
 err = Console(stderr=True, soft_wrap=True, markup=False, highlight=False, emoji=False)
 FILE_WIDTH = 1000  # of tables that go to a file or pipe: as wide as they need
-
-
-class NullProgress:
-    """Progress that is not shown."""
-
-    def begin(self, name: str) -> None:
-        """Nothing."""
-
-    def advance(self, nbytes: int) -> None:
-        """Nothing."""
 
 
 class ProgressBar(NullProgress):

@@ -120,12 +120,17 @@ def _cpu_kernels() -> Finding:
     from precalib_kernels.toolchain import compile as build
 
     try:
-        levels = library.supported_isas()
+        isas = library.supported_isas()
+        missing = [isa.name for isa in library.ISAS if isa.missing()]
     except build.BuildError as error:
         return Finding("CPU kernels", "note", f"none, CPUs serve dense weights: {error}")
-    if not levels:
+    if not isas:
         return Finding("CPU kernels", "note", "none, CPUs serve dense weights: they need AVX2")
-    compiled = f"compiled for {levels[-1]}, {library.load()._name}"
+    compiled = f"compiled for {isas[-1]}, {library.load()._name}"
+    if missing:
+        compiled += f"; the compiler could not build {', '.join(missing)}"
+    if lacking := [isa.name for isa in library.ISAS if isa.name not in (*isas, *missing)]:
+        compiled += f"; the processor lacks {', '.join(lacking)}"
     return Finding("CPU kernels", "ok", compiled)
 
 

@@ -106,25 +106,27 @@ def search_torch(
     scaled = (weights * unit[:, None]).T.contiguous()  # [g, n]
     scaled.masked_fill_(scaled.isnan(), 0.0)
     point = scaled.round().clamp_(-limit, limit).add_(limit).int()
-    error = torch.stack([scaled - subset[point] for subset in value], 1).square_()  # [g, 4, n]
+    # [g, 4, n]: of each subset
+    branch_metrics = torch.stack([scaled - subset[point] for subset in value], 1).square_()
     if importance is not None:
-        error *= importance.T[:, None]
+        branch_metrics *= importance.T[:, None]
     given = low_bits.T
-    error.masked_fill_((given != FREE)[:, None], 0.0)
-    forbidden = torch.zeros_like(error[:, :2])  # [g, u, n]: infinite where u is not the given bit
-    forbidden[:, 0].masked_fill_(given == 1, torch.inf)
-    forbidden[:, 1].masked_fill_(given == 0, torch.inf)
+    branch_metrics.masked_fill_((given != FREE)[:, None], 0.0)
+    # [g, u, n]: infinite where u is not the given bit
+    constraint_cost = torch.zeros_like(branch_metrics[:, :2])
+    constraint_cost[:, 0].masked_fill_(given == 1, torch.inf)
+    constraint_cost[:, 1].masked_fill_(given == 0, torch.inf)
 
     cost = torch.full((2, 2, count), torch.inf, device=device)  # [u[k-1], u[k-2], n]
     cost[0, 0] = 0
     # u[k-2] of the best path to each state
     survivors = torch.empty((size, 2, 2, count), dtype=torch.bool, device=device)
     for k in range(size):
-        metric = error[k].view(2, 2, -1)  # [u[k] ^ u[k-2], u[k-1]]
+        metric = branch_metrics[k].view(2, 2, -1)  # [u[k] ^ u[k-2], u[k-1]]
         from_zero = cost[:, 0] + metric  # u[k-2] = 0: [u[k], u[k-1]]
         from_one = cost[:, 1] + metric.flip(0)  # u[k-2] = 1
         torch.lt(from_one, from_zero, out=survivors[k])
-        cost = torch.minimum(from_zero, from_one) + forbidden[k][:, None]
+        cost = torch.minimum(from_zero, from_one) + constraint_cost[k][:, None]
     low, subset = _trace(cost, survivors)
     # index = 4 * rank + subset and code ^ u[k-2] = index >> 1, so the code is 2 * rank + u[k]
     codes = (2 * rank[subset, point.long()] + low).to(torch.uint8)

@@ -56,7 +56,7 @@ def check_out(out: Path, force: bool = False) -> None:
 def write_report(directory: Path, request: Request, progress: Progress) -> None:
     """Write the report of a packed checkpoint, whole or not at all.
 
-    The same checkpoint, sources and evaluations give the same bytes.
+    The same checkpoint, sources and evaluations give the same bytes on the same machine.
 
     Raises PrecalibError for an unreadable checkpoint, a source that is not its source, a pattern
     that matches nothing, and an output file that would replace something else.

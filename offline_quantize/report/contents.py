@@ -16,6 +16,8 @@ from offline_quantize.planning.selection import LAYER
 from offline_quantize.report import Request
 from offline_quantize.report.evaluations import Evaluation, read_evaluation
 from offline_quantize.report.measure import Histogram, Positions, histogram, positions
+from offline_quantize.report.serving import Serving, served_by, this_device
+from precalib_kernels.backends.registry import BackendRegistry, default_registry
 from precalib_kernels.errors import FormatError, SourceError, UsageError
 
 MOST_PICTURES = 48  # each is about 20 kB of SVG
@@ -57,6 +59,7 @@ class Contents:
     weights:     in the order of the files.
     pictures:    weights to draw, worst first, and their histograms.
     compared:    whether the source was at hand.
+    serving:     which backends would serve the weights, on this machine's `device`.
     """
 
     packed: PackedCheckpoint
@@ -66,10 +69,19 @@ class Contents:
     evaluations: Sequence[Evaluation]
     compared: bool
     seconds: float | None
+    serving: Sequence[Serving]
+    device: str
 
 
-def gather(directory: Path, request: Request, progress: Progress) -> Contents:
+def gather(
+    directory: Path,
+    request: Request,
+    progress: Progress,
+    registry: BackendRegistry | None = None,
+) -> Contents:
     """Read a packed checkpoint, and what the request names beside it.
+
+    registry: the backends that may serve it; None for those that need no inference engine.
 
     Raises PrecalibError as `write_report` does.
     """
@@ -101,6 +113,9 @@ def gather(directory: Path, request: Request, progress: Progress) -> Contents:
         progress.begin(module)
         spread = histogram(packed, module, origins.get(module), by_module[module].error)
         pictures.append((by_module[module], spread))
+    progress.begin("backends of this machine")  # compiling them can take minutes
+    device = this_device()
+    serving = served_by(packed, registry or default_registry(), device)
     return Contents(
         packed,
         manifest,
@@ -109,6 +124,8 @@ def gather(directory: Path, request: Request, progress: Progress) -> Contents:
         evaluations,
         request.against is not None,
         request.seconds,
+        serving,
+        device,
     )
 
 

@@ -20,6 +20,7 @@ MOST_ROWS = 2000
 STANDS_OUT = 1.5  # times the median error of a recipe
 NOTEWORTHY_OVERFLOW = 0.01
 NAMED = 5
+DEVICES = {"cpu": "the CPU", "cuda": "the GPU"}
 PICTURES = (
     "Above: how the values of a weight are spread, salient ones apart, on a logarithmic scale. "
     "Below: where in the matrix the salient ones are, darker for more of them. "
@@ -68,6 +69,8 @@ def render(contents: Contents) -> str:
         error_map=figures.error_map(contents.weights),
         unquantized=_unquantized(contents.manifest.unquantized),
         missing=list(_missing(contents)),
+        serving=contents.serving,
+        device=DEVICES[contents.device],
         **_evaluations(contents.evaluations),
         **_table(contents),
         **_pictures(contents),

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from offline_quantize.checkpoint.atomic_files import MANIFEST, json_bytes
 from offline_quantize.checkpoint.manifest import Manifest, read_manifest, record_file
-from offline_quantize.cli.console import NullProgress
+from offline_quantize.checkpoint.progress import NullProgress
 from precalib_kernels.errors import FormatError
 
 DIGEST = "0" * 64

@@ -6,9 +6,9 @@
 import pytest
 
 from offline_quantize.checkpoint.atomic_files import JOB, JOURNAL, MANIFEST, read_json
+from offline_quantize.checkpoint.progress import NullProgress
 from offline_quantize.checkpoint.run import OutputFiles, Run, State
 from offline_quantize.checkpoint.safetensors_file import lay_out
-from offline_quantize.cli.console import NullProgress
 from precalib_kernels.errors import OutputError
 
 SHARD = "model.safetensors"

@@ -10,8 +10,8 @@ from killed_runs import Recorder, run
 
 from offline_quantize.checkpoint.atomic_files import partial
 from offline_quantize.checkpoint.packed import open_packed
+from offline_quantize.checkpoint.progress import NullProgress
 from offline_quantize.checkpoint.source import open_checkpoint
-from offline_quantize.cli.console import NullProgress
 from offline_quantize.commands.dequantize import dequantize
 from offline_quantize.commands.quantize import quantize
 from offline_quantize.planning.options import Options

@@ -6,6 +6,7 @@ import pytest
 from rich.console import Console
 
 from offline_quantize.checkpoint.manifest import read_manifest
+from offline_quantize.checkpoint.progress import NullProgress
 from offline_quantize.checkpoint.source import open_checkpoint
 from offline_quantize.cli import console
 from offline_quantize.planning.options import Options
@@ -95,7 +96,7 @@ def test_the_bar_is_shown_on_a_terminal_only(terminal, capsys):
     with console.progress_bar(100) as progress:
         progress.begin("tensor")
         progress.advance(50)
-    assert type(progress) is console.NullProgress
+    assert type(progress) is NullProgress
     assert capsys.readouterr() == ("", "")
     shown = terminal(80)
     with console.progress_bar(10**9) as progress:

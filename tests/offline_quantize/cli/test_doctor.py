@@ -6,11 +6,13 @@ import sys
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from offline_quantize.cli import doctor
+from precalib_kernels.backends.x86 import library
 from precalib_kernels.diagnosis import Finding
 
 RUN = "from offline_quantize.cli.main import main; main()"
@@ -99,6 +101,23 @@ def test_the_compiler_that_is_there_and_none(
     monkeypatch.delenv("CXX")
     monkeypatch.setenv("PATH", str(tmp_path))
     assert doctor._compiler().text.startswith("none; $CXX names none and the PATH has no g++, ")
+
+
+def test_isas_that_the_kernels_lack_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A processor with AVX-512 and VNNI, and a compiler that does not know VNNI."""
+    states = {"avx2": 3, "avx512": 3, "avx512_vnni": 2, "avx512_bf16": 1}
+    monkeypatch.setattr(library.Isa, "_state", lambda isa: states.get(isa.name, 0))
+    monkeypatch.setattr(library, "supported_isas", library.supported_isas.__wrapped__)
+    monkeypatch.setattr(library, "load", lambda: SimpleNamespace(_name="cpu.so"))
+    assert doctor._cpu_kernels() == Finding(
+        "CPU kernels",
+        "ok",
+        "compiled for avx512, cpu.so; the compiler could not build avx512_vnni; "
+        "the processor lacks avx512_bf16, amx",
+    )
+    states.clear()
+    text = "none, CPUs serve dense weights: they need AVX2"
+    assert doctor._cpu_kernels() == Finding("CPU kernels", "note", text)
 
 
 def test_a_backend_that_cannot_run_is_no_failure(

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from offline_quantize.checkpoint.packed import open_packed
-from offline_quantize.cli.console import NullProgress
+from offline_quantize.checkpoint.progress import NullProgress
 from offline_quantize.commands.verify import verify, workload
 from offline_quantize.method.weight_statistics import relative_error
 

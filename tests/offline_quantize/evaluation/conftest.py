@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from offline_quantize.checkpoint.progress import NullProgress
 from offline_quantize.checkpoint.source import open_checkpoint
-from offline_quantize.cli.console import NullProgress
 from offline_quantize.commands.quantize import quantize as run_quantize
 from offline_quantize.planning.options import Options
 from offline_quantize.planning.plan import make_plan

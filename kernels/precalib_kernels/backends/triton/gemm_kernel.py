@@ -1,7 +1,8 @@
 """The fused GEMM for small and middling M: words are decoded to fp16 in registers, times x.
 
 A program computes BLOCK_N rows of the result's transpose for BLOCK_M rows of x, over the steps of
-one split. Weights are the left operand: at M ≤ 8 a tensor-core product of 8 columns is enough, and a group's scale belongs to a row of the accumulator.
+one split. Weights are the left operand: at M ≤ 8 a tensor-core product of 8 columns is enough, and
+a group's scale belongs to a row of the accumulator.
 
     y[m, n] = unit[n] · Σ_g f[n, g] · (Σ_k w16 · x'[m, k] + term[m, g] - zero[n, g] · sum[m, g])
             + salient_unit[n] · Σ_slots value · x'[m, position]          all · x_scale[m], + bias[n]

@@ -130,7 +130,8 @@ def keeps_salient_inline(layout: Layout) -> bool:
     """Whether salient weights stay in place: where it can be done and takes less memory.
 
     It takes a bit per weight and two fp16 numbers per group, where a place takes 24 bits: from 7
-    places in 128 it is less. The cost model sees fewer instructions from about 9, 6 and 3 (M ≤ 8, 16, 64).
+    places in 128 it is less. The cost model sees fewer instructions from about 9, 6 and 3 places
+    (M ≤ 8, 16, 64).
     """
     return (
         not layout.trellis
