@@ -100,10 +100,8 @@ def gemm_kernel(
     r = tl.arange(0, 16)
     m = tl.arange(0, BLOCK_M)
 
-    low = tl.load(constants + r)
-    high = tl.load(constants + 16 + r)
-    ones = tl.load(constants + 32 + r)
-    shift = tl.load(constants + 48 + r)
+    masks = tl.load(constants + r), tl.load(constants + 16 + r)
+    masks += tl.load(constants + 32 + r), tl.load(constants + 48 + r)
     plane = part * blocks + block
     words += n[:, None] * 16 + r[None, :]
     dots += plane * (steps * STEP * BLOCK_M) + m[None, :] * 16
@@ -114,8 +112,7 @@ def gemm_kernel(
 
     steps_per_split = tl.cdiv(steps, splits)
     total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    if RUNNING:
-        unit = one_unit(n, LOG8)
+    unit = one_unit(n, LOG8)
     for step in tl.range(
         split * steps_per_split,
         tl.minimum(split * steps_per_split + steps_per_split, steps),
@@ -127,41 +124,23 @@ def gemm_kernel(
         partial, data = total, n
         for chain in tl.static_range(STEP // 64 // J):
             group = step * GROUPS + chain * J * 64 // GROUP
-            state = n
-            affine_terms = ()
-            if MODE == "trellis":  # a chain is a group
-                data = tl.load(group_data + group * padded_rows + n)
-                state = (data >> 16).to(tl.int16)
-            if INLINE:
-                state = chain_classes(here, padded_rows * 16, chain, CODES, ASM)
-                affine_terms = group_affine(
-                    affine, group * padded_rows + n, padded_rows, GROUP, MODE
-                )
-            first = nibble_tile(here, padded_rows * 16, held, chain * J, BITS)
-            second = nibble_tile(here, padded_rows * 16, held, chain * J + J - 1, BITS)
-            decoded = decode_chain(
-                first, second, state, affine_terms,
-                low, high, ones, shift, table, BITS, MODE, INLINE, J, ASM, REGISTERS,
+            loaded, decoded = load_chain(
+                here, held, group_data, affine, group * padded_rows + n, padded_rows, chain,
+                masks, table, BITS, MODE, INLINE, GROUP, CODES, J, ASM, REGISTERS,
             )  # fmt: skip
+            if MODE == "trellis":
+                data = loaded
             for piece in tl.static_range(PIECES):
                 first_column = (chain * PIECES + piece) * DEPTH
                 current = step * GROUPS + first_column // GROUP
                 if first_column % GROUP == 0:
                     if MODE != "trellis":
                         data = tl.load(group_data + current * padded_rows + n)
-                    begin = tl.zeros((BLOCK_M,), tl.float32)
-                    if OFFSET != 0:
-                        begin = tl.load(offset_terms + current * BLOCK_M + m)
-                    if RUNNING:
-                        before, unit = unit, group_unit(scale_of(data, LOG8), LOG8, INLINE)
-                        ratio = unit_ratio(before, unit, LOG8, ASM != "")
-                        partial = total * ratio[:, None] + begin[None, :]
-                    else:
-                        partial = tl.broadcast_to(begin[None, :], (BLOCK_N, BLOCK_M))
-                    if ZEROS:
-                        zero = (data >> 16).to(tl.float32)
-                        sum = tl.load(group_sums + current * BLOCK_M + m)
-                        partial -= zero[:, None] * sum[None, :]
+                    partial, unit = begin_group(
+                        total, unit, data, offset_terms + current * BLOCK_M + m,
+                        group_sums + current * BLOCK_M + m, OFFSET, ZEROS, LOG8, INLINE, RUNNING,
+                        ASM,
+                    )  # fmt: skip
                 ready = tl.load(step_dots + first_column * BLOCK_M)
                 left = side_by_side(decoded, piece * DEPTH // 16, DEPTH // 16)
                 partial = tl.dot(left, ready, partial)
@@ -194,6 +173,59 @@ def gemm_kernel(
             store_result(y, bias, x_scale, about, total, part, block, blocks, rows, outputs, BIAS)
     else:
         store_result(y, bias, x_scale, about, total, part, block, blocks, rows, outputs, BIAS)
+
+
+@triton.jit
+def load_chain(
+    words, held, group_data, affine, at, padded_rows, CHAIN: tl.constexpr, masks, table,
+    BITS: tl.constexpr, MODE: tl.constexpr, INLINE: tl.constexpr, GROUP: tl.constexpr,
+    CODES: tl.constexpr, J: tl.constexpr, ASM: tl.constexpr, REGISTERS: tl.constexpr,
+):  # fmt: skip
+    """A chain's group data (a trellis only, whose chain is a group) and decoded dots.
+
+    words: pointers to the step's first tile;  held: its `split_tiles`;  at: the chain's group in
+    arrays of groups;  masks: the rows of `constants`.
+    """
+    data = at
+    state = at
+    terms = ()
+    if MODE == "trellis":
+        data = tl.load(group_data + at)
+        state = (data >> 16).to(tl.int16)
+    if INLINE:
+        state = chain_classes(words, padded_rows * 16, CHAIN, CODES, ASM)
+        terms = group_affine(affine, at, padded_rows, GROUP, MODE)
+    first = nibble_tile(words, padded_rows * 16, held, CHAIN * J, BITS)
+    second = nibble_tile(words, padded_rows * 16, held, CHAIN * J + J - 1, BITS)
+    decoded = decode_chain(
+        first, second, state, terms, masks[0], masks[1], masks[2], masks[3], table,
+        BITS, MODE, INLINE, J, ASM, REGISTERS,
+    )  # fmt: skip
+    return data, decoded
+
+
+@triton.jit
+def begin_group(
+    total, unit, data, offset_terms, group_sums,
+    OFFSET: tl.constexpr, ZEROS: tl.constexpr, LOG8: tl.constexpr, INLINE: tl.constexpr,
+    RUNNING: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """What a group's products are added to, [rows, columns], and the unit it is kept in.
+
+    total: the sum so far, in `unit` if RUNNING;  data: the group's, int32 [rows];
+    offset_terms, group_sums: pointers [columns].
+    """
+    begin = tl.zeros((total.shape[1],), tl.float32)
+    if OFFSET != 0:
+        begin = tl.load(offset_terms)
+    if RUNNING:
+        before, unit = unit, group_unit(scale_of(data, LOG8), LOG8, INLINE)
+        partial = total * unit_ratio(before, unit, LOG8, ASM != "")[:, None] + begin[None, :]
+    else:
+        partial = tl.broadcast_to(begin[None, :], total.shape)
+    if ZEROS:
+        partial -= (data >> 16).to(tl.float32)[:, None] * tl.load(group_sums)[None, :]
+    return partial, unit
 
 
 @triton.jit
