@@ -245,7 +245,7 @@ def test_awkward_shapes(make_case, rows, parts, columns, dtype, bias):
     check_product(make_case(layout(4, "trellis", 128, 2), parts, columns), rows, dtype, bias)
 
 
-@pytest.mark.parametrize("waves", [0, 100])
+@pytest.mark.parametrize("programs_per_sm", [0, 100])
 def test_any_split_gives_the_same_sum(make_case, programs_per_sm):
     case = make_case(layout(3, "uniform", 64, 0), [65], 700 // 32 * 32)
     check_product(case, 5, blocks=Blocks(64, 8, 2, 2, programs_per_sm))
