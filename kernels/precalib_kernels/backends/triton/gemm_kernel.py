@@ -63,26 +63,12 @@ def gemm_kernel(
     outputs,  # N
     padded_rows,
     steps,
-    BITS: tl.constexpr,
-    MODE: tl.constexpr,
-    INLINE: tl.constexpr,
-    GROUP: tl.constexpr,
-    STEP: tl.constexpr,
-    TILES: tl.constexpr,
-    J: tl.constexpr,
-    OFFSET: tl.constexpr,
-    ZEROS: tl.constexpr,
-    SLOTS: tl.constexpr,
-    LOG8: tl.constexpr,
-    BIAS: tl.constexpr,
-    SPLIT: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    STAGES: tl.constexpr,
-    ASM: tl.constexpr,
-    REGISTERS: tl.constexpr,
-    SPARE: tl.constexpr,
-):
+    BITS: tl.constexpr, MODE: tl.constexpr, INLINE: tl.constexpr, GROUP: tl.constexpr,
+    STEP: tl.constexpr, TILES: tl.constexpr, J: tl.constexpr, OFFSET: tl.constexpr,
+    ZEROS: tl.constexpr, SLOTS: tl.constexpr, LOG8: tl.constexpr, BIAS: tl.constexpr,
+    SPLIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, STAGES: tl.constexpr,
+    ASM: tl.constexpr, REGISTERS: tl.constexpr, SPARE: tl.constexpr,
+):  # fmt: skip
     """Program (tile, split of the steps, block of x)."""
     CODES: tl.constexpr = TILES - INLINE  # tiles of codes
     GROUPS: tl.constexpr = STEP // GROUP
@@ -150,12 +136,7 @@ def gemm_kernel(
                     else:
                         total += partial * group_scale(scale_of(data, LOG8), LOG8)[:, None]
     if RUNNING:  # registers are short
-        tile, split = reread_register(tile, "ctaid.x", ASM), reread_register(split, "ctaid.y", ASM)
-        block, blocks = (
-            reread_register(block, "ctaid.z", ASM),
-            reread_register(blocks, "nctaid.z", ASM),
-        )
-        splits = reread_register(splits, "nctaid.y", ASM)
+        tile, split, block, blocks, splits = reread_program(tile, split, block, blocks, splits, ASM)
         about = tiles + tile * (BLOCK_N // 64) * 4
         plane = part * blocks + block
         n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -226,6 +207,18 @@ def begin_group(
     if ZEROS:
         partial -= (data >> 16).to(tl.float32)[:, None] * tl.load(group_sums)[None, :]
     return partial, unit
+
+
+@triton.jit
+def reread_program(tile, split, block, blocks, splits, ASM: tl.constexpr):
+    """A program's numbers and sizes of the grid, read once more."""
+    return (
+        reread_register(tile, "ctaid.x", ASM),
+        reread_register(split, "ctaid.y", ASM),
+        reread_register(block, "ctaid.z", ASM),
+        reread_register(blocks, "nctaid.z", ASM),
+        reread_register(splits, "nctaid.y", ASM),
+    )
 
 
 @triton.jit
