@@ -1,67 +1,25 @@
 """Times of the GPU kernels on a machine that has a GPU: `python benchmarks/gpu/bench.py`.
 
-Every candidate of a shape is timed in the same run, in interleaved rounds inside a CUDA graph, and
-the median is given as a ratio to bfloat16's plain product.
+Every candidate of a shape is timed in the same run, in interleaved rounds inside CUDA graphs, over
+weights outside the cache, and the median of its ratios to bfloat16's plain product is given. Where
+vLLM is installed, its own W4A16 kernels are timed as well.
 """
 
 import argparse
 import contextlib
 import functools
-import statistics
 import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import measure
 import torch
 from cost_model import LAYOUTS, SHAPES
 from torch import Tensor
 
 from precalib_kernels.backends.triton import op
-from precalib_kernels.backends.triton.repack import repack
-from precalib_kernels.format.layout import Layout
 
 ROUNDS = 7
-CALLS = 20  # of one candidate in a graph
-
-
-def random_packed(layout: Layout, rows: int, columns: int, device: str) -> list[Tensor]:
-    """Arrays of a weight with random codes, no salient weight used: their cost is the same."""
-    tensors = {}
-    for name, (shape, dtype) in layout.tensors(rows, columns).items():
-        if dtype == torch.uint8:
-            high = 1 if name == "salient" else 2**layout.bits if name == "zeros" else 256
-            tensors[name] = torch.randint(0, high, shape, dtype=dtype, device=device)
-        else:
-            tensors[name] = (torch.rand(shape, device=device) + 0.1).to(dtype)
-    arrays = repack(tensors, layout, columns, [rows])
-    return [arrays[name] for name in op.array_order(layout)]
-
-
-def captured(call: Callable[[], Any]) -> Callable[[], None]:
-    """`call`, CALLS times, as one CUDA graph."""
-    for _ in range(3):
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(CALLS):
-            call()
-    return graph.replay
-
-
-def interleaved(calls: dict[str, Callable[[], Any]]) -> dict[str, float]:
-    """Median milliseconds of one call of each."""
-    graphs = {name: captured(call) for name, call in calls.items()}
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(ROUNDS):
-        for name, replay in graphs.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            replay()
-            end.record()
-            end.synchronize()
-            times[name].append(start.elapsed_time(end) / CALLS)
-    return {name: statistics.median(each) for name, each in times.items()}
 
 
 @contextlib.contextmanager
@@ -124,25 +82,34 @@ def vllm_kernels(rows: int, columns: int) -> Iterator[tuple[str, Callable[[Tenso
 def compare(shape: str, rows: list[int], names: list[str]) -> Iterator[str]:
     """Lines of Markdown for one shape of Llama-3-8B."""
     outputs, inputs = SHAPES[shape]
-    weight = torch.randn(outputs, inputs, dtype=torch.bfloat16, device="cuda")
-    packed = {name: random_packed(LAYOUTS[name], outputs, inputs, "cuda") for name in names}
+    dense = measure.cold_copies([torch.randn(outputs, inputs, dtype=torch.bfloat16, device="cuda")])
+    packed = {
+        name: measure.cold_copies(measure.packed_arrays(LAYOUTS[name], outputs, inputs))
+        for name in names
+    }
+    peers: dict[str, list[Callable[[Tensor], Tensor]]] = {}
     with alone_in_vllm():
-        peers = dict(vllm_kernels(outputs, inputs))
+        for _ in range(measure.CALLS):  # a weight for every call, as they have no common form
+            for name, call in vllm_kernels(outputs, inputs):
+                peers.setdefault(name, []).append(call)
     yield f"| {shape} {outputs} × {inputs}, M | bf16 µs | " + " | ".join([*names, *peers]) + " |"
     yield "|--:" * (2 + len(names) + len(peers)) + "|"
     for m in rows:
         x = torch.randn(m, inputs, dtype=torch.bfloat16, device="cuda")
-        calls: dict[str, Callable[[], Any]] = {
-            "bf16": functools.partial(torch.nn.functional.linear, x, weight)
+        calls: dict[str, list[Callable[[], Any]]] = {
+            "bf16": [functools.partial(torch.nn.functional.linear, x, w) for (w,) in dense]
         }
-        for name, arrays in packed.items():
+        for name, copies in packed.items():
             text = LAYOUTS[name].to_text()
-            calls[name] = functools.partial(op.gpu_linear, x, arrays, None, [outputs], text)
-        for name, call in peers.items():
-            calls[name] = functools.partial(call, x)
-        times = interleaved(calls)
-        ratios = " | ".join(f"{times[n] / times['bf16']:.2f}" for n in [*names, *peers])
-        yield f"| {m} | {times['bf16'] * 1e3:.1f} | {ratios} |"
+            calls[name] = [
+                functools.partial(op.gpu_linear, x, arrays, None, [outputs], text)
+                for arrays in copies
+            ]
+        for name, kernels in peers.items():
+            calls[name] = [functools.partial(kernel, x) for kernel in kernels]
+        times = measure.interleaved(calls, ROUNDS)
+        ratios = " | ".join(f"{times.ratio(n, 'bf16'):.2f}" for n in [*names, *peers])
+        yield f"| {m} | {times.median('bf16') * 1e3:.1f} | {ratios} |"
 
 
 def main() -> None:

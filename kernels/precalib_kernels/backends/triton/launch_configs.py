@@ -1,6 +1,6 @@
 """Fixed configurations: which kernel and which blocks, by chip family and M. No tuning at run time.
 
-`python benchmarks/gpu/autotune.py` measures on a GPU and prints a new table.
+`python benchmarks/gpu/acceptance.py --steps tune` measures on a GPU and writes new entries.
 """
 
 import dataclasses
