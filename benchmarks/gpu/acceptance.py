@@ -34,6 +34,7 @@ import triton  # noqa: E402
 from cost_model import LAYOUTS, SHAPES  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from precalib_kernels import ops  # noqa: E402
 from precalib_kernels.backends.triton import op  # noqa: E402
 from precalib_kernels.backends.triton.launch_configs import TABLE, Blocks, blocks_for  # noqa: E402
 from precalib_kernels.backends.triton.memory_layout import triton_layout  # noqa: E402
@@ -97,7 +98,7 @@ def compile_entry(name: str, m: int, blocks: Blocks | None) -> None:
     if blocks is None:
         op.gpu_linear(x, arrays, None, [256], LAYOUTS[name].to_text())
     else:
-        named = dict(zip(op.array_order(LAYOUTS[name]), arrays, strict=True))
+        named = dict(zip(ops.array_order(LAYOUTS[name]), arrays, strict=True))
         for split in (0, 1000):  # without and with a split of K
             entry = dataclasses.replace(blocks, programs_per_sm=split)
             op.gemm(x, named, None, LAYOUTS[name], [256], entry)
@@ -122,7 +123,7 @@ def compiled(entries: Sequence[tuple[str, int, Blocks | None]], jobs: int) -> se
 
 def by_panels(layout: Layout, rows: int, x: Tensor, arrays: list[Tensor]) -> Tensor:
     """The product by dequantized panels, whatever M is."""
-    named = dict(zip(op.array_order(layout), arrays, strict=True))
+    named = dict(zip(ops.array_order(layout), arrays, strict=True))
     return op.by_panels(x, named, None, layout, [rows])
 
 
@@ -215,7 +216,7 @@ def tune(names: list[str], jobs: int, deadline: float) -> Iterator[dict[str, Any
         m = 1 if most == 8 else min(most, 128)
         for rows, columns in shapes:
             copies = measure.cold_copies(measure.packed_arrays(layout, rows, columns))
-            named = [dict(zip(op.array_order(layout), c, strict=True)) for c in copies]
+            named = [dict(zip(ops.array_order(layout), c, strict=True)) for c in copies]
             x = torch.randn(m, columns, dtype=torch.bfloat16, device="cuda")
             calls = {
                 str(blocks): [

@@ -11,7 +11,7 @@ import aot_compile
 import torch
 from torch import Tensor
 
-from precalib_kernels.backends.triton import op
+from precalib_kernels import ops
 from precalib_kernels.backends.triton.repack import repack
 from precalib_kernels.format.bitstream import pack_bits
 from precalib_kernels.format.layout import Layout
@@ -73,7 +73,7 @@ def packed_arrays(layout: Layout, rows: int, columns: int, seed: int = 0) -> lis
     """The in-memory form of a random weight on the GPU, in the operators' order."""
     tensors = {k: t.cuda() for k, t in random_packed(layout, rows, columns, seed).items()}
     arrays = repack(tensors, layout, columns, [rows])
-    return [arrays[name] for name in op.array_order(layout)]
+    return [arrays[name] for name in ops.array_order(layout)]
 
 
 def cold_copies(arrays: Sequence[Tensor]) -> list[list[Tensor]]:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import Tensor
 
+from precalib_kernels import ops
 from precalib_kernels.backends.base import Backend, LinearSpec
 from precalib_kernels.backends.triton import op
 from precalib_kernels.backends.triton.memory_layout import reason_against, triton_layout
@@ -22,7 +23,7 @@ class TritonBackend(Backend):
 
     def __init__(self, spec: LinearSpec) -> None:
         super().__init__(spec)
-        self.names = op.array_order(spec.layout)
+        self.names = ops.array_order(spec.layout)
         self.layout_text = spec.layout.to_text()
         self.shard_sizes = list(spec.shard_sizes)
 

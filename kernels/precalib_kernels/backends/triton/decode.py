@@ -6,6 +6,8 @@ Kernels give an empty ASM where there is no assembler: on AMD and in Triton's in
 import triton
 import triton.language as tl
 
+from precalib_kernels.backends.triton.gemm_scales import group_affine
+
 
 @triton.jit
 def split_tiles(words, stride, BITS: tl.constexpr, SPARE: tl.constexpr):
@@ -26,6 +28,35 @@ def split_tiles(words, stride, BITS: tl.constexpr, SPARE: tl.constexpr):
 def nibble_tile(words, stride, tiles, INDEX: tl.constexpr, BITS: tl.constexpr):
     """A nibble tile of the step, `tiles` being its `split_tiles`."""
     return tl.load(words + INDEX * stride) if BITS == 4 else tiles[INDEX]
+
+
+@triton.jit
+def load_chain(
+    words, held, group_data, affine, at, padded_rows, CHAIN: tl.constexpr, masks, table,
+    BITS: tl.constexpr, MODE: tl.constexpr, INLINE: tl.constexpr, GROUP: tl.constexpr,
+    CODES: tl.constexpr, J: tl.constexpr, ASM: tl.constexpr, REGISTERS: tl.constexpr,
+):  # fmt: skip
+    """A chain's group data (a trellis only, whose chain is a group) and decoded dots.
+
+    words: pointers to the step's first tile;  held: its `split_tiles`;  at: the chain's group in
+    arrays of groups;  masks: the rows of `constants`.
+    """
+    data = at
+    state = at
+    terms = ()
+    if MODE == "trellis":
+        data = tl.load(group_data + at)
+        state = (data >> 16).to(tl.int16)
+    if INLINE:
+        state = chain_classes(words, padded_rows * 16, CHAIN, CODES, ASM)
+        terms = group_affine(affine, at, padded_rows, GROUP, MODE)
+    first = nibble_tile(words, padded_rows * 16, held, CHAIN * J, BITS)
+    second = nibble_tile(words, padded_rows * 16, held, CHAIN * J + J - 1, BITS)
+    decoded = decode_chain(
+        first, second, state, terms, masks[0], masks[1], masks[2], masks[3], table,
+        BITS, MODE, INLINE, J, ASM, REGISTERS,
+    )  # fmt: skip
+    return data, decoded
 
 
 @triton.jit

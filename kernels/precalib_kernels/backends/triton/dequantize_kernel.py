@@ -3,13 +3,8 @@
 import triton
 import triton.language as tl
 
-from precalib_kernels.backends.triton.decode import (
-    chain_classes,
-    decode_chain,
-    nibble_tile,
-    split_tiles,
-)
-from precalib_kernels.backends.triton.gemm_scales import group_affine, group_scale, scale_of
+from precalib_kernels.backends.triton.decode import load_chain, split_tiles
+from precalib_kernels.backends.triton.gemm_scales import group_scale, scale_of
 
 
 @triton.jit(do_not_specialize=["first_tile", "columns"])
@@ -62,31 +57,18 @@ def dequantize_kernel(
     part = tl.load(tiles + tile * 4)
     row = tl.load(tiles + tile * 4 + 1) - tl.load(tiles + first_tile * 4 + 1) + inner
     inside = inner < tl.load(tiles + tile * 4 + 2)
-    low = tl.load(constants + r)
-    high = tl.load(constants + 16 + r)
-    ones = tl.load(constants + 32 + r)
-    shift = tl.load(constants + 48 + r)
+    masks = tl.load(constants + r), tl.load(constants + 16 + r)
+    masks += tl.load(constants + 32 + r), tl.load(constants + 48 + r)
 
     here = words + step * TILES * padded_rows * 16 + n[:, None] * 16 + r[None, :]
     held = split_tiles(here, padded_rows * 16, BITS, SPARE)
     unit = tl.load(row_unit + n)
     for chain in tl.static_range(STEP // 64 // J):
         first_group = step * GROUPS + chain * J * 64 // GROUP
-        state = n
-        affine_terms = ()
         data, scale, places, added = n, unit, (), ()
-        if MODE == "trellis":
-            state = (tl.load(group_data + first_group * padded_rows + n) >> 16).to(tl.int16)
-        if INLINE:
-            state = chain_classes(here, padded_rows * 16, chain, CODES, ASM)
-            affine_terms = group_affine(
-                affine, first_group * padded_rows + n, padded_rows, GROUP, MODE
-            )
-        first = nibble_tile(here, padded_rows * 16, held, chain * J, BITS)
-        second = nibble_tile(here, padded_rows * 16, held, chain * J + J - 1, BITS)
-        decoded = decode_chain(
-            first, second, state, affine_terms,
-            low, high, ones, shift, table, BITS, MODE, INLINE, J, ASM, REGISTERS,
+        _, decoded = load_chain(
+            here, held, group_data, affine, first_group * padded_rows + n, padded_rows, chain,
+            masks, table, BITS, MODE, INLINE, GROUP, CODES, J, ASM, REGISTERS,
         )  # fmt: skip
         for dot in tl.static_range(4 * J):
             group = first_group + dot * 16 // GROUP

@@ -14,17 +14,10 @@ import triton
 import triton.language as tl
 
 from precalib_kernels.backends.triton import memory_layout
-from precalib_kernels.backends.triton.decode import (
-    chain_classes,
-    decode_chain,
-    nibble_tile,
-    side_by_side,
-    split_tiles,
-)
+from precalib_kernels.backends.triton.decode import load_chain, side_by_side, split_tiles
 from precalib_kernels.backends.triton.gemm_epilogue import add_splits, store_result
 from precalib_kernels.backends.triton.gemm_salient import add_salient, gathered_columns
 from precalib_kernels.backends.triton.gemm_scales import (
-    group_affine,
     group_scale,
     group_unit,
     one_unit,
@@ -154,35 +147,6 @@ def gemm_kernel(
             store_result(y, bias, x_scale, about, total, part, block, blocks, rows, outputs, BIAS)
     else:
         store_result(y, bias, x_scale, about, total, part, block, blocks, rows, outputs, BIAS)
-
-
-@triton.jit
-def load_chain(
-    words, held, group_data, affine, at, padded_rows, CHAIN: tl.constexpr, masks, table,
-    BITS: tl.constexpr, MODE: tl.constexpr, INLINE: tl.constexpr, GROUP: tl.constexpr,
-    CODES: tl.constexpr, J: tl.constexpr, ASM: tl.constexpr, REGISTERS: tl.constexpr,
-):  # fmt: skip
-    """A chain's group data (a trellis only, whose chain is a group) and decoded dots.
-
-    words: pointers to the step's first tile;  held: its `split_tiles`;  at: the chain's group in
-    arrays of groups;  masks: the rows of `constants`.
-    """
-    data = at
-    state = at
-    terms = ()
-    if MODE == "trellis":
-        data = tl.load(group_data + at)
-        state = (data >> 16).to(tl.int16)
-    if INLINE:
-        state = chain_classes(words, padded_rows * 16, CHAIN, CODES, ASM)
-        terms = group_affine(affine, at, padded_rows, GROUP, MODE)
-    first = nibble_tile(words, padded_rows * 16, held, CHAIN * J, BITS)
-    second = nibble_tile(words, padded_rows * 16, held, CHAIN * J + J - 1, BITS)
-    decoded = decode_chain(
-        first, second, state, terms, masks[0], masks[1], masks[2], masks[3], table,
-        BITS, MODE, INLINE, J, ASM, REGISTERS,
-    )  # fmt: skip
-    return data, decoded
 
 
 @triton.jit

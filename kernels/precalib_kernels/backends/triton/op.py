@@ -18,7 +18,6 @@ from precalib_kernels.backends.triton.launch_configs import (
 )
 from precalib_kernels.backends.triton.memory_layout import ROWS, TritonLayout, padded, triton_layout
 from precalib_kernels.format.layout import Layout
-from precalib_kernels.ops import array_order as array_order
 from precalib_kernels.ops import named_arrays
 
 PREPARE_WARPS = 8
@@ -196,14 +195,12 @@ def by_panels(
 
 @functools.lru_cache(maxsize=64)
 def dot_order(form: TritonLayout, columns: int, device: torch.device) -> Tensor:
-    """Column of every place in the order of the dots of a trellis, int64 [columns].
+    """Column of every place in the order of the dots of a trellis, int64 [columns]."""
+    from precalib_kernels.backends.triton.dequantize_kernel import dot_column
 
-    As `dequantize_kernel.dot_column` has it.
-    """
     place = torch.arange(columns, device=device)
-    tiles = form.chain_tiles
-    dot, r = place // 16, place % 16
-    return dot // (4 * tiles) * form.group + r // 2 * (8 * tiles) + dot % (4 * tiles) * 2 + r % 2
+    order: Tensor = dot_column.fn(place // 16, place % 16, form.group, form.mode, form.chain_tiles)
+    return order
 
 
 def warm_up_rows() -> list[int]:

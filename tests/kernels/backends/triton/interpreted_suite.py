@@ -15,6 +15,7 @@ import torch
 from packed_tensors import RECIPE_LAYOUTS
 from torch import Tensor
 
+from precalib_kernels import ops
 from precalib_kernels.backends.base import LinearSpec
 from precalib_kernels.backends.triton import op
 from precalib_kernels.backends.triton.backend import TritonBackend
@@ -55,7 +56,7 @@ class Case:
     def packed(self) -> list[Tensor]:
         tensors = {name: tensor.to(DEVICE) for name, tensor in self.tensors.items()}
         arrays = repack(tensors, self.layout, self.columns, self.parts)
-        return [arrays[name] for name in op.array_order(self.layout)]
+        return [arrays[name] for name in ops.array_order(self.layout)]
 
     def weight(self) -> Tensor:
         return reference.dequantize(self.tensors, self.layout, self.columns, self.parts).double()
@@ -85,7 +86,7 @@ def check_product(case: Case, rows: int, dtype=torch.float32, bias=False, blocks
         text = case.layout.to_text()
         y = op.gpu_linear(there, case.packed, bias_there, case.parts, text)
     else:
-        arrays = dict(zip(op.array_order(case.layout), case.packed, strict=True))
+        arrays = dict(zip(ops.array_order(case.layout), case.packed, strict=True))
         y = op.gemm(there, arrays, bias_there, case.layout, case.parts, blocks)
     assert y.dtype == dtype
     y = y.cpu()

@@ -7,7 +7,7 @@ import torch
 from cost_model import LAYOUTS
 from packed_tensors import RECIPE_LAYOUTS
 
-from precalib_kernels.backends.triton import op
+from precalib_kernels import ops
 from precalib_kernels.backends.triton.decode_ptx import assembler, constraints, table_words
 from precalib_kernels.backends.triton.launch_configs import Blocks, blocks_for, family_of, splits
 from precalib_kernels.backends.triton.memory_layout import reason_against, triton_layout
@@ -116,7 +116,7 @@ def test_wrong_arrays_are_refused():
         for name, spec in layout.tensors(8, 128).items()
     }
     arrays = repack(tensors, layout, 128, [8])
-    packed = [arrays[name] for name in op.array_order(layout)]
+    packed = [arrays[name] for name in ops.array_order(layout)]
     text = layout.to_text()
     fake = torch.ops.precalib.gpu_linear
     with pytest.raises(FormatError, match="arrays of the in-memory form, expected"):

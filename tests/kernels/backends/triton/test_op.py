@@ -5,6 +5,7 @@ import torch
 from cost_model import LAYOUTS
 from packed_tensors import RECIPE_LAYOUTS
 
+from precalib_kernels import ops
 from precalib_kernels.backends.triton import op
 from precalib_kernels.backends.triton.repack import repack
 from precalib_kernels.format import reference
@@ -21,7 +22,7 @@ def case(request, make_packed):
     for name, array in arrays.items():  # a GPU divides by constants a little differently
         torch.testing.assert_close(array.cpu(), on_cpu[name], rtol=2**-10, atol=0)
     weight = reference.dequantize(tensors, packed.layout, 576)
-    return packed.layout, [arrays[name] for name in op.array_order(packed.layout)], weight.double()
+    return packed.layout, [arrays[name] for name in ops.array_order(packed.layout)], weight.double()
 
 
 @needs_gpu
