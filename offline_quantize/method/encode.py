@@ -21,6 +21,7 @@ from torch import Tensor
 
 from offline_quantize.method.arithmetic import power_of_two
 from offline_quantize.method.codes import SQUARED_ERROR, Codes, Objective, find_codes
+from offline_quantize.method.input_statistics import InputStatistics
 from offline_quantize.method.pack import pack_rows
 from offline_quantize.method.recipes import Recipe
 from offline_quantize.method.salience import SalientWeights, choose_salient, penalty
@@ -94,10 +95,12 @@ class EncodedGroups:
     codes: Codes
 
 
-def encode_unchecked(weight: Tensor, recipe: Recipe, where: str) -> Encoded:
+def encode_unchecked(
+    weight: Tensor, recipe: Recipe, where: str, inputs: InputStatistics | None = None
+) -> Encoded:
     """Quantize and pack one weight, whatever the error; else as `encode`."""
     layout, (rows, columns) = recipe.layout, weight.shape
-    matrix = prepare_matrix(weight, recipe, where)
+    matrix = prepare_matrix(weight, recipe, where, inputs)
     tensors = {
         name: torch.empty(spec.shape, dtype=spec.dtype, device=weight.device)
         for name, spec in layout.tensors(rows, columns).items()
@@ -123,7 +126,9 @@ def encode_unchecked(weight: Tensor, recipe: Recipe, where: str) -> Encoded:
     return Encoded(tensors, statistics, layout)
 
 
-def prepare_matrix(weight: Tensor, recipe: Recipe, where: str) -> PreparedMatrix:
+def prepare_matrix(
+    weight: Tensor, recipe: Recipe, where: str, inputs: InputStatistics | None = None
+) -> PreparedMatrix:
     """Find what all rows share: the column scale and the threshold of salient weights.
 
     Raises SourceError for NaN or infinite weights, UnfitError for weights that no scale can hold.
@@ -133,7 +138,8 @@ def prepare_matrix(weight: Tensor, recipe: Recipe, where: str) -> PreparedMatrix
         raise non_finite(weight, where)
     layout, scale = recipe.layout, None
     if layout.column_scale:
-        scale = column_scale(weight, recipe.sinkhorn_iterations)
+        mean_square = inputs.mean_square if inputs else None
+        scale = column_scale(weight, recipe.sinkhorn_iterations, mean_square)
     if largest >= 2**14:
         reach = float((weight if scale is None else weight / scale).abs().max())
         if reach >= 2**24:  # no scale holds it, and products of it would leave float32
@@ -170,18 +176,21 @@ def encode_groups(
     return EncodedGroups(scales, codes)
 
 
-def encode(weight: Tensor, recipe: Recipe, where: str) -> Encoded:
+def encode(
+    weight: Tensor, recipe: Recipe, where: str, inputs: InputStatistics | None = None
+) -> Encoded:
     """Quantize and pack one weight.
 
     weight: [N, K], bfloat16, float16 or float32.
     where:  file and tensor, for errors.
+    inputs: what is known of the inputs of its layer, if anything.
 
     Raises SourceError for NaN or infinite weights, and UnfitError for weights too large for float16
     scales or whose error is far above what the recipe gives (`expected_if_ruined`).
     """
-    encoded = encode_unchecked(weight, recipe, where)
+    encoded = encode_unchecked(weight, recipe, where, inputs)
     error, largest = encoded.statistics.relative_error, encoded.statistics.largest
-    expected = expected_if_ruined(weight, recipe, error)
+    expected = expected_if_ruined(weight, recipe, error, inputs)
     if expected is not None:
         small = f"; its largest weight, {largest:.2g}, is too small for float16 scales"
         raise UnfitError(
@@ -191,7 +200,9 @@ def encode(weight: Tensor, recipe: Recipe, where: str) -> Encoded:
     return encoded
 
 
-def expected_if_ruined(weight: Tensor, recipe: Recipe, error: float) -> float | None:
+def expected_if_ruined(
+    weight: Tensor, recipe: Recipe, error: float, inputs: InputStatistics | None = None
+) -> float | None:
     """The relative error that the recipe should leave in a weight, if `error` is far above it.
 
     Expected is what the recipe leaves in the same weight times the power of two that brings it to
@@ -207,7 +218,7 @@ def expected_if_ruined(weight: Tensor, recipe: Recipe, error: float) -> float | 
     if error <= floor:
         return None
     weight = weight.float() * power_of_two(_largest_magnitude(weight))
-    expected = encode_unchecked(weight, recipe, "size 1").statistics.relative_error
+    expected = encode_unchecked(weight, recipe, "size 1", inputs).statistics.relative_error
     return None if error <= max(3 * expected, floor) and error < 1 else expected
 
 
