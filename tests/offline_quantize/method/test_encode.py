@@ -219,7 +219,7 @@ def test_a_shape_that_suits_a_recipe_badly_is_no_fault(name, options, weight):
 @pytest.mark.parametrize("damage", ["nan", "inf", "zero", "uneven"])
 @pytest.mark.parametrize("name", ["balanced-3", "balanced-4"])
 def test_a_ruined_column_scale_is_refused(monkeypatch, name, damage):
-    def ruined(weight, iterations):
+    def ruined(weight, iterations, mean_square):
         scale = column_scale(weight, iterations)
         if damage == "uneven":
             return scale * torch.where(torch.arange(scale.numel()) % 64 == 0, 1000, 1)
