@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TypedDict, Unpack
 import torch
 from torch import Tensor
 
+from offline_quantize.calibration.choice import choose_activations
 from offline_quantize.checkpoint import hub
 from offline_quantize.checkpoint.packed import PackedCheckpoint
 from offline_quantize.checkpoint.packed import open_packed as _open_packed
@@ -113,6 +114,9 @@ def quantize_checkpoint(
     overrides: Mapping[str, str] | None = None,
     keep: Sequence[str] = (),
     head: str | None = None,
+    activations: str | Path = "auto",
+    activation_tokens: int | None = None,
+    feedback: bool = False,
     jobs: int = 0,
     device: str = "cpu",
     resume: bool = False,
@@ -127,6 +131,11 @@ def quantize_checkpoint(
     overrides:   recipe names by pattern, searched in module names; the first match wins.
     keep:        patterns of modules that stay unquantized.
     head:        name of a recipe for the output head, None to leave it unquantized.
+    activations: what goes through the model first, to know the inputs of its layers: "random"
+                 tokens, text of its own ("self"), a text file, or nothing ("none"). "auto" is
+                 "random" if transformers can run the model; the manifest says what was done.
+    activation_tokens: how many tokens of it; None for as many as are enough.
+    feedback:    whether codes take up the errors of the codes before them; needs activations.
     jobs:        tensors at a time; 0 for one per core.
     device:      where to compute: "cpu", "cuda:0".
     progress:    is told of every tensor and of the bytes done.
@@ -137,6 +146,7 @@ def quantize_checkpoint(
     given = dict.fromkeys(RecipeChanges.__annotations__) | changes  # in the order of their label
     options = Options(recipe, given, list((overrides or {}).items()), keep, target_bits, head)
     plan = make_plan(open_checkpoint(hub.locate(str(source))), options)
+    plan, _ = choose_activations(plan, str(activations), activation_tokens, feedback)
     shown = progress or NullProgress()
     return quantize(plan, Path(target), shown, _jobs(jobs), device, resume)
 

@@ -22,6 +22,7 @@ class RunRecord(Record):
     recipe:    the main recipe and its adjustments, as on the command line.
     recipes:   JSON form of every recipe in use, by label.
     overrides: "REGEX=RECIPE";  keep: patterns;  head: recipe of the output head, or None.
+    activations: `ActivationOptions.to_json` of what went through the model first, or None.
     source:    digest of config.json; size and digest of the header of every weight file.
     """
 
@@ -35,6 +36,7 @@ class RunRecord(Record):
     overrides: list[str]
     keep: list[str]
     head: str | None = None
+    activations: dict[str, Any] | None = None
     source: dict[FileName, Any]
 
 

@@ -7,7 +7,7 @@ directory holds while this goes on.
 import dataclasses
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -54,10 +54,11 @@ class WriteJob:
 
 
 def write_shards(
-    run: Run, write_jobs: Iterable[WriteJob], workers: int, progress: Progress
+    run: Run, batches: Iterable[Sequence[WriteJob]], workers: int, progress: Progress
 ) -> dict[str, dict[str, Any]]:
     """Fill and publish all weight files of a run that has begun; the reports of `make` by key.
 
+    batches: jobs, batch after batch (`by_file`); the next batch is asked for when one is done.
     workers: tensors worked on at once, each on one thread, so that results do not depend on it.
 
     Raises what `make` raises. An UnfitError does not stop the others, so that all are found in one
@@ -66,14 +67,13 @@ def write_shards(
     """
     unfit: dict[str, str] = {}
     journal = Journal(run.target / JOURNAL)
-    pending: dict[str, list[WriteJob]] = {file: [] for file in run.files.shards}
-    for job in write_jobs:
-        pending[job.file].append(job)
+    shards = {file: _Shard(run.target / file, layout) for file, layout in run.files.shards.items()}
     try:
         with worker_pool(workers) as pool:
-            for file, layout in run.files.shards.items():
-                path = run.target / file
-                _write_shard(path, layout, pending[file], pool, journal, unfit, progress)
+            for batch in batches:
+                _write_batch(batch, shards, pool, journal, unfit, progress)
+                if not unfit:
+                    _publish_full(shards.values(), journal)
         if unfit:
             raise UnfitError("; ".join(unfit[key] for key in sorted(unfit)), unfit)
     except (SourceError, FormatError) as error:
@@ -81,53 +81,94 @@ def write_shards(
             run.discard()
         raise
     finally:
+        for shard in shards.values():
+            shard.close()
         journal.close()
     return journal.reports
 
 
-def _write_shard(
-    path: Path,
-    layout: FileLayout,
+def by_file(run: Run, jobs: Iterable[WriteJob]) -> Iterator[list[WriteJob]]:
+    """A batch for each weight file, so that files are finished one after the other."""
+    batches: dict[str, list[WriteJob]] = {file: [] for file in run.files.shards}
+    for job in jobs:
+        batches[job.file].append(job)
+    yield from batches.values()
+
+
+class _Shard:
+    """A weight file on its way: opened for its first tensor, published after its last one."""
+
+    def __init__(self, path: Path, layout: FileLayout) -> None:
+        self.path = path
+        self.layout = layout
+        self.missing = len(layout.entries)
+        self.descriptor: int | None = None
+        self.known = False  # whether an earlier run left its bytes
+
+    def open(self) -> None:
+        """Make the partial file, or take up the one of an earlier run."""
+        if self.descriptor is not None:
+            return
+        written = partial(self.path)
+        if self.path.exists():  # published by an earlier run; its bytes are looked at like others
+            self.path.replace(written)
+        self.known = written.exists() and written.stat().st_size == self.layout.size
+        self.descriptor = os.open(written, os.O_RDWR | os.O_CREAT, 0o644)
+        os.truncate(self.descriptor, self.layout.size)
+        write_at(self.descriptor, self.layout.header, 0)
+
+    def close(self) -> None:
+        """Close the file, whatever its state."""
+        if self.descriptor is not None:
+            os.close(self.descriptor)
+            self.descriptor = None
+
+
+def _write_batch(
     jobs: Sequence[WriteJob],
+    shards: Mapping[str, _Shard],
     pool: ThreadPoolExecutor,
     journal: Journal,
     unfit: dict[str, str],
     progress: Progress,
 ) -> None:
-    """Fill one weight file and publish it, unless a tensor is unfit, here or in an earlier one."""
-    written = partial(path)
-    if path.exists():  # published by an earlier run; its bytes are looked at like all others
-        path.replace(written)
-    known = written.exists() and written.stat().st_size == layout.size
-    descriptor = os.open(written, os.O_RDWR | os.O_CREAT, 0o644)
+    """Write the tensors of all jobs; those that cannot be quantized are noted in `unfit`."""
+    for job in jobs:
+        shards[job.file].open()
+
+    def work(job: WriteJob) -> None:
+        shard = shards[job.file]
+        assert shard.descriptor is not None
+        progress.begin(job.key)
+        known = shard.known and _is_written(shard.descriptor, shard.layout, job, journal)
+        if not known:
+            try:
+                _run(shard.descriptor, shard.layout, job, journal)
+            except UnfitError as error:
+                unfit[job.key] = str(error)
+        progress.advance(job.nbytes)
+
+    futures = [pool.submit(work, job) for job in jobs]
     try:
-        os.truncate(descriptor, layout.size)
-        write_at(descriptor, layout.header, 0)
-
-        def work(job: WriteJob) -> None:
-            progress.begin(job.key)
-            if not (known and _is_written(descriptor, layout, job, journal)):
-                try:
-                    _run(descriptor, layout, job, journal)
-                except UnfitError as error:
-                    unfit[job.key] = str(error)
-            progress.advance(job.nbytes)
-
-        futures = [pool.submit(work, job) for job in jobs]
-        try:
-            wait(futures, return_when=FIRST_EXCEPTION)
-        finally:  # also when interrupted: nothing may run on once the file is closed
-            for future in futures:
-                future.cancel()
-            wait(futures)
+        wait(futures, return_when=FIRST_EXCEPTION)
+    finally:  # also when interrupted: nothing may run on once the file is closed
         for future in futures:
-            if not future.cancelled():
-                future.result()
-    finally:
-        os.close(descriptor)
-    journal.sync()
-    if not unfit:
-        publish(path)
+            future.cancel()
+        wait(futures)
+    for future in futures:
+        if not future.cancelled():
+            future.result()
+    for job in jobs:
+        shards[job.file].missing -= len(job.outputs)
+
+
+def _publish_full(shards: Iterable[_Shard], journal: Journal) -> None:
+    """Give the files that have all their tensors their names."""
+    for shard in shards:
+        if shard.descriptor is not None and not shard.missing:
+            shard.close()
+            journal.sync()
+            publish(shard.path)
 
 
 def _run(descriptor: int, layout: FileLayout, job: WriteJob, journal: Journal) -> None:

@@ -113,6 +113,27 @@ def show_experts(plan: Plan) -> None:
         )
 
 
+def show_activations(plan: Plan, reason: str | None, unknown: Sequence[str] = ()) -> None:
+    """Say what goes through the model before it is quantized, or why nothing does.
+
+    reason:  why a pass that was not asked for is left out, None if it is not.
+    unknown: weights of which the inputs stay unknown all the same.
+    """
+    if reason:
+        out.print(f"Note: quantized without a forward pass, with a larger error. {reason}")
+    if (activations := plan.options.activations) is None:
+        return
+    of = {"random": "random tokens", "self": "tokens that the model writes"}
+    what = of.get(activations.text, f"tokens of {activations.text}")
+    feedback = ", and codes take up the errors before them" if activations.feedback else ""
+    out.print(f"Inputs of layers: known from {activations.tokens:,} {what}{feedback}.")
+    if unknown:
+        out.print(
+            f"Note: the inputs of {len(unknown):,} weights stay unknown, as transformers has no "
+            f"linear layer of that name: {unknown[0]}{' …' if len(unknown) > 1 else ''}"
+        )
+
+
 def show_unquantized(unquantized: Mapping[str, str], skipped_files: Sequence[str]) -> None:
     """Print the tensors that stay as they are, by reason, and the files that are not copied."""
     reasons: dict[str, list[str]] = {}

@@ -15,6 +15,7 @@ import torch
 import typer
 from rich.text import Text
 
+from offline_quantize.calibration.choice import choose_activations
 from offline_quantize.checkpoint import hub
 from offline_quantize.checkpoint.atomic_files import write_json
 from offline_quantize.checkpoint.manifest import read_manifest
@@ -30,6 +31,7 @@ from offline_quantize.commands.verify import verify as run_verify
 from offline_quantize.commands.verify import workload
 from offline_quantize.evaluation import command as evaluation
 from offline_quantize.method.recipes import DEFAULT, RECIPES
+from offline_quantize.planning.activation_options import TOKENS, TOKENS_WITH_FEEDBACK
 from offline_quantize.planning.options import Options
 from offline_quantize.planning.plan import make_plan
 from offline_quantize.report import Request, check_out, write_report
@@ -108,6 +110,27 @@ def quantize(
             metavar="RECIPE", help="Pack the output head, too, which stays unquantized otherwise."
         ),
     ] = None,
+    activations: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|none|random|self|FILE",
+            help="What goes through the model first, to know the inputs of its layers: random "
+            "tokens, text that it writes itself, or a text file; auto: random tokens if "
+            "transformers can run the model.",
+        ),
+    ] = "auto",
+    activation_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help=f"How many tokens of it. If not given: {TOKENS:,}, with --feedback "
+            f"{TOKENS_WITH_FEEDBACK:,}.",
+            min=2,
+        ),
+    ] = None,
+    feedback: Annotated[
+        bool,
+        typer.Option("--feedback", help="Let codes take up the errors of the codes before them."),
+    ] = False,
     jobs: Annotated[int, typer.Option(help="Tensors at a time; 0: one per core.", min=0)] = 0,
     device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda:0.")] = "cpu",
     resume: Annotated[bool, typer.Option("--resume", help="Continue an unfinished run.")] = False,
@@ -129,8 +152,10 @@ def quantize(
     options = Options(recipe, changes, overrides, keep or (), target_bits, head)
     _check_device(device)
     plan = make_plan(open_checkpoint(hub.locate(source)), options)
+    plan, reason = choose_activations(plan, activations, activation_tokens, feedback)
     if dry_run:
         console.show_plan(plan)
+        console.show_activations(plan, reason)
         if run_of(plan, target, device).state(resume) is State.FINISHED:
             console.out.print(f"{target} holds all of it already.")
         return
@@ -144,6 +169,7 @@ def quantize(
         console.out.print(f"{target} was finished before; nothing to do.")
     console.show_unquantized(plan.unquantized, plan.source.skipped_files)
     console.show_experts(plan)
+    console.show_activations(plan, reason, outcome.unknown)
     console.show_totals(outcome.manifest.totals, outcome.seconds)
     if report_to is not None:
         seconds = None if resume else outcome.seconds  # a resumed run knows its last part alone

@@ -16,7 +16,7 @@ from offline_quantize.checkpoint.progress import Progress
 from offline_quantize.checkpoint.run import OutputFiles, Run, State
 from offline_quantize.checkpoint.safetensors_file import NAMES, FileLayout, lay_out
 from offline_quantize.checkpoint.source import CONFIG, INDEX, index_of
-from offline_quantize.checkpoint.writer import WriteJob, write_shards
+from offline_quantize.checkpoint.writer import WriteJob, by_file, write_shards
 from precalib_kernels.errors import FormatError
 
 
@@ -47,7 +47,8 @@ def dequantize(
         run.clean_up()
     else:
         with run.begin():
-            write_shards(run, _write_jobs(packed, owner, dtype), jobs, progress)
+            jobs_by_file = by_file(run, _write_jobs(packed, owner, dtype))
+            write_shards(run, jobs_by_file, jobs, progress)
             run.finish(progress)
     return sum(layout.size for layout in shards.values())
 

@@ -1,14 +1,15 @@
 """`precalib quantize`: a checkpoint to a packed checkpoint."""
 
+import contextlib
 import dataclasses
 import functools
 import math
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,22 +24,31 @@ from offline_quantize.checkpoint.manifest import (
 from offline_quantize.checkpoint.progress import Progress
 from offline_quantize.checkpoint.run import Run, State
 from offline_quantize.checkpoint.safetensors_file import read_tensor
-from offline_quantize.checkpoint.writer import WriteJob, write_shards
+from offline_quantize.checkpoint.writer import WriteJob, by_file, write_shards
 from offline_quantize.method.encode import encode
+from offline_quantize.method.input_statistics import InputStatistics
 from offline_quantize.planning import selection
 from offline_quantize.planning.plan import Plan, WeightPlan
 from precalib_kernels.errors import UnfitError
 from precalib_kernels.format.layout import FORMAT_VERSION, eq13_bits
+
+if TYPE_CHECKING:
+    from offline_quantize.calibration.activations import Block
 
 SHOWN = 20  # tensors named with their errors, of those that cannot be quantized
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What a run did: its manifest, and the seconds it took (None if all was there already)."""
+    """What a run did.
+
+    seconds: it took, None if all was there already.
+    unknown: weights that were quantized without knowing their inputs, in a run with activations.
+    """
 
     manifest: Manifest
     seconds: float | None
+    unknown: Sequence[str] = ()
 
 
 def quantize(
@@ -61,13 +71,15 @@ def quantize(
     if run.state(resume) is State.FINISHED:
         run.clean_up()
         return Outcome(read_manifest(target), None)
-    with run.begin():
+    with contextlib.ExitStack() as stack:
+        batches, unknown = _batches(run, plan, device, progress, stack)
+        stack.enter_context(run.begin())
         try:
-            reports = write_shards(run, _write_jobs(plan, device), jobs, progress)
+            reports = write_shards(run, batches, jobs, progress)
         except UnfitError as error:
             raise _refusal(plan, error.faults) from None
         run.finish(progress, functools.partial(_manifest, plan, reports))
-    return Outcome(read_manifest(target), time.monotonic() - start)
+    return Outcome(read_manifest(target), time.monotonic() - start, unknown)
 
 
 def run_of(plan: Plan, target: Path, device: str) -> Run:
@@ -76,21 +88,67 @@ def run_of(plan: Plan, target: Path, device: str) -> Run:
     return Run(target, plan.source.root, fingerprint, plan.files, plan.record())
 
 
-def _write_jobs(plan: Plan, device: str) -> Iterator[WriteJob]:
-    # the largest first, so that no thread is left alone with it
-    weight_plans = sorted(plan.weight_plans.values(), key=lambda weight: -weight.entry.weights)
+def _batches(
+    run: Run, plan: Plan, device: str, progress: Progress, stack: contextlib.ExitStack
+) -> tuple[Iterable[Sequence[WriteJob]], Sequence[str]]:
+    """All jobs, and the weights of which nothing will be known in a run with activations."""
+    options = plan.options.activations
+    if options is None:
+        return by_file(run, _write_jobs(plan, device, {})), ()
+    from offline_quantize.calibration.observation import observation
+
+    progress.begin("activations")
+    shapes = {name: weight.entry.shape for name, weight in plan.weight_plans.items()}
+    opened = observation(plan.source, shapes, options, device)
+    if options.feedback:
+        seen = stack.enter_context(opened)
+        return _by_block(plan, device, seen.blocks(), stack), seen.unknown
+    with opened as seen:
+        inputs = seen.inputs()
+    return by_file(run, _write_jobs(plan, device, inputs)), seen.unknown
+
+
+def _by_block(
+    plan: Plan, device: str, blocks: "Generator[Block]", stack: contextlib.ExitStack
+) -> Iterator[list[WriteJob]]:
+    """A batch for each block that went through the model, and one for all the rest."""
+    stack.enter_context(contextlib.closing(blocks))
+    done: set[str] = set()
+    for _, inputs in blocks:
+        weights = [plan.weight_plans[name] for name in inputs]
+        yield [_weight_job(plan, weight, device, inputs) for weight in _largest_first(weights)]
+        done.update(inputs)
+    yield [job for job in _write_jobs(plan, device, {}) if job.key not in done]
+
+
+def _write_jobs(
+    plan: Plan, device: str, inputs: Mapping[str, InputStatistics]
+) -> Iterator[WriteJob]:
     for location in plan.source.locations.values():
         if location.name not in plan.weight_plans:
             yield WriteJob.copy(location.path.name, location)
-    for weight in weight_plans:
-        make = functools.partial(_pack, plan.source.root / weight.file, weight, device)
-        outputs = list(weight.outputs())
-        yield WriteJob(weight.name, weight.file, outputs, weight.entry.nbytes, make)
+    for weight in _largest_first(plan.weight_plans.values()):
+        yield _weight_job(plan, weight, device, inputs)
 
 
-def _pack(path: Path, plan: WeightPlan, device: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _largest_first(weights: Iterable[WeightPlan]) -> list[WeightPlan]:
+    """The largest first, so that no thread is left alone with it."""
+    return sorted(weights, key=lambda weight: -weight.entry.weights)
+
+
+def _weight_job(
+    plan: Plan, weight: WeightPlan, device: str, inputs: Mapping[str, InputStatistics]
+) -> WriteJob:
+    path, known = plan.source.root / weight.file, inputs.get(weight.name)
+    make = functools.partial(_pack, path, weight, device, known)
+    return WriteJob(weight.name, weight.file, list(weight.outputs()), weight.entry.nbytes, make)
+
+
+def _pack(
+    path: Path, plan: WeightPlan, device: str, inputs: InputStatistics | None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     weight = read_tensor(path, plan.origin, plan.entry).to(device)
-    encoded = encode(weight, plan.recipe, f"{path}: tensor '{plan.origin}'")
+    encoded = encode(weight, plan.recipe, f"{path}: tensor '{plan.origin}'", inputs)
     tensors = {f"{plan.module}.{k}": v.cpu() for k, v in encoded.tensors.items()}
     return tensors, encoded.statistics.summary()
 

@@ -1,5 +1,6 @@
 """Models of transformers for evaluation: an original checkpoint, and a packed one."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,17 +14,26 @@ from precalib_kernels.errors import PrecalibError, SourceError, UsageError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-INSTALL_REMEDY = "evaluation needs transformers; install it with: pip install 'vllm-precalib[eval]'"
+INSTALL_REMEDY = (
+    "running a model needs transformers; install it with: pip install 'vllm-precalib[eval]'"
+)
 
 
-def load_original(directory: Path, dtype: torch.dtype, device: str) -> "PreTrainedModel":
+def load_original(
+    directory: Path,
+    dtype: torch.dtype,
+    device: str,
+    placement: Mapping[str, Any] | None = None,
+) -> "PreTrainedModel":
     """The model of an unpacked checkpoint, for inference.
+
+    placement: options of transformers that say where each part goes, in place of `device`.
 
     Raises SourceError for a checkpoint that is quantized already or that transformers cannot load
     whole, and UsageError when transformers is missing.
     """
     check_suitable(open_checkpoint(directory))
-    return _load(directory, None, dtype, device)
+    return _load(directory, None, dtype, device, placement)
 
 
 def load_packed(directory: Path, dtype: torch.dtype, device: str) -> "PreTrainedModel":
@@ -41,6 +51,26 @@ def load_packed(directory: Path, dtype: torch.dtype, device: str) -> "PreTrained
         if name not in replaced:
             tensors[name] = location.read()
     return _load(directory, tensors, dtype, device)
+
+
+def empty_model(directory: Path) -> "PreTrainedModel":
+    """The model that a checkpoint's configuration describes, its parameters without values.
+
+    Raises SourceError when transformers has no such model, UsageError when it is missing.
+    """
+    _require_transformers()
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    auto_model: Any = AutoModelForCausalLM
+    try:
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        with torch.device("meta"):
+            model: PreTrainedModel = auto_model.from_config(config)
+        return model
+    except Exception as error:  # of any model class: all the same here
+        raise SourceError(f"{directory}: transformers cannot load it ({_line(error)})") from error
 
 
 def load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
@@ -72,32 +102,30 @@ def versions() -> dict[str, str]:
 
 
 def _load(
-    directory: Path, tensors: dict[str, Tensor] | None, dtype: torch.dtype, device: str
+    directory: Path,
+    tensors: dict[str, Tensor] | None,
+    dtype: torch.dtype,
+    device: str,
+    placement: Mapping[str, Any] | None = None,
 ) -> "PreTrainedModel":
     """The model with the checkpoint's own tensors, or with other ones of the same names."""
-    _require_transformers()
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    auto_model: Any = AutoModelForCausalLM
+    empty = empty_model(directory)
+    kind: Any = type(empty)
     try:
-        config = AutoConfig.from_pretrained(directory)
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
-        with torch.device("meta"):
-            kind: Any = type(auto_model.from_config(config))
         model, report = kind.from_pretrained(
             directory if tensors is None else None,
-            config=config,
+            config=empty.config,
             state_dict=tensors,
             dtype=dtype,
             output_loading_info=True,
+            **(placement or {}),
         )
         if absent := sorted(report["missing_keys"]):  # transformers would make up random values
             raise SourceError(
                 f"{directory}: tensor '{absent[0]}' is missing; is it a whole checkpoint of "
                 f"{kind.__name__}?"
             )
-        loaded: PreTrainedModel = model.eval().to(device)
+        loaded: PreTrainedModel = model.eval() if placement else model.eval().to(device)
         return loaded
     except PrecalibError:
         raise

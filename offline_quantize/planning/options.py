@@ -10,6 +10,7 @@ from offline_quantize.checkpoint.source import Checkpoint
 from offline_quantize.method import recipes
 from offline_quantize.method.recipes import Recipe
 from offline_quantize.planning import selection
+from offline_quantize.planning.activation_options import ActivationOptions
 from offline_quantize.planning.bit_allocation import allocate
 from precalib_kernels.errors import RecipeError
 
@@ -24,6 +25,7 @@ class Options:
     target_bits: effective bits per weight that all quantized weights together may take, in place
                  of a recipe.
     head:        name of the recipe for the output head, None to leave it unquantized.
+    activations: how the inputs of layers become known; None to quantize without a forward pass.
     """
 
     recipe: str | None = None
@@ -32,6 +34,7 @@ class Options:
     keep: Sequence[str] = ()
     target_bits: float | None = None
     head: str | None = None
+    activations: ActivationOptions | None = None
 
     @property
     def label(self) -> str:

@@ -96,6 +96,7 @@ class Plan:
 
     def record(self) -> RunRecord:
         """What the manifest says of the run."""
+        activations = self.options.activations
         return RunRecord(
             format_version=FORMAT_VERSION,
             precalib=version("vllm-precalib"),
@@ -104,6 +105,7 @@ class Plan:
             overrides=[f"{pattern}={name}" for pattern, name in self.options.overrides],
             keep=list(self.options.keep),
             head=self.options.head,
+            activations=activations.to_json() if activations else None,
             source=self.source.fingerprint(times=False),
         )
 

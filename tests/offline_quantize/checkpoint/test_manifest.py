@@ -28,6 +28,7 @@ def fields() -> dict[str, Any]:
             "overrides": ["mlp=rtn-3"],
             "keep": [],
             "head": None,
+            "activations": None,
             "source": {"config.json": DIGEST, "model.safetensors": {"size": 9, "header": DIGEST}},
         },
         "totals": {
@@ -82,13 +83,14 @@ def test_what_quantize_writes_has_every_field_in_order(checkpoint, quantize):
 
 
 def test_a_manifest_of_the_first_writer(tmp_path):
-    """It recorded neither its own version in the job nor a head nor where a weight came from."""
+    """It recorded neither its own version in the job nor a head, activations or a weight's origin."""
     old = fields()
-    del old["job"]["precalib"], old["job"]["head"], old["tensors"][MODULE]["origin"]
+    del old["job"]["precalib"], old["job"]["head"], old["job"]["activations"]
+    del old["tensors"][MODULE]["origin"]
     (tmp_path / MANIFEST).write_bytes(json_bytes(old))
     manifest = read_manifest(tmp_path)
     assert manifest.run.precalib is None
-    assert manifest.run.head is None
+    assert manifest.run.head is manifest.run.activations is None
     assert manifest.origin_of(MODULE) == f"{MODULE}.weight"
     assert manifest.origin_of("unknown") == "unknown.weight"
 

@@ -90,7 +90,7 @@ def test_finished_tensors_are_not_computed_again(unfinished, source, monkeypatch
     monkeypatch.setattr(
         module,
         "encode",
-        lambda weight, recipe, where: names.append(where) or encode(weight, recipe, where),
+        lambda weight, recipe, where, _: names.append(where) or encode(weight, recipe, where),
     )
     before = journaled(unfinished)
     run(source, unfinished, resume=True)

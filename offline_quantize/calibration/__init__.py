@@ -1,0 +1,1 @@
+"""What text that goes through the original model tells about the inputs of its layers."""

@@ -1,0 +1,160 @@
+"""Input statistics of linear layers: one forward pass over some text, block by block.
+
+All windows of the text go through the model as one batch, so each block is needed once. A model
+that is larger than memory has its blocks read from the checkpoint when their turn comes and dropped
+after it (`models.load_for_pass`). What is known of a block's inputs is handed over as soon as the
+block is through, and the pass waits meanwhile: the Hessians of one block are all that exist.
+"""
+
+import queue
+import threading
+from collections.abc import Generator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from offline_quantize.method.input_statistics import InputStatistics
+from offline_quantize.planning.selection import LAYER
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Block = tuple[str, Mapping[str, InputStatistics]]
+
+
+class _Stopped(BaseException):
+    """The consumer wants no more blocks."""
+
+
+def observe(
+    model: "PreTrainedModel",
+    windows: Sequence[Tensor],
+    layers: Mapping[str, str],
+    *,
+    hessians: bool = False,
+) -> Generator[Block]:
+    """Each block's name, and the input statistics of its weights by name, in the model's order.
+
+    windows:  token ids, int64 [n], all of one length.
+    layers:   of the wanted weights: the model's module of each, by name (`linear_layers`).
+    hessians: whether E[x·xᵀ] is wanted, too.
+
+    The statistics are float32, on the device of the layer. The pass stands still while a block is
+    looked at, and ends when the iterator is closed.
+    """
+    found: queue.Queue[Block | BaseException | None] = queue.Queue(1)
+    resume = threading.Semaphore(0)
+    recorder = _Recorder(hessians)
+    hooks = []
+    stopped = threading.Event()
+    threads = torch.get_num_threads()
+
+    def hand_over(block: str) -> None:
+        found.put((block, recorder.take()))
+        resume.acquire()
+        if stopped.is_set():
+            raise _Stopped
+        torch.set_num_threads(threads)  # the consumer's workers may have changed it
+
+    def run() -> None:
+        try:
+            with torch.inference_mode():
+                tokens = torch.stack(list(windows)).to(model.device)
+                model.base_model(tokens, use_cache=False)
+            found.put(None)
+        except _Stopped:
+            pass
+        except BaseException as error:  # of any model class: raised again by the consumer
+            found.put(error)
+
+    for block, inside in _by_block(model, layers).items():
+        for name, layer in inside.items():
+            hooks.append(layer.register_forward_pre_hook(recorder.hook(name)))
+        module = model.get_submodule(block)
+        hooks.append(module.register_forward_hook(lambda *_, block=block: hand_over(block)))
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        while (item := found.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+            resume.release()
+    finally:
+        stopped.set()
+        resume.release()
+        thread.join()
+        for hook in hooks:
+            hook.remove()
+
+
+def linear_layers(model: torch.nn.Module, shapes: Mapping[str, Sequence[int]]) -> dict[str, str]:
+    """The model's module for each of the checkpoint's weights, by name of the weight.
+
+    shapes: of the weights, by name.
+
+    A module is that of a weight if their names agree from the layer's number on, and their shapes:
+    transformers and a checkpoint may differ in what comes before. Weights that fit several modules
+    or none are left out.
+    """
+    modules: dict[tuple[str, tuple[int, ...]], list[str]] = {}
+    for name, module in model.named_modules():
+        if (tail := _tail(f"{name}.weight")) and isinstance(module, torch.nn.Linear):
+            modules.setdefault((tail, tuple(module.weight.shape)), []).append(name)
+    found = {}
+    for name, shape in shapes.items():
+        fitting = modules.get((_tail(name) or "", tuple(shape)), [])
+        same = [module for module in fitting if f"{module}.weight" == name]
+        if len(chosen := same or fitting) == 1:
+            found[name] = chosen[0]
+    return found
+
+
+class _Recorder:
+    """Collects statistics of inputs; layers that share an input share its statistics."""
+
+    def __init__(self, hessians: bool) -> None:
+        self.hessians = hessians
+        self.found: dict[str, InputStatistics] = {}
+        self.last: tuple[Tensor, InputStatistics] | None = None
+
+    def hook(self, name: str) -> Any:
+        def record(_: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            x = inputs[0]
+            if self.last is None or self.last[0] is not x:
+                self.last = x, input_statistics(x, self.hessians)
+            self.found[name] = self.last[1]
+
+        return record
+
+    def take(self) -> dict[str, InputStatistics]:
+        """What was found since the last time."""
+        found, self.found, self.last = self.found, {}, None
+        return found
+
+
+def input_statistics(x: Tensor, hessian: bool) -> InputStatistics:
+    """Moments of inputs x [..., K] over all that comes before the last dimension."""
+    rows = x.reshape(-1, x.shape[-1]).float()
+    moments = rows.T @ rows / len(rows) if hessian else None
+    return InputStatistics(rows.square().mean(0), moments)
+
+
+def _by_block(
+    model: "PreTrainedModel", layers: Mapping[str, str]
+) -> dict[str, dict[str, torch.nn.Module]]:
+    """Linear layers by the block that they lie in, and within it by name of their weight."""
+    blocks: dict[str, dict[str, torch.nn.Module]] = {}
+    for name, module in layers.items():
+        match = LAYER.search(f"{module}.")
+        assert match
+        block = module[: match.end() - 1]
+        blocks.setdefault(block, {})[name] = model.get_submodule(module)
+    return blocks
+
+
+def _tail(name: str) -> str | None:
+    """A name from its layer's number on, "3.mlp.up_proj.weight"; None outside of layers."""
+    match = LAYER.search(name)
+    return name[match.start(1) :] if match else None

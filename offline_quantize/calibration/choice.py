@@ -1,0 +1,83 @@
+"""Whether a model can go through a pass before it is quantized, seen from its headers."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from offline_quantize.calibration.activations import linear_layers
+from offline_quantize.evaluation.models import empty_model
+from offline_quantize.planning.activation_options import (
+    TOKENS,
+    TOKENS_WITH_FEEDBACK,
+    ActivationOptions,
+)
+from offline_quantize.planning.plan import Plan
+from offline_quantize.planning.selection import LAYER
+from precalib_kernels.errors import PrecalibError, UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def choose_activations(
+    plan: Plan, text: str, tokens: int | None, feedback: bool
+) -> tuple[Plan, str | None]:
+    """The plan with what goes through its model first, and why nothing does if it was left open.
+
+    text: "none", "random", "self", a file, or "auto": random tokens if any recipe gains from them
+          and transformers can run the model.
+    tokens: how many, None for as many as are enough.
+
+    Raises UsageError for feedback without a text.
+    """
+    reason = None
+    if text == "auto":
+        gains = any(weight.recipe.layout.column_scale for weight in plan.weight_plans.values())
+        reason = why_not(plan) if gains or feedback else None
+        if feedback and reason is not None:
+            raise UsageError(f"--feedback: {reason}")
+        text = "random" if (gains or feedback) and reason is None else "none"
+    if text == "none":
+        if feedback:
+            raise UsageError(
+                "--feedback needs to know the inputs of layers; add --activations self"
+            )
+        return plan, reason
+    if tokens is None:
+        tokens = TOKENS_WITH_FEEDBACK if feedback else TOKENS
+    activations = ActivationOptions(text, tokens, feedback)
+    return dataclasses.replace(
+        plan, options=dataclasses.replace(plan.options, activations=activations)
+    ), None
+
+
+def why_not(plan: Plan) -> str | None:
+    """Why transformers cannot run a plan's model, in a few words; None if it can.
+
+    Nothing is read but configuration and headers.
+    """
+    try:
+        model = empty_model(plan.source.root)
+    except PrecalibError as error:
+        return str(error)
+    shapes = {name: weight.entry.shape for name, weight in plan.weight_plans.items()}
+    inside = [name for name in shapes if LAYER.search(name)]
+    found = linear_layers(model, shapes)
+    if unknown := [name for name in inside if name not in found]:
+        return (
+            f"{plan.source.root}: transformers' {type(model).__name__} has no linear layer for "
+            f"{len(unknown)} of {len(inside)} weights, such as '{unknown[0]}'"
+        )
+    if missing := _missing(model, list(plan.source.locations)):
+        return f"{plan.source.root}: transformers wants a tensor '{missing}'"
+    return None
+
+
+def _missing(model: "PreTrainedModel", names: Sequence[str]) -> str | None:
+    """A parameter of a decoder layer for which the checkpoint has no tensor."""
+    there = {name[match.start(1) :] for name in names if (match := LAYER.search(name))}
+    for name, _ in model.named_parameters():
+        match = LAYER.search(name)
+        if match and name.endswith((".weight", ".bias")) and name[match.start(1) :] not in there:
+            return name
+    return None

@@ -1,0 +1,74 @@
+"""The original model, loaded for a forward pass, whole or block by block."""
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from offline_quantize.evaluation.models import load_original
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+MEMORY_SHARE = 0.7  # of what is free; the rest is for activations and Hessians
+
+
+@contextlib.contextmanager
+def model_for_pass(
+    source: Path, device: str, memory: int | None = None
+) -> Iterator["PreTrainedModel"]:
+    """The model of an unpacked checkpoint.
+
+    What does not fit into memory stays on disk, and each block is read when its turn comes.
+
+    device: to compute on, "cpu" or "cuda:0".
+    memory: bytes of main memory that weights may take; None for a share of what is free.
+
+    Raises SourceError when transformers cannot load the checkpoint, UsageError when it is missing.
+    """
+    with tempfile.TemporaryDirectory(prefix="precalib-") as folder:
+        placement = {
+            "device_map": "auto",
+            "max_memory": _memory(device, memory),
+            "offload_folder": folder,
+        }
+        yield load_original(source, compute_type(device), device, placement)
+
+
+def compute_type(device: str) -> torch.dtype:
+    """bfloat16 where the device multiplies it in hardware, else float32."""
+    if torch.device(device).type != "cpu":
+        return torch.bfloat16
+    return torch.bfloat16 if _BFLOAT16 & _features() else torch.float32
+
+
+_BFLOAT16 = {"avx512_bf16", "amx_bf16", "bf16"}  # of x86 and, the last one, of Arm
+
+
+def _features() -> set[str]:
+    """Features of the processor as Linux names them; none if it does not tell."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    found = (line.partition(":") for line in lines)
+    return next(
+        (set(value.split()) for key, _, value in found if key.strip() in ("flags", "Features")),
+        set(),
+    )
+
+
+def _memory(device: str, memory: int | None) -> dict[int | str, int]:
+    """Bytes that weights may take on the device and in main memory, for accelerate."""
+    from accelerate.utils import get_max_memory
+
+    free = get_max_memory()
+    allowed: dict[int | str, int] = {}
+    if torch.device(device).type != "cpu":
+        index = torch.device(device).index or 0
+        allowed[index] = int(MEMORY_SHARE * free[index])
+    allowed["cpu"] = int(MEMORY_SHARE * free["cpu"]) if memory is None else memory
+    return allowed

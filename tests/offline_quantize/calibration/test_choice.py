@@ -1,0 +1,98 @@
+"""Whether a pass is made, as it follows from the checkpoint and from what the user wrote."""
+
+import json
+
+import pytest
+
+from offline_quantize.calibration.choice import choose_activations, why_not
+from offline_quantize.checkpoint.source import open_checkpoint
+from offline_quantize.planning.activation_options import ActivationOptions
+from offline_quantize.planning.options import Options
+from offline_quantize.planning.plan import make_plan
+from precalib_kernels.errors import InputError, UsageError
+
+
+@pytest.fixture(scope="module")
+def source(byte_llama):
+    return byte_llama(hidden_size=128, intermediate_size=160)
+
+
+def plan(source, recipe="balanced-4"):
+    return make_plan(open_checkpoint(source), Options(recipe))
+
+
+def test_auto_is_a_pass_over_random_tokens_where_it_can_be(source):
+    chosen, reason = choose_activations(plan(source), "auto", None, False)
+    assert chosen.options.activations == ActivationOptions("random", 1024)
+    assert reason is None
+
+
+def test_auto_is_nothing_for_recipes_that_gain_nothing(source):
+    chosen, reason = choose_activations(plan(source, "rtn-4"), "auto", None, False)
+    assert chosen.options.activations is None
+    assert reason is None
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"model_type": "newest"}, "transformers cannot load it"),
+        ({"hidden_size": 64, "head_dim": 64}, "no linear layer for 14 of 14 weights, such as"),
+        ({"num_hidden_layers": 1}, None),  # layers past the last are not quantized
+        ({"attention_bias": True}, "wants a tensor 'model.layers.0.self_attn.q_proj.bias'"),
+    ],
+)
+def test_models_that_cannot_be_run(byte_llama, change, said):
+    root = byte_llama(hidden_size=128, intermediate_size=160)
+    config = json.loads((root / "config.json").read_text())
+    (root / "config.json").write_text(json.dumps(config | change))
+    found = plan(root)
+    reason = why_not(found)
+    if said is None:
+        assert reason is None
+        return
+    assert said in reason
+    chosen, shown = choose_activations(found, "auto", None, False)
+    assert chosen.options.activations is None
+    assert shown == reason
+    with pytest.raises(UsageError, match=r"^--feedback: "):
+        choose_activations(found, "auto", None, True)
+
+
+def test_what_the_user_wrote(source, tmp_path):
+    file = tmp_path / "my.txt"
+    file.write_text("text")
+    for text, tokens, feedback, expected in (
+        ("self", None, False, ActivationOptions("self", 1024)),
+        ("self", None, True, ActivationOptions("self", 4096, True)),
+        ("random", 77, False, ActivationOptions("random", 77)),
+        (str(file), 5, True, ActivationOptions(str(file), 5, True)),
+    ):
+        chosen, _ = choose_activations(plan(source), text, tokens, feedback)
+        assert chosen.options.activations == expected
+    chosen, _ = choose_activations(plan(source), "none", None, False)
+    assert chosen.options.activations is None
+    with pytest.raises(UsageError, match="add --activations self"):
+        choose_activations(plan(source), "none", None, True)
+    with pytest.raises(UsageError, match="--activation-tokens 1: give at least 2"):
+        choose_activations(plan(source), "self", 1, False)
+
+
+def test_a_run_is_known_by_its_text(source, tmp_path):
+    """What the fingerprint of a run has of it: name and contents of a file, not its folder."""
+    one, other = tmp_path / "a" / "my.txt", tmp_path / "b" / "my.txt"
+    for file in (one, other):
+        file.parent.mkdir()
+        file.write_text("text")
+
+    def record(file):
+        chosen, _ = choose_activations(plan(source), str(file), None, False)
+        return chosen.fingerprint("cpu")["activations"]
+
+    assert record(one) == record(other)
+    other.write_text("another text")
+    assert record(one) != record(other)
+    assert record(one)["text"] == "my.txt"
+    with pytest.raises(InputError, match=r"none\.txt: cannot be read .* one of none, random, self"):
+        record(tmp_path / "none.txt")
+    assert plan(source).fingerprint("cpu")["activations"] is None

@@ -1,0 +1,134 @@
+"""`precalib quantize --activations`: what is stored, resumed, recorded and said."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from killed_runs import Disk, Killed
+from safetensors.torch import load_file, save_file
+
+from offline_quantize.calibration.activations import input_statistics
+from offline_quantize.calibration.choice import choose_activations
+from offline_quantize.calibration.model import compute_type
+from offline_quantize.calibration.text import random_tokens
+from offline_quantize.checkpoint.manifest import read_manifest
+from offline_quantize.checkpoint.progress import NullProgress
+from offline_quantize.checkpoint.source import open_checkpoint
+from offline_quantize.commands.quantize import quantize as run_quantize
+from offline_quantize.evaluation.models import load_original
+from offline_quantize.planning.options import Options
+from offline_quantize.planning.plan import make_plan
+
+
+@pytest.fixture
+def source(byte_llama):
+    return byte_llama(hidden_size=128, intermediate_size=160, max_position_embeddings=128)
+
+
+@pytest.fixture
+def shards(source, tmp_path):
+    """The same model in three files, whose tensors are in no order of the layers."""
+    root = tmp_path / "shards"
+    shutil.copytree(source, root)
+    tensors = load_file(root / "model.safetensors")
+    (root / "model.safetensors").unlink()
+    weight_map = {}
+    for i in range(3):
+        name = f"model-{i + 1:05}-of-00003.safetensors"
+        part = {key: tensors[key] for key in sorted(tensors)[i::3]}
+        save_file(part, root / name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, name)
+    text = {"metadata": {}, "weight_map": weight_map}
+    (root / "model.safetensors.index.json").write_text(json.dumps(text))
+    return root
+
+
+def run(source, target, jobs=1, resume=False, text="random", feedback=False, recipe="balanced-4"):
+    plan = make_plan(open_checkpoint(source), Options(recipe))
+    plan, _ = choose_activations(plan, text, 256, feedback)
+    return run_quantize(plan, target, NullProgress(), jobs, "cpu", resume)
+
+
+def test_column_scales_follow_the_inputs(source, tmp_path):
+    """Where they are compared with those of a run without, their ratio is E[x²]^(-1/8)."""
+    run(source, tmp_path / "with")
+    run(source, tmp_path / "without", text="none")
+    model = load_original(source, compute_type("cpu"), "cpu")
+    tokens = torch.stack(random_tokens(model, 256))
+    seen = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and "layers" in name:
+            module.register_forward_hook(
+                lambda _, inputs, __, name=name: seen.update({name: inputs[0].detach()})
+            )
+    with torch.inference_mode():
+        model(tokens)
+    ours, others = (
+        load_file(tmp_path / folder / "model.safetensors") for folder in ("with", "without")
+    )
+    assert len(seen) == 14
+    for name, x in seen.items():
+        scale, plain = (t[f"{name}.column_scale"].double()[0] for t in (ours, others))
+        expected = plain**0.75 * input_statistics(x, False).mean_square.double() ** (-1 / 8)
+        expected /= expected.log().mean().exp()
+        torch.testing.assert_close(scale, expected, rtol=3e-3, atol=0)
+        assert not torch.allclose(scale, plain, rtol=0.05)
+
+
+@pytest.mark.parametrize("feedback", [False, True])
+def test_jobs_and_files_change_no_tensor(source, shards, tmp_path, contents, feedback):
+    expected = {}
+    run(source, tmp_path / "one", feedback=feedback)
+    expected = load_file(tmp_path / "one" / "model.safetensors")
+    run(shards, tmp_path / "three", feedback=feedback)
+    run(shards, tmp_path / "jobs", jobs=3, feedback=feedback)
+    assert contents(tmp_path / "three") == contents(tmp_path / "jobs")
+    found = {}
+    for file in (tmp_path / "three").glob("*.safetensors"):
+        found |= load_file(file)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("feedback", [False, True])
+def test_a_killed_run_is_taken_up(shards, tmp_path, contents, monkeypatch, feedback):
+    run(shards, tmp_path / "whole", feedback=feedback)
+    disk = Disk(monkeypatch)
+    for last in (4, 19, 60):
+        target = tmp_path / f"killed-{last}"
+        disk.kill_at(last)
+        with pytest.raises(Killed):
+            run(shards, target, feedback=feedback)
+        disk.live()
+        run(shards, target, resume=True, feedback=feedback)
+        assert contents(target) == contents(tmp_path / "whole")
+    assert run(shards, tmp_path / "whole", resume=True, feedback=feedback).seconds is None
+
+
+def test_the_command_says_and_records_what_it_did(source, precalib, tmp_path):
+    done = precalib("quantize", source, tmp_path / "auto")
+    assert done.code == 0, done.err
+    assert "Inputs of layers: known from 1,024 random tokens." in done.out
+    record = read_manifest(tmp_path / "auto").run.activations
+    assert record == {"text": "random", "tokens": 1024, "feedback": False}
+    assert precalib("verify", tmp_path / "auto", "--against", source).code == 0
+    planned = precalib("quantize", source, tmp_path / "new", "--dry-run", "--activations", "self")
+    assert "known from 1,024 tokens that the model writes." in planned.out
+    done = precalib("quantize", source, tmp_path / "rtn", "--recipe", "rtn-4")
+    assert "Inputs of layers" not in done.out
+    assert read_manifest(tmp_path / "rtn").run.activations is None
+    done = precalib("quantize", source, tmp_path / "wrong", "--activations", tmp_path / "none.txt")
+    assert "none.txt: cannot be read" in done.sentence
+    assert not (tmp_path / "wrong").exists()
+
+
+def test_a_model_that_cannot_be_run_is_quantized_without(checkpoint, precalib, tmp_path):
+    source = checkpoint()  # its configuration says nothing of its sizes
+    done = precalib("quantize", source, tmp_path / "auto")
+    assert done.code == 0, done.err
+    assert "Note: quantized without a forward pass, with a larger error." in done.out
+    assert read_manifest(tmp_path / "auto").run.activations is None
+    done = precalib("quantize", source, tmp_path / "asked", "--activations", "random")
+    assert "quantize with --activations none" in done.sentence
+    assert not (tmp_path / "asked").exists()
