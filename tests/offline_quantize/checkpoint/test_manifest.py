@@ -83,7 +83,7 @@ def test_what_quantize_writes_has_every_field_in_order(checkpoint, quantize):
 
 
 def test_a_manifest_of_the_first_writer(tmp_path):
-    """It recorded neither its own version in the job nor a head, activations or a weight's origin."""
+    """It recorded neither its own version nor a head, activations or the origin of weights."""
     old = fields()
     del old["job"]["precalib"], old["job"]["head"], old["job"]["activations"]
     del old["tensors"][MODULE]["origin"]
