@@ -156,6 +156,11 @@ def prepare_matrix(
             raise _too_large("row_scale" if layout.scale == "log8" else "scales", where)
     factor = None
     if inputs and inputs.hessian is not None:
+        if not bool(inputs.hessian.isfinite().all()):
+            raise SourceError(
+                f"{where}: the Hessian of its inputs has values that are not finite; "
+                "quantize it without a Hessian, or keep it with --keep"
+            )
         factor = feedback_factor(inputs.hessian.to(weight.device), scale)
     return PreparedMatrix(scale, penalty(weight, recipe), largest, factor)
 
