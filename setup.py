@@ -17,14 +17,15 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 KERNELS = ROOT / "kernels"
-VITERBI = ROOT / "offline_quantize" / "method" / "csrc" / "viterbi.cpp"
+ENCODER = ROOT / "offline_quantize" / "method" / "csrc"
 sys.path.insert(0, str(KERNELS))  # pip builds where nothing but setuptools is installed
 
 from precalib_kernels.backends.x86 import library  # noqa: E402
 from precalib_kernels.toolchain import compile as build  # noqa: E402
 
 DEFINITIONS: dict[str, Callable[[], build.Library]] = {
-    "viterbi": partial(build.definition, VITERBI),
+    "viterbi": partial(build.definition, ENCODER / "viterbi.cpp"),
+    "feedback": partial(build.definition, ENCODER / "feedback.cpp"),
     "cpu": library.definition,
 }
 

@@ -12,7 +12,7 @@ from shutil import copy2, copytree, ignore_patterns
 
 import pytest
 
-from offline_quantize.method.trellis import SOURCE
+from offline_quantize.method import feedback, trellis
 from precalib_kernels.backends.x86 import library
 from precalib_kernels.toolchain import compile as build
 
@@ -26,7 +26,8 @@ pytestmark = [
 
 
 def file_names():
-    return {made.file_name() for made in (build.definition(SOURCE), library.definition())}
+    encoder = (build.definition(module.SOURCE) for module in (trellis, feedback))
+    return {made.file_name() for made in (*encoder, library.definition())}
 
 
 @pytest.fixture

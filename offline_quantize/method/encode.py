@@ -4,13 +4,15 @@
     salient choice  salience.py             which weights get wider codes    λ', then row by row
     scales          scales.py               size of a step, zero point       of rows, of groups
     codes           codes.py, trellis.py    the number stored per weight     of groups
+                    feedback.py             or, where the Hessian is known   of rows
     pack            pack.py                 the tensors of the file format   of rows
     statistics      weight_statistics.py    what was lost
 
 `prepare_matrix` and `prepare_rows` settle what groups share; `encode_groups` then codes any
-consecutive groups of the rows, one or all, so that a caller may change the target of later groups
-by the error of earlier ones. Rows are independent, so a matrix is taken in blocks of rows that fit
-the second-level cache. Everything is computed where the weight lies.
+consecutive groups of the rows, one or all. With the Hessian of the inputs `encode_rows` takes its
+place: errors of earlier columns move the target of later ones. Rows are independent, so a matrix is
+taken in blocks of rows that fit the second-level cache. Everything is computed where the weight
+lies.
 """
 
 import dataclasses
@@ -21,6 +23,8 @@ from torch import Tensor
 
 from offline_quantize.method.arithmetic import power_of_two
 from offline_quantize.method.codes import SQUARED_ERROR, Codes, Objective, find_codes
+from offline_quantize.method.feedback import find_codes_with_feedback
+from offline_quantize.method.feedback_factor import FeedbackFactor, feedback_factor
 from offline_quantize.method.input_statistics import InputStatistics
 from offline_quantize.method.pack import pack_rows
 from offline_quantize.method.recipes import Recipe
@@ -32,6 +36,7 @@ from precalib_kernels.errors import SourceError, UnfitError
 from precalib_kernels.format.layout import Layout
 
 BLOCK_WEIGHTS = 1 << 18  # 1 MiB of float32
+FEEDBACK_ROWS = 128  # at least so many at once: all of them read the factor of the Hessian
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,11 +58,13 @@ class PreparedMatrix:
     column_scale: float32 [1, K] on the float16 grid, or None for a layout without one.
     penalty:      λ' of the weight, 0 for the rule "group".
     largest:      largest magnitude of the weight.
+    factor:       of the Hessian, None where it is unknown.
     """
 
     column_scale: Tensor | None
     penalty: float
     largest: float
+    factor: FeedbackFactor | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,11 +115,14 @@ def encode_unchecked(
     if matrix.column_scale is not None:
         tensors["column_scale"].copy_(matrix.column_scale)
     statistics = Statistics(matrix.largest, weight.device)
-    step = max(1, BLOCK_WEIGHTS // columns)
+    step = max(1 if matrix.factor is None else FEEDBACK_ROWS, BLOCK_WEIGHTS // columns)
     for start in range(0, rows, step):
         block = weight[start : start + step].float()
         prepared = prepare_rows(block, matrix, recipe)
-        encoded = encode_groups(prepared, recipe)
+        if matrix.factor is None:
+            encoded = encode_groups(prepared, recipe)
+        else:
+            encoded = encode_rows(prepared, recipe, matrix.factor)
         packed = pack_rows(
             encoded.codes, prepared.salient, prepared.scales, encoded.scales, layout, columns
         )
@@ -144,7 +154,15 @@ def prepare_matrix(
         reach = float((weight if scale is None else weight / scale).abs().max())
         if reach >= 2**24:  # no scale holds it, and products of it would leave float32
             raise _too_large("row_scale" if layout.scale == "log8" else "scales", where)
-    return PreparedMatrix(scale, penalty(weight, recipe), largest)
+    factor = None
+    if inputs and inputs.hessian is not None:
+        if not bool(inputs.hessian.isfinite().all()):
+            raise SourceError(
+                f"{where}: the Hessian of its inputs has values that are not finite; "
+                "quantize it without a Hessian, or keep it with --keep"
+            )
+        factor = feedback_factor(inputs.hessian.to(weight.device), scale)
+    return PreparedMatrix(scale, penalty(weight, recipe), largest, factor)
 
 
 def prepare_rows(block: Tensor, matrix: PreparedMatrix, recipe: Recipe) -> PreparedRows:
@@ -172,6 +190,21 @@ def encode_groups(
         recipe.layout,
         padding=rows.padding,
         objective=objective,
+    )
+    return EncodedGroups(scales, codes)
+
+
+def encode_rows(rows: PreparedRows, recipe: Recipe, factor: FeedbackFactor) -> EncodedGroups:
+    """Find scales and codes of all groups of `rows` with error feedback."""
+    scales = group_scales(rows.target, rows.salient, rows.scales, recipe)
+    codes = find_codes_with_feedback(
+        rows.target,
+        rows.salient,
+        rows.scales,
+        scales,
+        recipe.layout,
+        factor,
+        padding=rows.padding,
     )
     return EncodedGroups(scales, codes)
 

@@ -7,34 +7,12 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstdlib>
 #include <vector>
 
+#include "lanes.h"
+#include "nearest_entries.h"
+
 namespace {
-
-constexpr int kLanes = 16;
-typedef float Floats __attribute__((vector_size(4 * kLanes)));
-typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
-
-// For each subset of the codebook, the entry nearest to each integer: its rank in the subset, and
-// its value.
-struct Tables {
-  int width;
-  std::vector<int32_t> rank;  // [4 subsets][width]
-  std::vector<float> value;
-
-  Tables(const int32_t* codebook, int count, int limit) : width(2 * limit + 1) {
-    for (int s = 0; s < 4; ++s)
-      for (int point = -limit; point <= limit; ++point) {
-        int best = 0;
-        for (int j = 1; 4 * j + s < count; ++j)
-          if (std::abs(point - codebook[4 * j + s]) < std::abs(point - codebook[4 * best + s]))
-            best = j;
-        rank.push_back(best);
-        value.push_back(float(codebook[4 * best + s]));
-      }
-  }
-};
 
 // Sixteen groups, weight by weight with the lanes side by side.
 struct Block {
@@ -63,19 +41,13 @@ struct Block {
   }
 
   // Fills `survivors`. cost: of the best path to each state after the last weight, [state].
-  void search(const Tables& tables, int limit, Floats* cost) {
+  void search(const NearestEntries& tables, int limit, Floats* cost) {
     const float end = float(limit);
     for (int s = 0; s < 4; ++s) cost[s] = Floats{} + (s ? INFINITY : 0.0f);
     for (int k = 0; k < size; ++k) {
       const Floats x = scaled[k];
       const Ints f = forced[k];
-      Ints at;
-      for (int l = 0; l < kLanes; ++l) {
-        float point = std::nearbyint(x[l]);
-        point = point < -end ? -end : point;
-        point = point > end ? end : point;
-        at[l] = int32_t(point + end);
-      }
+      const Ints at = to_ints(clamp(round_to_even(x), -end, end) + end);
       points[k] = at;
       Floats error[4];  // branch metric of each subset
       for (int s = 0; s < 4; ++s) {
@@ -102,7 +74,7 @@ struct Block {
   }
 
   // Codes and values along the best paths, from the last weight back to the first.
-  void trace(const Tables& tables, const Floats* cost) {
+  void trace(const NearestEntries& tables, const Floats* cost) {
     Ints state = {};
     Floats least = cost[0];
     for (int s = 1; s < 4; ++s) {
@@ -145,7 +117,7 @@ struct Block {
 extern "C" void trellis_search(const float* weights, const float* unit, const uint8_t* forced,
                                const int32_t* codebook, int32_t codebook_size, int32_t limit,
                                int64_t groups, int32_t size, uint8_t* codes, float* values) {
-  const Tables tables(codebook, codebook_size, limit);
+  const NearestEntries tables(codebook, codebook_size, limit, 4);
   Block block(size);
   for (int64_t first = 0; first < groups; first += kLanes) {
     const int lanes = int(std::min<int64_t>(kLanes, groups - first));
