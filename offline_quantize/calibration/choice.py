@@ -24,8 +24,8 @@ def choose_activations(
 ) -> tuple[Plan, str | None]:
     """The plan with what goes through its model first, and why nothing does if it was left open.
 
-    text: "none", "random", "self", a file, or "auto": random tokens if any recipe gains from them
-          and transformers can run the model.
+    text: "none", "random", "self", a file, or "auto", which is nothing if no recipe gains from it or
+          transformers cannot run the model; else random tokens, with feedback text of its own.
     tokens: how many, None for as many as are enough.
 
     Raises UsageError for feedback without a text.
@@ -36,7 +36,10 @@ def choose_activations(
         reason = why_not(plan) if gains or feedback else None
         if feedback and reason is not None:
             raise UsageError(f"--feedback: {reason}")
-        text = "random" if (gains or feedback) and reason is None else "none"
+        if (gains or feedback) and reason is None:
+            text = "self" if feedback else "random"
+        else:
+            text = "none"
     if text == "none":
         if feedback:
             raise UsageError(

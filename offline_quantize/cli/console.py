@@ -17,6 +17,7 @@ from rich.text import Text
 
 from offline_quantize.checkpoint.manifest import Manifest, Totals
 from offline_quantize.checkpoint.progress import NullProgress
+from offline_quantize.planning.activation_options import describe
 from offline_quantize.planning.plan import Plan, WeightPlan
 from offline_quantize.units import size as size
 
@@ -121,12 +122,9 @@ def show_activations(plan: Plan, reason: str | None, unknown: Sequence[str] = ()
     """
     if reason:
         out.print(f"Note: quantized without a forward pass, with a larger error. {reason}")
-    if (activations := plan.options.activations) is None:
+    if plan.options.activations is None:
         return
-    of = {"random": "random tokens", "self": "tokens that the model writes"}
-    what = of.get(activations.text, f"tokens of {activations.text}")
-    feedback = ", and codes take up the errors before them" if activations.feedback else ""
-    out.print(f"Inputs of layers: known from {activations.tokens:,} {what}{feedback}.")
+    out.print(f"Inputs of layers: known from {describe(plan.options.activations.to_json())}.")
     if unknown:
         out.print(
             f"Note: the inputs of {len(unknown):,} weights stay unknown, as transformers has no "

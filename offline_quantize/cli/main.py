@@ -31,7 +31,7 @@ from offline_quantize.commands.verify import verify as run_verify
 from offline_quantize.commands.verify import workload
 from offline_quantize.evaluation import command as evaluation
 from offline_quantize.method.recipes import DEFAULT, RECIPES
-from offline_quantize.planning.activation_options import TOKENS, TOKENS_WITH_FEEDBACK
+from offline_quantize.planning.activation_options import TOKENS, TOKENS_WITH_FEEDBACK, describe
 from offline_quantize.planning.options import Options
 from offline_quantize.planning.plan import make_plan
 from offline_quantize.report import Request, check_out, write_report
@@ -187,7 +187,10 @@ def inspect(
     manifest = read_manifest(directory)
     console.show_tensors(manifest)
     console.show_unquantized(manifest.unquantized, manifest.skipped_files)
-    console.out.print(f"Recipe {packed.config.recipe}, made by precalib {manifest.precalib}.")
+    known = describe(manifest.run.activations) if manifest.run.activations else "no forward pass"
+    console.out.print(
+        f"Recipe {packed.config.recipe}, {known}, made by precalib {manifest.precalib}."
+    )
     console.show_totals(manifest.totals)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,3 +49,11 @@ class ActivationOptions:
                 ) from error
             values |= {"text": self.file.name, "sha256": digest}
         return values
+
+
+def describe(activations: Mapping[str, Any]) -> str:
+    """What went through the model, in a few words, from the record of a run."""
+    of = {"random": "random tokens", "self": "tokens that the model wrote"}
+    text = of.get(activations["text"], f"tokens of {activations['text']}")
+    feedback = " and error feedback" if activations["feedback"] else ""
+    return f"{activations['tokens']:,} {text}{feedback}"

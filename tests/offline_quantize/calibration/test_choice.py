@@ -25,6 +25,9 @@ def test_auto_is_a_pass_over_random_tokens_where_it_can_be(source):
     chosen, reason = choose_activations(plan(source), "auto", None, False)
     assert chosen.options.activations == ActivationOptions("random", 1024)
     assert reason is None
+    chosen, reason = choose_activations(plan(source), "auto", None, True)
+    assert chosen.options.activations == ActivationOptions("self", 4096, True)
+    assert reason is None
 
 
 def test_auto_is_nothing_for_recipes_that_gain_nothing(source):

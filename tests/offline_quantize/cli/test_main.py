@@ -48,7 +48,7 @@ def test_a_first_use(checkpoint, precalib, tmp_path, contents):
     ran = precalib("inspect", target)
     assert ran.code == 0
     assert f"{LAYER}.self_attn.k_proj   64×128  " in ran.out
-    assert "Recipe paper-4, made by precalib 0" in ran.out
+    assert "Recipe paper-4, no forward pass, made by precalib 0" in ran.out
 
     ran = precalib("verify", target, "--against", source)
     assert ran.code == 0

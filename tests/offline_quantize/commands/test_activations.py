@@ -114,7 +114,7 @@ def test_the_command_says_and_records_what_it_did(source, precalib, tmp_path):
     assert record == {"text": "random", "tokens": 1024, "feedback": False}
     assert precalib("verify", tmp_path / "auto", "--against", source).code == 0
     planned = precalib("quantize", source, tmp_path / "new", "--dry-run", "--activations", "self")
-    assert "known from 1,024 tokens that the model writes." in planned.out
+    assert "known from 1,024 tokens that the model wrote." in planned.out
     done = precalib("quantize", source, tmp_path / "rtn", "--recipe", "rtn-4")
     assert "Inputs of layers" not in done.out
     assert read_manifest(tmp_path / "rtn").run.activations is None
