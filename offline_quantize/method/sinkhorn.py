@@ -42,13 +42,13 @@ def column_scale(weight: Tensor, iterations: int, mean_square: Tensor | None = N
     device = weight.device
     row, column = (torch.ones(n, device=device) for n in (rows, columns))  # 1 / factor²
     for _ in range(iterations):
-        mean_square = torch.zeros(columns, device=device)
+        spread = torch.zeros(columns, device=device)
         for start in range(0, rows, 256):
             block = (weight[start : start + 256].float() * unit).square()
             part = slice(start, start + 256)
             row[part] = _inverse(block @ column / columns, LEAST_ROW)
-            mean_square += row[part] @ block
-        column = _inverse(mean_square / rows, LEAST_COLUMN)
+            spread += row[part] @ block
+        column = _inverse(spread / rows, LEAST_COLUMN)
     factor = column.rsqrt()
     if mean_square is not None:
         least = max(LEAST_INPUT * float(mean_square.mean()), torch.finfo(torch.float32).tiny)
