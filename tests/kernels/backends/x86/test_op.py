@@ -46,7 +46,9 @@ def test_products_are_those_of_the_reference(make_case, name, isa):
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("name", ["balanced-4", "balanced-3", "balanced-2", "five bits, uniform", "signs"])
+@pytest.mark.parametrize(
+    "name", ["balanced-4", "balanced-3", "balanced-2", "five bits, uniform", "signs"]
+)
 def test_products_with_inputs_of_8_bits(make_case, name, isa):
     """Off by at most half a step of 127, and by more than 16 bits would be."""
     exact = make_case(LAYOUTS[name])
