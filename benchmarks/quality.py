@@ -115,7 +115,7 @@ def recipes(names: Iterable[str]) -> list[Method]:
     """Recipes by name, as the real encoder carries them out."""
     known = list_recipes()
     return [
-        Method(f"precalib {name.split('-')[0]}", name, each(_through_the_format(known[name])))
+        Method(f"precalib {name.split('-')[0]}", name, each(through_the_format(known[name])))
         for name in names
     ]
 
@@ -128,7 +128,7 @@ def targets(source: Path) -> list[Method]:
             plan = make_plan(open_checkpoint(source), Options(target_bits=bits))
         except RecipeError:
             continue
-        chosen = {name: _through_the_format(p.recipe) for name, p in plan.weight_plans.items()}
+        chosen = {name: through_the_format(p.recipe) for name, p in plan.weight_plans.items()}
         found.append(Method("precalib --target-bits", f"{bits:g}", _by_name(chosen)))
     return found
 
@@ -209,7 +209,7 @@ def decoder_weights(source: Checkpoint) -> dict[str, Tensor]:
     }
 
 
-def _through_the_format(recipe: "Recipe") -> Peer:
+def through_the_format(recipe: "Recipe") -> Peer:
     """A recipe as a function of a weight: packed by the real encoder, and unpacked."""
 
     def quantize(weight: Tensor) -> tuple[Tensor, int]:

@@ -81,7 +81,7 @@ def quantize(
     ] = None,
     target_bits: Annotated[
         float | None,
-        typer.Option(help="Instead of a recipe: effective bits per weight, 3.25 to 5.3, at most."),
+        typer.Option(help="Instead of a recipe: effective bits per weight, 2.25 to 5.3, at most."),
     ] = None,
     bits: Annotated[int | None, typer.Option(help="Bits of a base code: 2, 3, 4, 5.")] = None,
     group_size: Annotated[

@@ -41,6 +41,8 @@ def _option(name: str, alpha: float, error: float) -> BitOption:
 # By size. More salient weights, or groups of 64, buy less per bit than the next base code
 # (docs/method.md).
 OPTIONS = (
+    _option("balanced-2", 1 / 128, 0.0797),
+    _option("balanced-2", 2 / 128, 0.0726),
     _option("balanced-3", 1 / 128, 0.0212),
     _option("balanced-3", 2 / 128, 0.0189),
     _option("balanced-3", 4 / 128, 0.0161),
@@ -49,6 +51,8 @@ OPTIONS = (
     _option("balanced-5", 1 / 128, 0.00134),
     _option("balanced-5", 2 / 128, 0.00119),
 )
+
+ENOUGH_BITS = 3  # weights of fewer are taken only for targets that these cannot meet
 
 # Measured on one model only (docs/method.md), so the factors are few and round.
 WRITES_BACK = re.compile(r"\.(?:o_proj|out_proj|down_proj|w2|wo|c_proj|fc2|dense_4h_to_h)$")
@@ -163,9 +167,12 @@ def _widths_around(every: list[Shape], allowed: int) -> tuple[BitOption, ...]:
     """The options of the two widths of base codes that enclose the target; fewer layouts serve
     better.
     """
-    widths = sorted({option.recipe.layout.bits for option in OPTIONS})
+    enough = tuple(o for o in OPTIONS if o.recipe.layout.bits >= ENOUGH_BITS)
+    if allowed < enough[0].nbytes(every):
+        return tuple(o for o in OPTIONS if o.recipe.layout.bits <= ENOUGH_BITS)
+    widths = sorted({option.recipe.layout.bits for option in enough})
     for width in widths:
-        options = tuple(o for o in OPTIONS if width <= o.recipe.layout.bits <= width + 1)
+        options = tuple(o for o in enough if width <= o.recipe.layout.bits <= width + 1)
         if allowed <= options[-1].nbytes(every):
             break
     return options

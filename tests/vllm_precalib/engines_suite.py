@@ -163,6 +163,14 @@ def case_phi3(folder: Path) -> dict[str, Any]:
     return {**result, "reloaded": (answers(llm), truth(second))}
 
 
+def case_two_bits(folder: Path) -> dict[str, Any]:
+    """`balanced-2` beside `balanced-3`, as --target-bits mixes them."""
+    layout_of = attention_or_mlp("balanced-3", "balanced-2")
+    checkpoint = tiny.build(folder, tiny.model_config("llama"), layout_of, 14)
+    llm = start(checkpoint.packed, **recording(folder / "choices"))
+    return {"choices": recorded(folder / "choices"), "first": (answers(llm), truth(checkpoint))}
+
+
 def case_int8_activations(folder: Path) -> dict[str, Any]:
     if library.INT8_ISA not in library.supported_isas():
         return {}
@@ -297,6 +305,7 @@ SUITES = {
         case_llama_reference,
         case_qwen2,
         case_phi3,
+        case_two_bits,
         case_int8_activations,
         case_half_precision,
         case_dummy,

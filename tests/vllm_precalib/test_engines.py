@@ -44,6 +44,12 @@ def test_answers_are_those_of_transformers(case, name, weights):
     assert_same(case("eager", name)[weights])
 
 
+def test_two_bits_are_served_beside_three(case):
+    result = case("eager", "two_bits")
+    assert {choice["backend"] for choice in result["choices"]} == {default_backend()}
+    assert_same(result["first"])
+
+
 PACKED = {  # how vLLM fuses what `engines_suite.llama` packs
     f"model.layers.{layer}.{name}"
     for layer in range(2)

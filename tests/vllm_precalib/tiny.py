@@ -35,6 +35,7 @@ TRELLIS = Layout(
     bits=3, group_size=64, codebook=ROW.codebook, trellis=True, scale="log8", column_scale=True
 )
 LAYOUTS = {"row": ROW, "sign": SIGN, "min-max": MIN_MAX, "plain": PLAIN, "trellis": TRELLIS}
+LAYOUTS |= {name: packed_tensors.RECIPE_LAYOUTS[name] for name in ("balanced-2", "balanced-3")}
 WEIGHT_SIZE = 0.1  # root mean square; large enough for logits to differ
 
 

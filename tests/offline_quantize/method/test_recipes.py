@@ -21,7 +21,8 @@ def test_the_recipes(name):
 def test_the_names():
     assert DEFAULT == "balanced-4"
     families = ("balanced", "paper", "rtn")
-    expected = {f"{name}-{bits}" for name in families for bits in (3, 4)} | {"balanced-5"}
+    expected = {f"{name}-{bits}" for name in families for bits in (3, 4)}
+    expected |= {"balanced-2", "balanced-5"}
     assert set(RECIPES) == expected
     with pytest.raises(RecipeError, match=r"unknown recipe 'x'; there are balanced-4, balanced-3"):
         find("x")

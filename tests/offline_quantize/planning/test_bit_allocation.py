@@ -72,8 +72,17 @@ def test_every_target_in_reach_is_met_closely_and_siblings_stay_together(layers,
 
 def test_a_deep_model_meets_its_target_to_the_hundredth():
     weights = llama(32)
-    for target in (3.35, 3.6, 3.85, 4.2, 4.5, 4.8, 5.2):
+    for target in (2.4, 2.8, 3.2, 3.35, 3.6, 3.85, 4.2, 4.5, 4.8, 5.2):
         assert bits(weights, allocate(weights, target, CONFIG)) == pytest.approx(target, abs=0.01)
+
+
+def test_two_bits_are_taken_only_where_three_do_not_fit():
+    weights = llama(12)
+    least = next(o for o in OPTIONS if o.recipe.layout.bits == 3).nbytes(list(weights.values()))
+    count = sum(rows * columns for rows, columns in weights.values())
+    for extra, widths in ((0, {3}), (-1, {2, 3}), (40000, {3, 4})):
+        allocated = allocate(weights, (8 * (least + extra) + 0.1) / count, CONFIG)
+        assert {recipe.layout.bits for _, recipe in allocated.values()} == widths
 
 
 def test_more_bits_go_where_errors_weigh_more():
@@ -122,9 +131,9 @@ def test_weights_that_are_decided_count():
     assert bits(weights, alone) == pytest.approx(3.8, abs=0.01)
 
 
-@pytest.mark.parametrize("target", [3.0, 5.9])
+@pytest.mark.parametrize("target", [2.1, 5.9])
 def test_targets_out_of_reach_name_the_range(target):
-    with pytest.raises(RecipeError, match=rf"--target-bits {target:g} .* between 3\.3\d\d and 5\."):
+    with pytest.raises(RecipeError, match=rf"--target-bits {target:g} .* between 2\.3\d\d and 5\."):
         allocate(llama(2), target, CONFIG)
 
 
@@ -134,7 +143,7 @@ def test_targets_out_of_reach_name_the_range(target):
         ({"recipe": "rtn-4"}, r"^--target-bits 4 chooses .* leave out --recipe rtn-4$"),
         ({"changes": {"alpha": None, "bits": 3}}, r"leave out --bits 3$"),
         ({"target_bits": float("nan")}, r"^--target-bits nan: give a finite number"),
-        ({"target_bits": 2.0}, r"^--target-bits 2 cannot be met: .* between 3\.\d+ and 5\.\d+"),
+        ({"target_bits": 2.0}, r"^--target-bits 2 cannot be met: .* between 2\.\d+ and 5\.\d+"),
         ({"overrides": [("q_proj", "rtn-3")]}, r"^vLLM computes these as one layer, .*\(rtn-3\)"),
     ],
 )

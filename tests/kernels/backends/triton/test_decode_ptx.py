@@ -27,6 +27,7 @@ PLANS = {
     "table-2": Layout(2, 128, (-100, -30, 31, 100)),
     "table-3": Layout(3, 32, (-128, -90, -40, 0, 10, 50, 90, 127)),
     "trellis-3-64": dataclasses.replace(LAYOUTS["balanced-3"], group_size=64),
+    "trellis-2-64": dataclasses.replace(LAYOUTS["balanced-2"], group_size=64),
     "trellis-4-64": dataclasses.replace(LAYOUTS["balanced-4"], group_size=64),
     "paper-3": dataclasses.replace(LAYOUTS["paper-4"], bits=3, salient_bits=3),
     "paper-4-32": dataclasses.replace(LAYOUTS["paper-4"], group_size=32),

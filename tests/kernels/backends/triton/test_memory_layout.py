@@ -39,7 +39,7 @@ def decoded(fields: torch.Tensor, carry: torch.Tensor, form) -> torch.Tensor:
     return torch.tensor(levels)
 
 
-@pytest.mark.parametrize("name", ["balanced-4", "balanced-3"])
+@pytest.mark.parametrize("name", ["balanced-4", "balanced-3", "balanced-2"])
 @pytest.mark.parametrize("group", [64, 128])
 def test_a_stored_trellis_is_the_reference(name, group):
     layout = dataclasses.replace(LAYOUTS[name], group_size=group)
@@ -54,14 +54,15 @@ def test_a_stored_trellis_is_the_reference(name, group):
             assert torch.equal(levels, expected[row, g * group : (g + 1) * group])
 
 
-@pytest.mark.parametrize("name", ["balanced-4", "balanced-3", "paper-4"])
+@pytest.mark.parametrize("name", ["balanced-4", "balanced-3", "balanced-2", "paper-4"])
 def test_costs_are_counted_for_what_the_recipes_make(name):
     assert LAYOUTS[name] == RECIPE_LAYOUTS[name]
 
 
 def test_memory_is_close_to_the_file():
     """What fast decoding costs in bits: a word of data per group and unpacked salient weights."""
-    limits = {"balanced-4": 0.37, "uniform-4": 0.32, "balanced-3": 0.63, "paper-4": 0.75}
+    limits = {"balanced-4": 0.37, "balanced-3": 0.63, "balanced-2": 0.37}
+    limits |= {"uniform-4": 0.32, "paper-4": 0.75}
     for name, most in limits.items():
         layout = LAYOUTS[name]
         more = triton_layout(layout).bits_per_weight(4096) - layout.bits_per_weight(4096, 4096)
