@@ -29,7 +29,7 @@ def best(bits: float, rows: Sequence[Row], text: str) -> float | None:
     for method in {row["method"] for row in rows}:
         smallest = dict(reversed(curve(method, rows, text)))
         points = sorted(smallest.items())
-        pairs = [pair for pair in itertools.pairwise(points)]
+        pairs = list(itertools.pairwise(points))
         for index, ((low, kl_low), (high, kl_high)) in enumerate(pairs):
             below = REACH if index == 0 else 0
             above = REACH if index == len(pairs) - 1 else 0
