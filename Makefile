@@ -80,13 +80,13 @@ PEER_OPTIONS = $(if $(PEERS),--peers-python $(PEERS)) $(if $(LIBLLAMA),--libllam
 
 bench-quality: $(STAMP) ## KL against effective bits, beside other methods: make bench-quality TEXT=file.txt
 	@test -n "$(TEXT)" || { echo "bench-quality: name a text file: make bench-quality TEXT=file.txt"; exit 1; }
-	@$(BIN)/python deploy/smollm2.py demo-output/SmolLM2-135M-Instruct
+	@$(BIN)/python deploy/gguf_checkpoint.py smollm2 demo-output/SmolLM2-135M-Instruct
 	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/quality.py demo-output/SmolLM2-135M-Instruct --text $(TEXT) \
 	  --out benchmarks/results --resume $(PEER_OPTIONS)
 
 bench-cpu: $(STAMP) ## products and serving on this CPU, beside bfloat16 and other 4-bit ways
 	@$(BIN)/python benchmarks/cpu_linear.py
-	@$(BIN)/python deploy/smollm2.py demo-output/SmolLM2-135M-Instruct
+	@$(BIN)/python deploy/gguf_checkpoint.py smollm2 demo-output/SmolLM2-135M-Instruct
 	@$(BIN)/python benchmarks/cpu_serving.py demo-output/SmolLM2-135M-Instruct
 
 sanitize: $(STAMP) ## tests of the compiled CPU kernels under AddressSanitizer and UBSan

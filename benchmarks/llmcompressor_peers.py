@@ -12,9 +12,9 @@ from typing import Any
 from unittest import mock
 
 import torch
+from calibration_text import WINDOW, evenly_spread
 from torch import Tensor
 
-WINDOW = 512  # tokens
 Found = tuple[dict[str, Tensor], dict[str, int]]  # weights and stored bits, by name
 FLOAT16 = 16
 
@@ -151,17 +151,18 @@ def calibration_windows(tokenizer: Any, text: str, count: int) -> Any:
     """So many windows of 512 tokens, evenly spread over the text, as a data set."""
     from datasets import Dataset
 
-    rows = evenly_spread(tokenizer(text, add_special_tokens=False).input_ids, count)
+    rows = evenly_spread(tokenizer, text, count)
     return Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * WINDOW] * len(rows)})
 
 
-def evenly_spread(tokens: list[int], count: int) -> list[list[int]]:
-    """So many whole windows of a text. Raises ValueError if it is too short."""
-    whole = len(tokens) // WINDOW
-    if whole < count:
-        raise ValueError(f"calibration needs {count * WINDOW} tokens, the text has {len(tokens)}")
-    starts = [WINDOW * (i * whole // count) for i in range(count)]
-    return [tokens[start : start + WINDOW] for start in starts]
+def same_norm(values: Tensor, before: Tensor) -> bool:
+    """Whether a parameter is unchanged, or only rounded.
+
+    llm-compressor turns norms that multiply by 1 + w (Gemma) into plain ones and back, in the
+    parameter's type. That rounding is no part of the methods; the original values are better.
+    """
+    there_and_back = ((1 + before.float()).to(before.dtype).float() - 1).to(before.dtype)
+    return torch.equal(values, before) or torch.equal(values, there_and_back)
 
 
 @torch.no_grad()
@@ -182,6 +183,6 @@ def changed(model: Any, before: Mapping[str, Tensor]) -> Found:
             weight.numel() * scheme.weights.num_bits + module.weight_scale.numel() * each
         )
     for name, values in model.named_parameters():
-        if name in before and name not in found and not torch.equal(values, before[name]):
+        if name in before and name not in found and not same_norm(values, before[name]):
             found[name] = values
     return {name: values.detach().contiguous() for name, values in found.items()}, bits

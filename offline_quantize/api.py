@@ -196,15 +196,18 @@ def evaluate_checkpoint(
     tokens: int = 8192,
     tasks: Sequence[str | Path] = (),
     limit: int | None = None,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | None = None,
     device: str = "cpu",
+    begin_token: bool = False,
 ) -> "EvaluationResult":
     """Compare a packed checkpoint with its source: KL divergence, agreement, perplexity, tasks.
 
     text:           files to measure on;  self_generated: or let the source write the text.
     tokens:         number to take of all texts together, or to write.
     tasks:          files of multiple-choice questions;  limit: questions to take of each.
-    dtype, device:  to compute in, and where.
+    dtype, device:  to compute in, and where; without a type, bfloat16, or float32 on a processor
+                    without bfloat16 arithmetic.
+    begin_token:    put the model's begin token before texts if its tokenizer does not.
     returns:        what was measured; its `to_json()` is what `precalib eval --json` writes.
 
     Needs transformers. Raises PrecalibError.
@@ -219,6 +222,7 @@ def evaluate_checkpoint(
         limit,
         dtype,
         device,
+        begin_token,
     )
     return evaluate(Path(directory), hub.locate(str(against)), request)
 

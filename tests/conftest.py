@@ -164,7 +164,8 @@ def failure_of(case: ElementTree.Element) -> str:
 def smollm2() -> Path:
     """Directory of SmolLM2-135M-Instruct in bf16; built once (about a minute) and then reused."""
     directory = ROOT / "demo-output" / "SmolLM2-135M-Instruct"
-    command = [sys.executable, str(ROOT / "deploy" / "smollm2.py"), str(directory)]
+    script = str(ROOT / "deploy" / "gguf_checkpoint.py")
+    command = [sys.executable, script, "smollm2", str(directory)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         pytest.fail(f"cannot build the real model: {done.stderr.strip()[-2000:]}")

@@ -31,7 +31,9 @@ def show(result: EvaluationResult) -> None:
             _add_task(table, path, task)
         console.show_table(table)
         console.out.print(f"Choices are compared by {NORMALISATION}.")
-    console.out.print("In brackets: 95 % intervals (bootstrap).")
+    console.out.print(f"In brackets: 95 % intervals (bootstrap). Computed in {result.dtype}.")
+    if result.warning:
+        console.err.print(f"precalib: warning: {result.warning}", style="yellow")
 
 
 def _show_text(text: TextResult) -> None:

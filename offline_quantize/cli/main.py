@@ -252,7 +252,20 @@ def evaluate(
     limit: Annotated[
         int | None, typer.Option(help="Questions to take of each file of tasks.", min=1)
     ] = None,
-    dtype: Annotated[DType, typer.Option(help="Type to compute in.")] = DType.bfloat16,
+    begin_token: Annotated[
+        bool,
+        typer.Option(
+            "--begin-token",
+            help="Put the model's begin token before texts if its tokenizer doesn't.",
+        ),
+    ] = False,
+    dtype: Annotated[
+        DType | None,
+        typer.Option(
+            help="Type to compute in. If not given: bfloat16, or float32 on a processor without "
+            "bfloat16 arithmetic."
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda:0.")] = "cpu",
     json: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also write the result here.")
@@ -260,7 +273,14 @@ def evaluate(
 ) -> None:
     """Compare a packed checkpoint with its source: KL, agreement, perplexity, tasks."""
     request = evaluation.Request(
-        text or (), self_generated, tokens, tasks or (), limit, getattr(torch, dtype.value), device
+        text or (),
+        self_generated,
+        tokens,
+        tasks or (),
+        limit,
+        getattr(torch, dtype.value) if dtype else None,
+        device,
+        begin_token,
     )
     _check_device(device)
     result = evaluation.evaluate(

@@ -11,6 +11,13 @@ from torch import Tensor
 from offline_quantize.checkpoint.packed import open_packed
 from offline_quantize.checkpoint.source import Checkpoint, open_checkpoint
 from offline_quantize.evaluation import multiple_choice
+from offline_quantize.evaluation.arithmetic import default_dtype
+from offline_quantize.evaluation.begin_token import (
+    advice,
+    begin_tokens,
+    named_token,
+    perplexities,
+)
 from offline_quantize.evaluation.kl import (
     TAIL_SAMPLES,
     TOP,
@@ -54,7 +61,9 @@ class Request:
     self_generated: let the original write the text.
     tokens:         how many to take or generate.
     tasks:          multiple-choice files;  limit: questions of each, None for all.
-    dtype, device:  what to compute in and where.
+    dtype, device:  what to compute in and where; no type for `default_dtype`.
+    begin_token:    put the model's begin token before every text if its tokenizer does not. Text
+                    that the original writes begins with it anyway.
 
     Raises UsageError when there is nothing to measure with, or two kinds of text.
     """
@@ -64,8 +73,14 @@ class Request:
     tokens: int = 8192
     tasks: Sequence[Path] = ()
     limit: int | None = None
-    dtype: torch.dtype = torch.bfloat16
+    dtype: torch.dtype | None = None
     device: str = "cpu"
+    begin_token: bool = False
+
+    @property
+    def computed_in(self) -> torch.dtype:
+        """The type to compute in."""
+        return self.dtype or default_dtype(self.device)
 
     def __post_init__(self) -> None:
         if self.text and self.self_generated:
@@ -89,7 +104,7 @@ class OriginalModel:
         self.track = track
         self.key = {
             "fingerprint": source.fingerprint(),
-            "dtype": str(request.dtype),
+            "dtype": str(request.computed_in),
             "device": request.device,
             **versions(),
         }
@@ -99,7 +114,7 @@ class OriginalModel:
     def model(self) -> "PreTrainedModel":
         """The model itself."""
         if self._model is None:
-            self._model = load_original(self.root, self.request.dtype, self.request.device)
+            self._model = load_original(self.root, self.request.computed_in, self.request.device)
         return self._model
 
     def unload(self) -> None:
@@ -129,6 +144,15 @@ class OriginalModel:
             lambda: vars(reference_distributions(self.model, self.track("original", windows))),
         )
         return ReferenceDistributions(**found)
+
+    def perplexities(self, texts: Sequence[Tensor], token: int) -> Tensor:
+        """Its perplexity without and with a token before every text, float32 [2]."""
+        found = cached(
+            "perplexities",
+            self.key | {"texts": [digest(text) for text in texts], "token": token},
+            lambda: {"perplexities": perplexities(self.model, texts, token)},
+        )
+        return found["perplexities"]
 
     def predictions(self, prepared: Sequence[Sequence[multiple_choice.Answer]]) -> Tensor:
         """Its choices, int64 [questions]."""
@@ -166,20 +190,30 @@ def evaluate(
 
     windows: list[Tensor] = []
     prepared: dict[Path, list[list[multiple_choice.Answer]]] = {}
+    begin: list[int] = []
+    warning = None
     if tokenizer is not None:
+        begin = begin_tokens(tokenizer, checkpoint.text_config, request.begin_token)
         if request.text:
-            windows = text_windows(tokenizer, request.text, request.tokens, window)
+            windows = text_windows(tokenizer, request.text, request.tokens, window, begin)
         prepared = {
-            path: [multiple_choice.answers(question, tokenizer, longest) for question in asked]
+            path: [multiple_choice.answers(q, tokenizer, longest, begin) for q in asked]
             for path, asked in questions.items()
         }
+        named = named_token(tokenizer, checkpoint.text_config)
+        if not begin and named is not None:
+            asked_texts = [choices[0].tokens for texts in prepared.values() for choices in texts]
+            # a full window has no room for one more token if the model takes no more
+            texts = [text[: window - 1] for text in (windows or asked_texts)]
+            warning = advice(named, texts, original.perplexities)
     if request.self_generated:
         windows = original.generated_text(window)
+        begin = windows[0][:1].tolist()
     reference = original.distributions(windows) if windows else None
     predicted = {path: original.predictions(answers) for path, answers in prepared.items()}
     original.unload()
 
-    quantized = load_packed(directory, request.dtype, request.device)
+    quantized = load_packed(directory, request.computed_in, request.device)
     text = tasks = None
     if reference is not None:
         names = ", ".join(path.name for path in request.text)
@@ -199,7 +233,9 @@ def evaluate(
         source=str(source),
         recipe=packed.config.recipe,
         bits_per_weight=packed.bits_per_weight,
-        dtype=str(request.dtype).removeprefix("torch."),
+        dtype=str(request.computed_in).removeprefix("torch."),
+        begin_token=begin[0] if begin else None,
+        warning=warning,
         text=text,
         tasks=tasks,
     )

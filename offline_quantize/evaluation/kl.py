@@ -92,13 +92,19 @@ class Comparison:
 
 
 def text_windows(
-    tokenizer: "PreTrainedTokenizerBase", files: Sequence[Path], count: int, window: int = WINDOW
+    tokenizer: "PreTrainedTokenizerBase",
+    files: Sequence[Path],
+    count: int,
+    window: int = WINDOW,
+    begin: Sequence[int] | None = None,
 ) -> list[Tensor]:
     """The files' first `count` tokens, cut into windows that each begin as a text does.
 
+    begin: tokens before every window; None for those that the tokenizer adds.
+
     Raises InputError for a file that is no text and for less than two tokens in all.
     """
-    bos = bos_tokens(tokenizer)
+    bos = bos_tokens(tokenizer) if begin is None else list(begin)
     tokens: list[int] = []
     for file in files:
         try:

@@ -67,12 +67,19 @@ def read_questions(path: Path, limit: int | None = None) -> list[Question]:
     return questions
 
 
-def answers(question: Question, tokenizer: "PreTrainedTokenizerBase", window: int) -> list[Answer]:
+def answers(
+    question: Question,
+    tokenizer: "PreTrainedTokenizerBase",
+    window: int,
+    begin: Sequence[int] | None = None,
+) -> list[Answer]:
     """All choices of a question; of what is longer than `window` tokens the beginning is cut off.
+
+    begin: tokens before the query; None for those that the tokenizer adds.
 
     The choice's tokens are those that query and choice together do not share with the query alone.
     """
-    bos = bos_tokens(tokenizer)
+    bos = bos_tokens(tokenizer) if begin is None else list(begin)
     prompt = PROMPT.format(query=question.query)
     alone = bos + tokenizer(prompt, add_special_tokens=False).input_ids
     prepared = []

@@ -63,6 +63,8 @@ class EvaluationResult(Record):
 
     bits_per_weight: effective bits, all stored bytes counted.
     dtype:           what was computed in.
+    begin_token:     the token before every text; None if there is none.
+    warning:         why the result may be meaningless.
     text:            None if only tasks were measured;  tasks: by file, None if only text was.
     """
 
@@ -73,6 +75,8 @@ class EvaluationResult(Record):
     recipe: str
     bits_per_weight: FiniteFloat
     dtype: str
+    begin_token: int | None = None
+    warning: str | None = None
     text: TextResult | None = None
     tasks: Mapping[FileName, TaskResult] | None = None
 
