@@ -24,7 +24,7 @@ def choose_activations(
 ) -> tuple[Plan, str | None]:
     """The plan with what goes through its model first, and why nothing does if it was left open.
 
-    text: "none", "random", "self", a file, or "auto", which is nothing if no recipe gains from it or
+    text: "none", "random", "self", a file, or "auto": nothing if no recipe gains from it or if
           transformers cannot run the model; else random tokens, with feedback text of its own.
     tokens: how many, None for as many as are enough.
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from offline_quantize.evaluation.arithmetic import default_dtype
 from offline_quantize.evaluation.models import load_original
 
 if TYPE_CHECKING:
@@ -35,30 +36,7 @@ def model_for_pass(
             "max_memory": _memory(device, memory),
             "offload_folder": folder,
         }
-        yield load_original(source, compute_type(device), device, placement)
-
-
-def compute_type(device: str) -> torch.dtype:
-    """bfloat16 where the device multiplies it in hardware, else float32."""
-    if torch.device(device).type != "cpu":
-        return torch.bfloat16
-    return torch.bfloat16 if _BFLOAT16 & _features() else torch.float32
-
-
-_BFLOAT16 = {"avx512_bf16", "amx_bf16", "bf16"}  # of x86 and, the last one, of Arm
-
-
-def _features() -> set[str]:
-    """Features of the processor as Linux names them; none if it does not tell."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return set()
-    found = (line.partition(":") for line in lines)
-    return next(
-        (set(value.split()) for key, _, value in found if key.strip() in ("flags", "Features")),
-        set(),
-    )
+        yield load_original(source, default_dtype(device), device, placement)
 
 
 def _memory(device: str, memory: int | None) -> dict[int | str, int]:

@@ -1,6 +1,7 @@
 """Checkpoints from GGUF packages: real ones that are installed, and a made-up one in parts."""
 
 import hashlib
+import itertools
 import importlib.util
 import json
 import subprocess
@@ -113,7 +114,7 @@ def split(weights, tmp_path, monkeypatch) -> Split:
     sums = f"{hashlib.sha256(content).hexdigest()}  tiny-q8.gguf\n"
     (tmp_path / "site" / "tiny_main" / "data" / "SHA256SUMS").write_text(sums)
     cuts = [0, 1000, 5000, len(content)]
-    for number, (start, end) in enumerate(zip(cuts, cuts[1:], strict=False)):
+    for number, (start, end) in enumerate(itertools.pairwise(cuts)):
         part = tmp_path / "site" / "tiny_parts" / "data" / f"tiny-q8.gguf.part{number:02}"
         part.write_bytes(content[start:end])
     monkeypatch.syspath_prepend(tmp_path / "site")

@@ -10,12 +10,12 @@ from safetensors.torch import load_file, save_file
 
 from offline_quantize.calibration.activations import input_statistics
 from offline_quantize.calibration.choice import choose_activations
-from offline_quantize.calibration.model import compute_type
 from offline_quantize.calibration.text import random_tokens
 from offline_quantize.checkpoint.manifest import read_manifest
 from offline_quantize.checkpoint.progress import NullProgress
 from offline_quantize.checkpoint.source import open_checkpoint
 from offline_quantize.commands.quantize import quantize as run_quantize
+from offline_quantize.evaluation.arithmetic import default_dtype
 from offline_quantize.evaluation.models import load_original
 from offline_quantize.planning.options import Options
 from offline_quantize.planning.plan import make_plan
@@ -54,7 +54,7 @@ def test_column_scales_follow_the_inputs(source, tmp_path):
     """Where they are compared with those of a run without, their ratio is E[x²]^(-1/8)."""
     run(source, tmp_path / "with")
     run(source, tmp_path / "without", text="none")
-    model = load_original(source, compute_type("cpu"), "cpu")
+    model = load_original(source, default_dtype("cpu"), "cpu")
     tokens = torch.stack(random_tokens(model, 256))
     seen = {}
     for name, module in model.named_modules():
