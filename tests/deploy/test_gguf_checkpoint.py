@@ -1,8 +1,8 @@
 """Checkpoints from GGUF packages: real ones that are installed, and a made-up one in parts."""
 
 import hashlib
-import itertools
 import importlib.util
+import itertools
 import json
 import subprocess
 import sys
