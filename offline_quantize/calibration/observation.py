@@ -11,6 +11,7 @@ from torch import Tensor
 from offline_quantize.calibration.activations import Block, linear_layers, observe
 from offline_quantize.calibration.model import model_for_pass
 from offline_quantize.calibration.text import own_text, random_tokens, text_of_file
+from offline_quantize.checkpoint.progress import Progress
 from offline_quantize.checkpoint.source import Checkpoint
 from offline_quantize.method.input_statistics import InputStatistics
 from offline_quantize.planning.activation_options import ActivationOptions
@@ -38,10 +39,15 @@ class Observation:
     layers: Mapping[str, str]
     unknown: Sequence[str]
     options: ActivationOptions
+    progress: Progress
 
     def blocks(self) -> Generator[Block]:
         """The input statistics of each block in turn."""
-        return observe(self.model, self.windows, self.layers, hessians=self.options.feedback)
+        blocks = observe(self.model, self.windows, self.layers, hessians=self.options.feedback)
+        with contextlib.closing(blocks):
+            for block in blocks:
+                self.progress.begin(f"inputs of {block[0]}")
+                yield block
 
     def inputs(self) -> Mapping[str, InputStatistics]:
         """The input statistics of all blocks together."""
@@ -54,6 +60,7 @@ def observation(
     shapes: Mapping[str, Sequence[int]],
     options: ActivationOptions,
     device: str,
+    progress: Progress,
 ) -> Iterator[Observation]:
     """Load the model and get the text.
 
@@ -63,6 +70,7 @@ def observation(
     all these weights, and what making the text raises.
     """
     with contextlib.ExitStack() as stack:
+        progress.begin("model for a forward pass")
         try:
             model = stack.enter_context(model_for_pass(source.root, device))
         except SourceError as error:
@@ -74,7 +82,9 @@ def observation(
                 f"'{next(iter(shapes))}' or any other weight; {REMEDY}"
             )
         unknown = [name for name in shapes if name not in layers and LAYER.search(name)]
-        yield Observation(model, _text(model, source.root, options), layers, unknown, options)
+        progress.begin("text for the model")
+        windows = _text(model, source.root, options)
+        yield Observation(model, windows, layers, unknown, options, progress)
 
 
 def _text(model: "PreTrainedModel", root: Path, options: ActivationOptions) -> list[Tensor]:

@@ -97,9 +97,8 @@ def _batches(
         return by_file(run, _write_jobs(plan, device, {})), ()
     from offline_quantize.calibration.observation import observation
 
-    progress.begin("activations")
     shapes = {name: weight.entry.shape for name, weight in plan.weight_plans.items()}
-    opened = observation(plan.source, shapes, options, device)
+    opened = observation(plan.source, shapes, options, device, progress)
     if options.feedback:
         seen = stack.enter_context(opened)
         return _by_block(plan, device, seen.blocks(), stack), seen.unknown
