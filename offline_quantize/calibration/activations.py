@@ -32,12 +32,14 @@ def observe(
     windows: Sequence[Tensor],
     layers: Mapping[str, str],
     *,
+    head: str | None = None,
     hessians: bool = False,
 ) -> Generator[Block]:
     """Each block's name, and the input statistics of its weights by name, in the model's order.
 
     windows:  token ids, int64 [n], all of one length.
     layers:   of the wanted weights: the model's module of each, by name (`linear_layers`).
+    head:     name of the output head's weight, if it is wanted, too; a block of its own, the last.
     hessians: whether E[x·xᵀ] is wanted, too.
 
     The statistics are float32, on the device of the layer. The pass stands still while a block is
@@ -61,7 +63,10 @@ def observe(
         try:
             with torch.inference_mode():
                 tokens = torch.stack(list(windows)).to(model.device)
-                model.base_model(tokens, use_cache=False)
+                hidden = model.base_model(tokens, use_cache=False).last_hidden_state
+                if head is not None:
+                    found.put(("head", {head: input_statistics(hidden, hessians)}))
+                    resume.acquire()
             found.put(None)
         except _Stopped:
             pass

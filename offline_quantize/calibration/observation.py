@@ -15,7 +15,7 @@ from offline_quantize.checkpoint.progress import Progress
 from offline_quantize.checkpoint.source import Checkpoint
 from offline_quantize.method.input_statistics import InputStatistics
 from offline_quantize.planning.activation_options import ActivationOptions
-from offline_quantize.planning.selection import LAYER
+from offline_quantize.planning.selection import HEAD, LAYER, module_of
 from precalib_kernels.errors import SourceError
 
 if TYPE_CHECKING:
@@ -31,19 +31,22 @@ class Observation:
 
     windows: token ids, int64 [n], all of one length.
     layers:  the model's module of each weight whose inputs will be known, by name.
+    head:    name of the output head's weight if it is to be quantized, too.
     unknown: names of the others in decoder layers.
     """
 
     model: "PreTrainedModel"
     windows: Sequence[Tensor]
     layers: Mapping[str, str]
+    head: str | None
     unknown: Sequence[str]
     options: ActivationOptions
     progress: Progress
 
     def blocks(self) -> Generator[Block]:
         """The input statistics of each block in turn."""
-        blocks = observe(self.model, self.windows, self.layers, hessians=self.options.feedback)
+        hessians = self.options.feedback
+        blocks = observe(self.model, self.windows, self.layers, head=self.head, hessians=hessians)
         with contextlib.closing(blocks):
             for block in blocks:
                 self.progress.begin(f"inputs of {block[0]}")
@@ -84,7 +87,8 @@ def observation(
         unknown = [name for name in shapes if name not in layers and LAYER.search(name)]
         progress.begin("text for the model")
         windows = _text(model, source.root, options)
-        yield Observation(model, windows, layers, unknown, options, progress)
+        head = next((name for name in shapes if HEAD.search(module_of(name))), None)
+        yield Observation(model, windows, layers, head, unknown, options, progress)
 
 
 def _text(model: "PreTrainedModel", root: Path, options: ActivationOptions) -> list[Tensor]:

@@ -17,6 +17,7 @@ SEED = 0
 # Short windows: the first token of a text fills columns that must not be wrong, and more first
 # tokens give these their weight (docs/method.md).
 RANDOM_WINDOW = 32
+OWN_WINDOW = 128  # a step of writing costs the same for any number of windows
 
 
 def random_tokens(model: "PreTrainedModel", count: int, seed: int = SEED) -> list[Tensor]:
@@ -37,7 +38,7 @@ def own_text(model: "PreTrainedModel", count: int, seed: int = SEED) -> list[Ten
 
     Raises UsageError when the model names no token to begin with.
     """
-    return generate_text(model, count, _window(model, count), seed)
+    return generate_text(model, count, min(OWN_WINDOW, _window(model, count)), seed)
 
 
 def text_of_file(model: "PreTrainedModel", source: Path, file: Path, count: int) -> list[Tensor]:

@@ -141,3 +141,13 @@ def test_a_model_larger_than_memory_gives_the_same(byte_llama, windows):
     assert len(found[0]) == 3 * PROJECTIONS
     for name, statistics in found[0].items():
         assert torch.equal(statistics.hessian, found[1][name].hessian)
+
+
+def test_the_head_comes_last_with_what_the_blocks_give_it(model, windows):
+    layers = linear_layers(model, shapes(model))
+    *_, last = observe(model, windows, layers, head="lm_head.weight", hessians=True)
+    assert last[0] == "head"
+    x = inputs_of(model, windows, "lm_head")
+    expected = torch.einsum("tj,tk->jk", x, x) / (4 * 11)
+    found = last[1]["lm_head.weight"]
+    torch.testing.assert_close(found.hessian.double(), expected, rtol=1e-4, atol=1e-6)

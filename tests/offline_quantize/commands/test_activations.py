@@ -12,6 +12,7 @@ from offline_quantize.calibration.activations import input_statistics
 from offline_quantize.calibration.choice import choose_activations
 from offline_quantize.calibration.text import random_tokens
 from offline_quantize.checkpoint.manifest import read_manifest
+from offline_quantize.checkpoint.packed import open_packed
 from offline_quantize.checkpoint.progress import NullProgress
 from offline_quantize.checkpoint.source import open_checkpoint
 from offline_quantize.commands.quantize import quantize as run_quantize
@@ -44,8 +45,8 @@ def shards(source, tmp_path):
     return root
 
 
-def run(source, target, jobs=1, resume=False, text="random", feedback=False, recipe="balanced-4"):
-    plan = make_plan(open_checkpoint(source), Options(recipe))
+def run(source, target, jobs=1, resume=False, text="random", feedback=False, **options):
+    plan = make_plan(open_checkpoint(source), Options("balanced-4", **options))
     plan, _ = choose_activations(plan, text, 256, feedback)
     return run_quantize(plan, target, NullProgress(), jobs, "cpu", resume)
 
@@ -132,3 +133,20 @@ def test_a_model_that_cannot_be_run_is_quantized_without(checkpoint, precalib, t
     done = precalib("quantize", source, tmp_path / "asked", "--activations", "random")
     assert "quantize with --activations none" in done.sentence
     assert not (tmp_path / "asked").exists()
+
+
+def test_a_tied_head_takes_up_errors_too(byte_llama, tmp_path):
+    """Its inputs come from the model's last norm, so the error of the logits gets smaller."""
+    source = byte_llama(hidden_size=128, intermediate_size=160, tie_word_embeddings=True)
+    model = load_original(source, torch.float32, "cpu")
+    tokens = torch.stack(random_tokens(model, 256))
+    with torch.inference_mode():
+        x = model.base_model(tokens).last_hidden_state.flatten(0, 1)
+    weight = model.lm_head.weight.detach()
+    errors = {}
+    for feedback in (False, True):
+        target = tmp_path / str(feedback)
+        run(source, target, feedback=feedback, head="balanced-4")
+        packed = open_packed(target).weight("lm_head")
+        errors[feedback] = float((x @ (packed - weight).T).square().mean())
+    assert errors[True] < 0.9 * errors[False]
