@@ -243,7 +243,7 @@ def both_ways(monkeypatch, weight, recipe, inputs):
 
 
 @kinds
-@pytest.mark.parametrize("shape", [(1, 32), (15, 96), (17, 160), (130, 352)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 32), (17, 160)], ids=str)
 def test_compiled_and_torch_agree_bit_for_bit(monkeypatch, weights, recipe, shape):
     weight, hessian = weights(torch.float32)(*shape), correlated(shape[1])
     native, slow = both_ways(monkeypatch, weight, recipe, known(hessian))
@@ -267,28 +267,38 @@ def test_every_isa_gives_the_same_codes(monkeypatch, weights, name, isa):
         assert torch.equal(tensor, native[suffix]), suffix
 
 
-@kinds
+@pytest.mark.parametrize("name", ["balanced-3", "paper-4", "rtn-3", "both"])
 @pytest.mark.parametrize("case", ["dead inputs", "zeros", "spikes", "equal", "few tokens", "large"])
-def test_hostile_cases_agree_too_and_stay_finite(monkeypatch, weights, recipe, case):
-    weight, hessian = weights(torch.float32)(18, 160), correlated(160)
+def test_hostile_cases_agree_too_and_stay_finite(monkeypatch, weights, name, case):
+    recipe = KINDS[name]
+    weight, hessian = weights(torch.float32)(18, 96), correlated(96)
     if case == "dead inputs":
         weight[:, 3:40] = 0
         hessian[30:70], hessian[:, 30:70] = 0, 0
     elif case == "zeros":
-        weight[::2, :128] = 0
+        weight[::2, :64] = 0
         hessian.zero_()
     elif case == "spikes":
         weight[::3, ::50] = 30
     elif case == "equal":
         weight.fill_(0.5)
     elif case == "few tokens":
-        hessian = correlated(160, tokens=2)
+        hessian = correlated(96, tokens=2)
     else:
         weight, hessian = 1e5 * weight, 1e30 * hessian
     native, slow = both_ways(monkeypatch, weight, recipe, known(hessian))
     for suffix, tensor in native.items():
         assert torch.equal(tensor, slow[suffix]), suffix
-    assert bool(reference.dequantize(native, recipe.layout, 160).isfinite().all())
+    assert bool(reference.dequantize(native, recipe.layout, 96).isfinite().all())
+
+
+@pytest.mark.parametrize("shape", [(130, 96), (15, 352)], ids=str)
+@pytest.mark.parametrize("name", ["balanced-4", "paper-3"])
+def test_many_rows_and_columns_agree_too(monkeypatch, weights, name, shape):
+    weight, hessian = weights(torch.float32)(*shape), correlated(shape[1])
+    native, slow = both_ways(monkeypatch, weight, RECIPES[name], known(hessian))
+    for suffix, tensor in native.items():
+        assert torch.equal(tensor, slow[suffix]), suffix
 
 
 def test_rows_do_not_depend_on_each_other(weights):
