@@ -36,6 +36,7 @@ from precalib_kernels.errors import SourceError, UnfitError
 from precalib_kernels.format.layout import Layout
 
 BLOCK_WEIGHTS = 1 << 18  # 1 MiB of float32
+SHRINKS = (1.0, 2 ** (-1 / 16), 2 ** (-2 / 16))  # of group scales, tried where the loss is known
 FEEDBACK_ROWS = 128  # at least so many at once: all of them read the factor of the Hessian
 
 
@@ -196,12 +197,14 @@ def encode_groups(
 
 def encode_rows(rows: PreparedRows, recipe: Recipe, factor: FeedbackFactor) -> EncodedGroups:
     """Find scales and codes of all groups of `rows` with error feedback."""
-    scales = group_scales(rows.target, rows.salient, rows.scales, recipe)
-    codes = find_codes_with_feedback(
+    candidates = [
+        group_scales(rows.target, rows.salient, rows.scales, recipe, shrink) for shrink in SHRINKS
+    ]
+    codes, scales = find_codes_with_feedback(
         rows.target,
         rows.salient,
         rows.scales,
-        scales,
+        candidates,
         recipe.layout,
         factor,
         padding=rows.padding,

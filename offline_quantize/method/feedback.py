@@ -1,18 +1,19 @@
 """Codes of whole rows with error feedback: each error moves the targets of later columns.
 
 Columns are taken from the first to the last. What the error of a column does to the loss is made
-good in later ones (GPTQ, arXiv 2210.17323). Inside a group with a trellis each state keeps the
-errors of the best path to it, so the Viterbi search makes the loss itself small. Salient weights
-take part: their low bits force the path as ever, their errors are fed on like any others.
+good in later ones (GPTQ, arXiv 2210.17323). Inside a group with a trellis the two best paths to
+each state are kept, each with its own errors, so the Viterbi search makes the loss itself small.
+Salient weights take part: their low bits force the path as ever, their errors are fed on like any
+others. Each group is searched with a few scales, and the one of least loss is taken.
 
 The loop is compiled; without a compiler, or on another device, a torch version gives the same
 codes, bit for bit.
 """
 
 import ctypes
-import dataclasses
 import functools
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -21,112 +22,79 @@ from torch import Tensor
 from offline_quantize.method.arithmetic import reciprocal
 from offline_quantize.method.codes import Codes
 from offline_quantize.method.feedback_factor import FeedbackFactor
+from offline_quantize.method.feedback_task import FeedbackTask, Found, SalientSteps
 from offline_quantize.method.feedback_torch import encode_torch
 from offline_quantize.method.salience import SalientWeights
-from offline_quantize.method.scales import GroupScales, RowScales
+from offline_quantize.method.scales import GroupScales, RowScales, choose_scales
 from precalib_kernels.format.layout import Layout
 from precalib_kernels.toolchain import compile as build
 
 SOURCE = Path(__file__).parent / "csrc" / "feedback.cpp"
 
 
-@dataclasses.dataclass(frozen=True)
-class SalientSteps:
-    """A row's grid of salient values: offset + scale * m, low <= m <= high, with code m + bias.
-
-    If `sign` is not 0, m stands for the magnitude and `sign` is added to the code of a negative
-    value.
-
-    inverse, scale, offset: float32 [R]; inverse is steps per weight unit.
-    """
-
-    inverse: Tensor
-    scale: Tensor
-    offset: Tensor
-    low: int
-    high: int
-    bias: int = 0
-    sign: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class FeedbackTask:
-    """Rows to encode, each tensor contiguous; see `find_codes_with_feedback`.
-
-    target:  float32 [R, G * group_size];  mask: uint8 like it, 1 at salient places.
-    columns: K, without the padding.
-    unit:    codebook units per weight unit, [R, G];  step: the inverse, as decoded;  zero: the zero
-             point, or None.
-    grid:    of salient values; None if the layout has none.
-    """
-
-    target: Tensor
-    mask: Tensor
-    columns: int
-    factor: FeedbackFactor
-    unit: Tensor
-    step: Tensor
-    zero: Tensor | None
-    grid: SalientSteps | None
-    layout: Layout
-
-
 def find_codes_with_feedback(
     target: Tensor,
     salient: SalientWeights,
     rows: RowScales,
-    groups: GroupScales,
+    candidates: Sequence[GroupScales],
     layout: Layout,
     factor: FeedbackFactor,
     *,
     padding: int = 0,
-) -> Codes:
-    """The codes of whole rows that make the loss (target − values)·H·(target − values)ᵀ small.
+) -> tuple[Codes, GroupScales]:
+    """Codes of whole rows that make the loss (target − values)·H·(target − values)ᵀ small.
 
-    target:  float32 [R, G, group_size], all groups of the rows.
-    padding: number of columns at the end of the last group that are none.
+    target:     float32 [R, G, group_size], all groups of the rows.
+    candidates: scales that each group may have; of equally good ones it gets the first.
+    padding:    number of columns at the end of the last group that are none.
+    returns:    the codes, and the scales that they are for.
     """
     flat = target.flatten(1).contiguous()
     mask = torch.zeros_like(target, dtype=torch.uint8)
     salient.scatter(mask, salient.used)
+    zeros = [groups.zero for groups in candidates if groups.zero is not None]
     task = FeedbackTask(
         target=flat,
         mask=mask.flatten(1),
         columns=flat.shape[1] - padding,
         factor=factor,
-        unit=_units(groups, layout).contiguous(),
-        step=groups.step.contiguous(),
-        zero=None if groups.zero is None else groups.zero.contiguous(),
+        unit=torch.stack([_units(groups, layout) for groups in candidates]),
+        step=torch.stack([groups.step for groups in candidates]),
+        zero=torch.stack(zeros) if zeros else None,
         grid=_salient_steps(rows, layout) if layout.salient_count else None,
         layout=layout,
     )
     native = _native() if target.device.type == "cpu" else None
-    codes, values = encode_torch(task) if native is None else encode_native(task, native)
-    codes, values = codes.view(target.shape), values.view(target.shape)
-    wide = salient.gather(codes)
-    return Codes(codes.bitwise_and_(2**layout.bits - 1), wide, values)
+    found = encode_torch(task) if native is None else encode_native(task, native)
+    whole, values = found.codes.view(target.shape), found.values.view(target.shape)
+    wide = salient.gather(whole)
+    codes = Codes(whole.bitwise_and_(2**layout.bits - 1), wide, values)
+    return codes, choose_scales(candidates, found.chosen)
 
 
-def encode_native(task: FeedbackTask, library: ctypes.CDLL) -> tuple[Tensor, Tensor]:
-    """Whole codes (uint8) and values (float32) [R, G * group_size], compiled, on the CPU."""
+def encode_native(task: FeedbackTask, library: ctypes.CDLL) -> Found:
+    """The compiled search, for tensors of the CPU."""
     layout, codebook = task.layout, None
-    rows, groups = task.unit.shape
-    codes = torch.zeros_like(task.mask)
-    values = torch.zeros_like(task.target)
+    candidates, rows, groups = task.unit.shape
+    found = Found(
+        torch.zeros_like(task.mask),
+        torch.zeros_like(task.target),
+        torch.zeros(rows, groups, dtype=torch.uint8, device="cpu"),
+    )
     if not layout.uniform:
         codebook = torch.tensor(layout.codebook_values, dtype=torch.int32, device="cpu")
     grid = task.grid
     fields = _Task(
-        rows, task.columns, layout.group_size, groups,
+        rows, task.columns, layout.group_size, groups, candidates,
         *map(_address, (task.target, task.factor.effects, task.factor.importance, task.mask)),
         *map(_address, (task.unit, task.step, task.zero, codebook)),
         layout.codebook_size, layout.codebook_limit, int(layout.trellis),
         *map(_address, (grid.inverse, grid.scale, grid.offset) if grid else (None, None, None)),
         *((grid.low, grid.high, grid.bias, grid.sign) if grid else (0, 0, 0, 0)),
-        *map(_address, (codes, values)),
+        *map(_address, (found.codes, found.values, found.chosen)),
     )  # fmt: skip
     library.encode_with_feedback(ctypes.byref(fields))
-    return codes, values
+    return found
 
 
 class _Task(ctypes.Structure):
@@ -134,13 +102,13 @@ class _Task(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("rows", "columns")),
-        *((name, ctypes.c_int32) for name in ("group_size", "groups")),
+        *((name, ctypes.c_int32) for name in ("group_size", "groups", "candidates")),
         *((name, ctypes.c_void_p) for name in ("weights", "effects", "importance", "salient")),
         *((name, ctypes.c_void_p) for name in ("unit", "step", "zero", "codebook")),
         *((name, ctypes.c_int32) for name in ("codebook_size", "limit", "trellis")),
         *((f"salient_{name}", ctypes.c_void_p) for name in ("inverse", "scale", "offset")),
         *((f"salient_{name}", ctypes.c_int32) for name in ("low", "high", "bias", "sign")),
-        *((name, ctypes.c_void_p) for name in ("codes", "values")),
+        *((name, ctypes.c_void_p) for name in ("codes", "values", "chosen")),
     )
 
 

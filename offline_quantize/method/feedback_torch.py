@@ -5,29 +5,28 @@ order of sums: the errors of BLOCK neighbouring columns are summed up from the f
 and that sum is added to the target, block by block.
 """
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from offline_quantize.method.feedback import FeedbackTask, SalientSteps
+from offline_quantize.method.feedback_task import FeedbackTask, Found
 
-BLOCK = 16  # csrc/feedback.cpp has the same number
+BLOCK = 16  # csrc/feedback_group.h has the same number
+LIST = 2  # paths to each state that are kept; csrc/feedback.cpp has the same number
 
 
-def encode_torch(task: "FeedbackTask") -> tuple[Tensor, Tensor]:
-    """Whole codes (uint8) and values (float32) [R, G * group_size]."""
+def encode_torch(task: FeedbackTask) -> Found:
+    """The search in torch."""
     size, columns = task.layout.group_size, task.columns
     weight = task.target.T[:columns].contiguous()  # [K, R]
     target = weight.clone()
     codes = torch.zeros_like(task.mask.T)
     values = torch.zeros_like(task.target.T)
-    for group in range(task.unit.shape[1]):
+    chosen = torch.zeros_like(task.unit[0], dtype=torch.uint8)
+    for group in range(chosen.shape[1]):
         start, end = group * size, min((group + 1) * size, columns)
         part = slice(start, end)
-        codes[part], values[part] = _Group(task, group, start, end).search(
-            target[part], weight[part]
+        codes[part], values[part], chosen[:, group] = _best_scale(
+            task, group, target[part], weight[part]
         )
         error = weight[part] - values[part]
         for first in range(0, end - start, BLOCK):
@@ -35,19 +34,41 @@ def encode_torch(task: "FeedbackTask") -> tuple[Tensor, Tensor]:
             for j in range(first, min(first + BLOCK, end - start)):
                 total += error[j] * task.factor.effects[start + j, end:, None]
             target[end:] += total
-    return codes.T.contiguous(), values.T.contiguous()
+    return Found(codes.T.contiguous(), values.T.contiguous(), chosen)
+
+
+def _best_scale(
+    task: FeedbackTask, group: int, target: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes and values [columns, R] of the candidate of least loss, and its number [R]."""
+    codes, values, least = _Group(task, group, 0).search(target, weight)
+    chosen = torch.zeros_like(least, dtype=torch.uint8)
+    for candidate in range(1, len(task.unit)):
+        found = _Group(task, group, candidate).search(target, weight)
+        better = found[2] < least
+        codes, values, least = (
+            torch.where(better, new, old)
+            for new, old in zip(found, (codes, values, least), strict=True)
+        )
+        chosen = torch.where(better, candidate, chosen).to(torch.uint8)
+    return codes, values, chosen
 
 
 class _Group:
-    """One group of all rows. With a trellis there are four states, 2 * u[k] + u[k-1], else one."""
+    """One group of all rows with one of its scales.
 
-    def __init__(self, task: "FeedbackTask", group: int, start: int, end: int) -> None:
+    With a trellis there are four states, 2 * u[k] + u[k-1], and path p leads to state p // LIST.
+    """
+
+    def __init__(self, task: FeedbackTask, group: int, candidate: int) -> None:
+        size = task.layout.group_size
+        part = slice(group * size, min((group + 1) * size, task.columns))
         self.layout, self.grid = task.layout, task.grid
-        self.effects = task.factor.effects[start:end, start:end]
-        self.importance = task.factor.importance[start:end]
-        self.unit, self.step = task.unit[:, group], task.step[:, group]
-        self.zero = None if task.zero is None else task.zero[:, group]
-        self.mask = task.mask[:, start:end].T.bool()
+        self.effects = task.factor.effects[part, part]
+        self.importance = task.factor.importance[part]
+        self.unit, self.step = task.unit[candidate, :, group], task.step[candidate, :, group]
+        self.zero = None if task.zero is None else task.zero[candidate, :, group]
+        self.mask = task.mask[:, part].T.bool()
         self.any_salient = self.mask.any(1).tolist()
         device = task.target.device
         if not task.layout.uniform:
@@ -55,45 +76,52 @@ class _Group:
             codebook = torch.tensor(task.layout.codebook_values, device=device)
             points = torch.arange(-limit, limit + 1, device=device)[:, None]
             parts = [codebook[s::subsets] for s in range(subsets)]
-            self.rank = torch.stack([(points - part).abs().argmin(1) for part in parts])
+            self.rank = torch.stack([(points - entries).abs().argmin(1) for entries in parts])
             pairs = zip(parts, self.rank, strict=True)
-            self.value = torch.stack([part[rank] for part, rank in pairs]).float()
+            self.value = torch.stack([entries[rank] for entries, rank in pairs]).float()
+        paths = torch.arange(4 * LIST, device=device)
+        self.last, self.before = paths // LIST >> 1, paths // LIST & 1  # u[k-1], u[k-2]
+        ways = torch.arange(2 * LIST, device=device)
+        states = torch.arange(4, device=device)
+        self.ways = 2 * LIST * (states & 1)[:, None] + ways  # [4, 2 * LIST]: paths before
 
-    def search(self, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes and values [columns, R] for targets and weights [columns, R]."""
+    def search(self, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes and values [columns, R] for targets and weights [columns, R], and the loss [R]."""
         size, rows = weight.shape
-        states, device = 4 if self.layout.trellis else 1, weight.device
-        moved = target.expand(states, size, rows).clone()  # by all finished blocks
+        paths, device = 4 * LIST if self.layout.trellis else 1, weight.device
+        moved = target.expand(paths, size, rows).clone()  # by all finished blocks
         total = torch.zeros_like(moved)  # what the unfinished block adds
-        cost = torch.full((states, rows), torch.inf, device=device)
+        cost = torch.full((paths, rows), torch.inf, device=device)
         cost[0] = 0
-        codes = torch.empty((size, states, rows), dtype=torch.int64, device=device)
-        values = torch.empty((size, states, rows), device=device)
-        before = torch.zeros((size, states, rows), dtype=torch.int64, device=device)
+        self.common = torch.zeros(rows, device=device)  # what all paths cost besides
+        codes = torch.empty((size, paths, rows), dtype=torch.int64, device=device)
+        values = torch.empty((size, paths, rows), device=device)
+        before = torch.zeros((size, paths, rows), dtype=torch.int64, device=device)
         for k in range(size):
             if k % BLOCK == 0:
                 moved += total
                 total.zero_()
             here = moved[:, k] + total[:, k]
             if self.layout.trellis:
-                cost, codes[k], values[k], origin = self._advance(here, k, cost)
-                before[k] = origin & 1
-                index = origin[:, None].expand(-1, size - k, -1)
+                cost, codes[k], values[k], before[k] = self._advance(here, k, cost)
+                index = before[k][:, None].expand(-1, size - k, -1)
                 moved[:, k:], total[:, k:] = (
                     part[:, k:].gather(0, index) for part in (moved, total)
                 )
             else:
-                codes[k], values[k] = self._choose(here, k)
+                codes[k], values[k], distance = self._choose(here, k)
+                cost = cost + distance.square_() * self.importance[k]
             total += (weight[k] - values[k])[:, None] * self.effects[k][:, None]
-        state = cost.argmin(0)
+        path = cost.argmin(0)
+        loss = (cost.amin(0) + self.common) * self.step * self.step
         for k in range(size - 1, -1, -1):
-            index, previous = state[None], before[k].gather(0, state[None])[0]
+            index = path[None]
             codes[k, 0], values[k, 0] = codes[k].gather(0, index), values[k].gather(0, index)
-            state = 2 * (state & 1) + previous
-        return codes[:, 0].to(torch.uint8), values[:, 0]
+            path = before[k].gather(0, index)[0]
+        return codes[:, 0].to(torch.uint8), values[:, 0], loss
 
-    def _choose(self, target: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Code and value [1, R] nearest to the targets [1, R]."""
+    def _choose(self, target: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Code, value and error in codebook units, [1, R], nearest to the targets [1, R]."""
         scaled = (target * self.unit).nan_to_num(0.0, torch.inf, -torch.inf)
         if self.zero is None:
             point = self._points(scaled)
@@ -102,26 +130,26 @@ class _Group:
             limit = self.layout.codebook_limit
             rounded = (self.zero + scaled).round_().clamp_(0, limit)
             code, value = rounded.long(), rounded - self.zero
+        distance = scaled - value
         value = value * self.step
         if self.any_salient[k]:
             wide, wide_value = self._salient(target)
+            distance = torch.where(self.mask[k], (target - wide_value) * self.unit, distance)
             code = torch.where(self.mask[k], wide, code)
             value = torch.where(self.mask[k], wide_value, value)
-        return code, value
+        return code, value, distance
 
     def _advance(
         self, target: Tensor, k: int, cost: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Costs, codes, values and states before, all [4, R], of the best path to each state.
+        """Costs, codes, values and paths before, all [paths, R], of the best paths to each state.
 
-        target: of each state before;  cost: of the best path to it.
+        target: of each path before;  cost: of that path.
         """
-        device = target.device
         scaled = (target * self.unit).nan_to_num(0.0, torch.inf, -torch.inf)
         point = self._points(scaled)
-        old = torch.arange(4, device=device)
-        low = torch.arange(2, device=device)[:, None]
-        subset = (2 * (low ^ (old & 1)) + (old >> 1))[..., None]  # [u[k], state before, 1]
+        low = torch.arange(2, device=target.device)[:, None]
+        subset = (2 * (low ^ self.before) + self.last)[..., None]  # [u[k], path before, 1]
         code = 2 * self.rank[subset, point] + low[..., None]
         value = self.value[subset, point]
         metric = (scaled - value).square_() * self.importance[k]
@@ -129,19 +157,20 @@ class _Group:
         if self.any_salient[k]:
             wide, wide_value = self._salient(target)
             extra = ((target - wide_value) * self.unit).square_() * self.importance[k]
-            extra = (extra - extra.amin(0)).nan_to_num(0.0, torch.inf)
+            least = extra.amin(0)
+            self.common += torch.where(self.mask[k], least, 0)
+            extra = (extra - least).nan_to_num(0.0, torch.inf)
             fits = torch.where((wide & 1) == low[..., None], extra, torch.inf)
             metric = torch.where(self.mask[k], fits, metric)
             code = torch.where(self.mask[k], wide, code)
             value = torch.where(self.mask[k], wide_value, value)
-        ways = (cost + metric).view(2, 2, 2, -1)  # [u[k], u[k-1], u[k-2]]
-        better = (ways[:, :, 1] < ways[:, :, 0]).view(4, -1)
-        cost = torch.where(better, ways[:, :, 1].reshape(4, -1), ways[:, :, 0].reshape(4, -1))
-        code, value = (
-            torch.where(better, part[:, :, 1].reshape(4, -1), part[:, :, 0].reshape(4, -1))
-            for part in (code.view(2, 2, 2, -1), value.view(2, 2, 2, -1))
-        )
-        return cost, code, value, 2 * (old & 1)[:, None] + better
+        ways, u = self.ways, self.last[::LIST, None]  # of the new states, u[k] = state >> 1
+        costs = (cost + metric)[u, ways]  # [4, 2 * LIST, R]
+        best, way = (part[:, :LIST] for part in costs.sort(stable=True, dim=1))
+        way = way.masked_fill(best == torch.inf, 0)
+        code, value = (part[u, ways].gather(1, way).flatten(0, 1) for part in (code, value))
+        before = (ways[:, :1, None] + way).flatten(0, 1)
+        return best.flatten(0, 1), code, value, before
 
     def _points(self, scaled: Tensor) -> Tensor:
         limit = self.layout.codebook_limit
@@ -150,7 +179,7 @@ class _Group:
     def _salient(self, target: Tensor) -> tuple[Tensor, Tensor]:
         """Code and value of the nearest salient value of each row's grid."""
         assert self.grid is not None
-        grid: SalientSteps = self.grid
+        grid = self.grid
         size = target.abs() if grid.sign else target
         steps = ((size - grid.offset) * grid.inverse).round_()
         steps = steps.nan_to_num(0.0, torch.inf, -torch.inf).clamp_(grid.low, grid.high)

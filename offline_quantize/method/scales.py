@@ -1,11 +1,12 @@
 """Scales: how large one step of a code is, for each row and each group, as it is stored.
 
 Blocks of weights are [R, G, group_size], column scale taken off, a ragged last group filled up with
-zeros. A scale is never fitted: it follows from the largest non-salient weights of a group
-(docs/method.md tells why).
+zeros. A scale follows from the largest non-salient weights of a group and is not fitted to the
+others (docs/method.md tells why). Where the loss is known, it is chosen among a few.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -59,11 +60,19 @@ def row_scales(grouped: Tensor, salient: SalientWeights, recipe: Recipe) -> RowS
 
 
 def group_scales(
-    grouped: Tensor, salient: SalientWeights, rows: RowScales, recipe: Recipe
+    grouped: Tensor,
+    salient: SalientWeights,
+    rows: RowScales,
+    recipe: Recipe,
+    shrink: float = 1.0,
 ) -> GroupScales:
-    """Find scale and zero point of each group, given its row's."""
+    """Find scale and zero point of each group, given its row's.
+
+    shrink: share of the group's range that the codes span; weights beyond it get the end code.
+    """
     layout = recipe.layout
     lowest, spans = _ranges(grouped, salient, recipe)
+    lowest, spans = None if lowest is None else lowest * shrink, spans * shrink
     tensors = {"scales": spans.half() if layout.scale == "float16" else _log8(spans, rows)}
     scale = stored_scales(tensors | rows.tensors, layout)
     step = scale / layout.codebook_limit
@@ -71,6 +80,21 @@ def group_scales(
         return GroupScales(tensors, scale, step, None)
     zero = (-lowest * reciprocal(step)).round_().clamp_(0, layout.codebook_limit)
     return GroupScales(tensors | {"zeros": zero.to(torch.uint8)}, scale, step, zero)
+
+
+def choose_scales(candidates: Sequence[GroupScales], chosen: Tensor) -> GroupScales:
+    """The scales of each group from one of several candidates; `chosen` [R, G] says which."""
+
+    def choose(parts: Sequence[Tensor]) -> Tensor:
+        return torch.stack(list(parts)).gather(0, chosen[None].long())[0]
+
+    zeros = [each.zero for each in candidates if each.zero is not None]
+    return GroupScales(
+        {n: choose([each.tensors[n] for each in candidates]) for n in candidates[0].tensors},
+        choose([each.scale for each in candidates]),
+        choose([each.step for each in candidates]),
+        choose(zeros) if zeros else None,
+    )
 
 
 def _ranges(
