@@ -59,7 +59,11 @@ TABLE: Mapping[str, Mapping[int, Blocks]] = {
         32: Blocks(128, 32, 8, 3, 1),
         64: Blocks(128, 64, 8, 3, 2),
     },
-    "sm_100": _NVIDIA | {32: Blocks(64, 32, 2, 3, 3, 241)},
+    "sm_100": _NVIDIA
+    | {
+        16: Blocks(64, 16, 2, 4, 4, 254),
+        32: Blocks(64, 32, 2, 3, 3, 241),
+    },
     "hip": {
         16: Blocks(64, 16, 2, 2, 4),
         32: Blocks(64, 32, 4, 2, 2),
