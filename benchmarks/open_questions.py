@@ -2,13 +2,13 @@
 
     python benchmarks/open_questions.py SOURCE --text FILE
 
-measures what open-questions.json does not have yet, a row at a time, and draws the plots from the
-rows of all models there. Rows that need E[x²] or a Fisher diagonal take them from text that the
+measures what open-questions.json does not have yet, a row at a time, and makes plots and tables of
+the rows of all models there. Rows that need E[x²] or a Fisher diagonal take them from text that the
 model writes itself.
 
 --only WORD ... measures the rows whose question, method or variant contains a word, and with no
 word none of them.
---plot-only draws the plots without a model.
+--plot-only makes plots and tables without a model.
 """
 
 import argparse
@@ -24,7 +24,9 @@ import torch
 from input_moments import Moments, moments
 from methods import Method, Quantize, each
 from open_questions_plots import plots
+from open_questions_table import tables
 from quality import Bench, through_the_format
+from quality_report import insert_table
 from salience_rules import (
     Score,
     magnitude,
@@ -86,7 +88,7 @@ class Statistics:
 
 
 def main() -> None:
-    """Measure what is missing and draw the plots."""
+    """Measure what is missing; then plots and tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("source", type=Path, nargs="?", help="folder of an unquantized checkpoint")
     parser.add_argument("--text", type=Path, metavar="FILE")
@@ -108,6 +110,7 @@ def main() -> None:
             measure(arguments, rows, lambda: write_json(path, {"rows": rows}))
     except PrecalibError as error:
         sys.exit(f"open_questions: {error}")
+    insert_table(tables(rows), arguments.out / "open-questions.md")
     plots(rows, arguments.out)
 
 
@@ -242,9 +245,11 @@ def _encoded(weight: Tensor, recipe: Recipe, of_layer: Moments) -> tuple[Tensor,
 def _named(
     function: Callable[[Tensor, Moments], tuple[Tensor, int]], statistics: Statistics
 ) -> Quantize:
+    found = statistics.moments  # here, since the bench takes no gradients
+
     def quantize(weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, int]]:
         for name, weight in weights.items():
-            yield name, *function(weight.float(), statistics.moments[name])
+            yield name, *function(weight.float(), found[name])
 
     return quantize
 

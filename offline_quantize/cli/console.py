@@ -17,6 +17,7 @@ from rich.text import Text
 
 from offline_quantize.checkpoint.manifest import Manifest, Totals
 from offline_quantize.checkpoint.progress import NullProgress
+from offline_quantize.planning import selection
 from offline_quantize.planning.activation_options import describe
 from offline_quantize.planning.plan import Plan, WeightPlan
 from offline_quantize.units import size as size
@@ -95,7 +96,7 @@ def show_plan(plan: Plan) -> None:
         table.add_row(label, f"{weights:,}", f"{len(weight_plans):,}", bits, about)
     show_table(table)
     show_unquantized(plan.unquantized, plan.source.skipped_files)
-    show_experts(plan)
+    show_notes(plan)
     before = size(plan.source.nbytes)
     out.print(
         f"Weight files {before} → {size(sum(s.size for s in plan.files.shards.values()))}; "
@@ -104,14 +105,20 @@ def show_plan(plan: Plan) -> None:
     )
 
 
-def show_experts(plan: Plan) -> None:
-    """Say so when the plan packs what the plugin does not serve."""
+def show_notes(plan: Plan) -> None:
+    """Say so when the plan packs what the plugin does not serve, or a head too coarsely."""
     experts = sum(".experts." in weight.module for weight in plan.weight_plans.values())
     if experts:
         out.print(
             f"Note: {experts} expert weights are packed, which the vLLM plugin does not serve "
             r"yet; add --keep '\.experts\.' for a checkpoint to serve."
         )
+    for weight in plan.weight_plans.values():
+        if selection.HEAD.search(weight.module) and weight.recipe.layout.bits == 2:
+            out.print(
+                f"Note: {weight.module} gets 2-bit codes, whose error costs far more there than in "
+                "other weights; prefer --head balanced-4."
+            )
 
 
 def show_activations(plan: Plan, reason: str | None, unknown: Sequence[str] = ()) -> None:

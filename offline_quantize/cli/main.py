@@ -168,7 +168,7 @@ def quantize(
     if outcome.seconds is None:
         console.out.print(f"{target} was finished before; nothing to do.")
     console.show_unquantized(plan.unquantized, plan.source.skipped_files)
-    console.show_experts(plan)
+    console.show_notes(plan)
     console.show_activations(plan, reason, outcome.unknown)
     console.show_totals(outcome.manifest.totals, outcome.seconds)
     if report_to is not None:

@@ -64,5 +64,5 @@ def _centroids(codebook: Tensor, chosen: Tensor, samples: Tensor, non_salient: T
 
 
 if __name__ == "__main__":
-    for case in ((5, 128, 2), (4, 128, 2), (3, 128, 4), (2, 128, 2)):
+    for case in ((5, 128, 2), (4, 128, 2), (3, 128, 4), (2, 128, 4)):
         print(case, trained_codebook(*case))

@@ -93,7 +93,7 @@ RECIPES: Mapping[str, Recipe] = {
     "balanced-4": _balanced(4, salient_count=2, salient_bits=8),
     "balanced-3": _balanced(3, salient_count=4, salient_bits=7),
     "balanced-5": _balanced(5, salient_count=2, salient_bits=8),
-    "balanced-2": _balanced(2, salient_count=2, salient_bits=7),
+    "balanced-2": _balanced(2, salient_count=4, salient_bits=6),
     "paper-4": Recipe(
         "arXiv 2501.09107: 8 % salient by one λ' per tensor, min-max grids",
         Layout(bits=4, group_size=128, salient_count=16, salient_bits=4, salient_grid="min-max"),

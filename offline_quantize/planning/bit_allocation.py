@@ -31,18 +31,24 @@ class BitOption(NamedTuple):
         return sum(self.recipe.layout.stored_bytes(*shape) for shape in shapes)
 
 
-def _option(name: str, alpha: float, error: float) -> BitOption:
+def _option(name: str, alpha: float, error: float, salient_bits: int | None = None) -> BitOption:
     recipe = recipes.find(name)
-    if alpha == recipe.alpha:
+    if alpha == recipe.alpha and salient_bits is None:
         return BitOption(name, recipe, error)
-    return BitOption(f"{name} --alpha {alpha}", recipes.adjust(recipe, alpha=alpha), error)
+    label = f"{name} --alpha {alpha}"
+    if salient_bits is not None:
+        label += f" --salient-bits {salient_bits}"
+    adjusted = recipes.adjust(recipe, alpha=alpha, salient_bits=salient_bits)
+    return BitOption(label, adjusted, error)
 
 
 # By size. More salient weights, or groups of 64, buy less per bit than the next base code
 # (docs/method.md).
 OPTIONS = (
-    _option("balanced-2", 1 / 128, 0.0797),
-    _option("balanced-2", 2 / 128, 0.0726),
+    _option("balanced-2", 1 / 128, 0.0811, salient_bits=8),
+    _option("balanced-2", 2 / 128, 0.0733, salient_bits=7),
+    _option("balanced-2", 3 / 128, 0.0679),
+    _option("balanced-2", 4 / 128, 0.0639),
     _option("balanced-3", 1 / 128, 0.0212),
     _option("balanced-3", 2 / 128, 0.0189),
     _option("balanced-3", 4 / 128, 0.0161),

@@ -163,4 +163,8 @@ def test_rows_are_measured_once(
     assert own["bits"] == by_variant["in both"]["bits"]
     for name in ("alpha", "shape", "rules"):
         assert (tmp_path / f"open-questions-{name}.png").stat().st_size > 10_000
+    page = (tmp_path / "open-questions.md").read_text()
+    assert page.count("| source | rules |") == 8
+    assert page.count("| source | alpha | paper-4 |") == 4
+    assert "| source | down_proj | 128 × 160 |" in page
     assert run("--plot-only") == both

@@ -37,7 +37,7 @@ RECIPE_LAYOUTS = {
     "balanced-4": _balanced(4, 2, 8),
     "balanced-3": _balanced(3, 4, 7),
     "balanced-5": _balanced(5, 2, 8),
-    "balanced-2": _balanced(2, 2, 7),
+    "balanced-2": _balanced(2, 4, 6),
     "paper-4": _paper(4),
     "paper-3": _paper(3),
     "rtn-4": Layout(bits=4, group_size=128),

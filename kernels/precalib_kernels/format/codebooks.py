@@ -4,7 +4,7 @@ Entries are odd and symmetric; `offline_quantize.method.lloyd` computes them.
 """
 
 _POSITIVE = {
-    2: (9, 33, 57, 93),
+    2: (11, 35, 61, 95),
     3: (5, 19, 29, 43, 57, 73, 91, 113),
     4: (3, 9, 15, 21, 29, 35, 41, 49, 55, 63, 71, 79, 87, 97, 109, 123),
     5: (

@@ -63,6 +63,7 @@ def test_the_largest_of_three_times_counts():
         ("sm_80", "uniform-4", 16, 2.36),
         ("sm_90", "balanced-4", 16, 4.69),
         ("sm_80", "balanced-3", 16, 5.35),
+        ("sm_80", "balanced-2", 16, 4.44),
         ("sm_90", "uniform-4", 64, 5.58),
         ("sm_80", "paper-4", 16, 3.96),
         ("sm_90", "paper-4", 64, 5.58),

@@ -29,7 +29,7 @@ def test_version(precalib):
 def test_recipes(precalib):
     ran = precalib("recipes")
     assert ran.code == 0
-    assert len(ran.out.splitlines()) == 7
+    assert len(ran.out.splitlines()) == 8
     assert ran.out.startswith("balanced-4 (default): 4 bits")
     assert all(line.endswith("effective bits") for line in ran.out.splitlines())
 

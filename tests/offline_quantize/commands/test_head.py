@@ -124,3 +124,12 @@ def test_heads_that_cannot_be_packed(tied, checkpoint, weights, precalib, tmp_pa
     whole = tensors | {"model.embed_tokens.weight": torch.zeros(8, 128, dtype=torch.int8)}
     assert "has type I8; only" in refused(checkpoint("whole", whole))
     assert "unknown recipe 'none'" in precalib("quantize", tied(), "x", "--head", "none").sentence
+
+
+def test_a_head_of_two_bits_is_warned_of(tied, precalib, tmp_path):
+    source, target = tied(), tmp_path / "t"
+    for head, warned in (("balanced-3", False), ("balanced-2", True)):
+        for more in (["--dry-run"], []):
+            result = precalib("quantize", source, target / head, "--head", head, *more)
+            assert ("Note: lm_head gets 2-bit codes" in result.out) == warned
+    assert open_packed(target / "balanced-2").config.modules["lm_head"] == "balanced-2 (head)"

@@ -167,5 +167,8 @@ def test_the_size_is_known_before_and_true_after(checkpoint, quantize):
 @pytest.mark.parametrize("option", OPTIONS, ids=lambda option: option.label)
 def test_labels_make_their_recipes_again(option):
     name, *flags = option.label.split()
-    changes = {"alpha": float(flags[1])} if flags else {}
+    given = dict(zip(flags[::2], map(float, flags[1::2]), strict=True))
+    changes = {"alpha": given.get("--alpha")}
+    if "--salient-bits" in given:
+        changes["salient_bits"] = int(given["--salient-bits"])
     assert adjust(RECIPES[name], **changes) == option.recipe

@@ -17,6 +17,7 @@ class Blocks:
     stages:          steps of words and activations in flight.
     programs_per_sm: programs wanted per multiprocessor; K is split until there are as many.
     registers:       most that a thread may take, None for the compiler's choice.
+    long_registers:  the same for steps of 256 columns, None for no difference.
     """
 
     block_n: int
@@ -25,6 +26,7 @@ class Blocks:
     stages: int
     programs_per_sm: int
     registers: int | None = None
+    long_registers: int | None = None
 
     @property
     def options(self) -> dict[str, int]:
@@ -44,7 +46,7 @@ _NVIDIA = {
 TABLE: Mapping[str, Mapping[int, Blocks]] = {
     "cuda": _NVIDIA,
     # With these limits, found by trying, no layout of `cost_model.py` spills; without them some do.
-    "sm_80": _NVIDIA | {64: Blocks(128, 64, 4, 3, 2, 254)},
+    "sm_80": _NVIDIA | {64: Blocks(128, 64, 4, 3, 2, 252, 254)},
     "sm_89": _NVIDIA
     | {
         8: Blocks(64, 8, 2, 4, 6, 254),
@@ -57,7 +59,11 @@ TABLE: Mapping[str, Mapping[int, Blocks]] = {
         32: Blocks(128, 32, 8, 3, 1),
         64: Blocks(128, 64, 8, 3, 2),
     },
-    "sm_100": _NVIDIA | {32: Blocks(64, 32, 2, 3, 3, 241)},
+    "sm_100": _NVIDIA
+    | {
+        16: Blocks(64, 16, 2, 4, 4, 254),
+        32: Blocks(64, 32, 2, 3, 3, 241),
+    },
     "hip": {
         16: Blocks(64, 16, 2, 2, 4),
         32: Blocks(64, 32, 4, 2, 2),
@@ -74,12 +80,16 @@ def family_of(target: str) -> str:
 def blocks_for(family: str, rows: int, step: int) -> Blocks | None:
     """The entry for M rows; None where the weight is to be dequantized.
 
-    Of steps of 256 columns instead of 128, one fewer is in flight.
+    Of steps of 256 columns instead of 128, one fewer is in flight, and a thread may have another
+    limit of registers.
     """
     for most, blocks in TABLE[family].items():
         if rows <= most:
-            fewer = max(1, blocks.stages - 1)
-            return dataclasses.replace(blocks, stages=fewer) if step > 128 else blocks
+            if step == 128:
+                return blocks
+            registers = blocks.long_registers or blocks.registers
+            stages = max(1, blocks.stages - 1)
+            return dataclasses.replace(blocks, stages=stages, registers=registers)
     return None
 
 

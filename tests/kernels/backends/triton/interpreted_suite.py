@@ -176,7 +176,7 @@ def test_every_form_is_the_reference(make_case, bits, mode, group):
     check_product(case, 3)
 
 
-@pytest.mark.parametrize("name", ["paper-4", "paper-3", "rtn-4"])
+@pytest.mark.parametrize("name", ["balanced-2", "balanced-3", "paper-4", "paper-3", "rtn-4"])
 def test_recipes(make_case, name):
     check_product(make_case(RECIPE_LAYOUTS[name], [20], 160), 2, torch.bfloat16)
 
