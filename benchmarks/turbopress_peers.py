@@ -77,7 +77,8 @@ def make(scheme: Scheme, source: Path, calibration: Path | None) -> Found:
             module.weight.data = values.to(module.weight.dtype)
             whole = f"{path}.{index}.{name}.weight"
             found[whole] = module.weight.detach().contiguous()
-            bits[whole] = stored_bits(*module.weight.shape, scheme.bits, len(packed["codebook"]))
+            rows, columns = module.weight.shape
+            bits[whole] = stored_bits(rows, columns, scheme.bits, len(packed["codebook"]))
     return found, bits
 
 
@@ -209,7 +210,7 @@ def _fill(
                     to[lane] = other if other < one else one
         for lane in range(count):
             row = first + lane
-            state = np.argmin(best[columns % 2, :, lane])
+            state = int(np.argmin(best[columns % 2, :, lane]))
             ends[row] = state
             for column in range(columns - 1, -1, -1):
                 path[row, column] = state & 1
