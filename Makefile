@@ -78,11 +78,16 @@ lint: $(STAMP) ## ruff and mypy
 PEER_OPTIONS = $(if $(PEERS),--peers-python $(PEERS)) $(if $(LIBLLAMA),--libllama $(LIBLLAMA)) \
   $(if $(CALIBRATION),--calibration $(CALIBRATION))
 
-bench-quality: $(STAMP) ## KL against effective bits, beside other methods: make bench-quality TEXT=file.txt
+# MODEL=gemma3 needs Gemma's packages, which are no part of .venv (docs/quality.md).
+MODEL ?= smollm2
+QUALITY_SOURCE = demo-output/$(if $(filter gemma3,$(MODEL)),gemma-3-270m,SmolLM2-135M-Instruct)
+QUALITY_NAME = $(if $(filter smollm2,$(MODEL)),quality,quality-$(MODEL))
+
+bench-quality: $(STAMP) ## KL against effective bits, beside other methods: make bench-quality TEXT=file.txt [MODEL=gemma3]
 	@test -n "$(TEXT)" || { echo "bench-quality: name a text file: make bench-quality TEXT=file.txt"; exit 1; }
-	@$(BIN)/python deploy/gguf_checkpoint.py smollm2 demo-output/SmolLM2-135M-Instruct
-	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/quality.py demo-output/SmolLM2-135M-Instruct --text $(TEXT) \
-	  --out benchmarks/results --resume $(PEER_OPTIONS)
+	@$(BIN)/python deploy/gguf_checkpoint.py $(MODEL) $(QUALITY_SOURCE)
+	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/quality.py $(QUALITY_SOURCE) --text $(TEXT) \
+	  --out benchmarks/results --name $(QUALITY_NAME) --resume $(PEER_OPTIONS) $(if $(TASKS),--tasks $(TASKS))
 
 bench-cpu: $(STAMP) ## products and serving on this CPU, beside bfloat16 and other 4-bit ways
 	@$(BIN)/python benchmarks/cpu_linear.py

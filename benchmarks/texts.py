@@ -84,7 +84,8 @@ def code(files: Iterable[Path]) -> str:
     found = []
     for file in files:
         lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-        left, part = EXCERPT, []
+        left = EXCERPT
+        part: list[str] = []
         for line in lines[len(lines) // 2 :]:
             left -= len(line)
             if left < 0:

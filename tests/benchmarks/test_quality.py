@@ -122,7 +122,8 @@ def test_other_parameters_are_put_back(load: Load, source: Path, texts: list[Pat
         for name, weight in weights.items():
             yield name, weight, 16 * weight.numel()
 
-    bench = load("quality").Bench(source, texts[:1], 200)
+    quality = load("quality")
+    bench = quality.Bench(source, quality.Request(text=texts[:1], tokens=200))
     spoilt, same = (
         bench.row(load("methods").Method(name, "16 bits", make), ["prose"])
         for name, make in {"spoilt": spoil, "same": load("methods").each(unchanged)}.items()
@@ -135,6 +136,33 @@ def test_other_parameters_are_put_back(load: Load, source: Path, texts: list[Pat
     made = load("methods").Method("odd", "", lambda _: [("b", torch.ones(1), 1)])
     with pytest.raises(SourceError, match="odd made 'b', which the model does not have"):
         bench.row(made, [])
+
+
+def test_tasks_and_another_name(run: Any, load: Load, source: Path, tmp_path: Path) -> None:
+    """Accuracy of an unchanged model is the original's; what is there is not asked again."""
+    file = tmp_path / "quiz.jsonl"
+    lines = [{"query": f"Q{i}", "choices": ["one", "two"], "gold": i % 2} for i in range(6)]
+    file.write_text("\n".join(map(json.dumps, lines)))
+    run("--only", "NF4")
+    run("--only", "NF4", "--resume", "--tasks", file, "--limit", "5")
+    (row,) = json.loads((tmp_path / "quality.json").read_text())["rows"]
+    assert set(row["texts"]) == {"prose", "letters"}
+    assert row["dtype"] in ("bfloat16", "float32")
+    task = row["tasks"]["quiz"]
+    assert task["questions"] == 5
+    assert 5 * task["accuracy"] == pytest.approx(round(5 * task["accuracy"]))
+    page = (tmp_path / "quality.md").read_text()
+    assert "| method | variant | effective bits | quiz (5 questions) | 95 % |" in page
+    assert f"| NF4 | g 64 | {row['bits']:.3f} | {100 * task['accuracy']:.1f} % |" in page
+
+    run("--only", "--name", "other")  # nothing to measure: nothing is written
+    assert not (tmp_path / "other.json").exists()
+    quality = load("quality")
+    bench = quality.Bench(source, quality.Request(tasks=[file], limit=5))
+    same = load("methods").Method("same", "16 bits", load("methods").each(unchanged))
+    found = bench.row(same, [], ["quiz"])["tasks"]["quiz"]
+    assert found["accuracy"] == found["original_accuracy"] == task["original_accuracy"]
+    assert found["same_choice"] == 1
 
 
 def unchanged(weight: Tensor) -> tuple[Tensor, int]:

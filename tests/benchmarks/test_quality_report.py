@@ -30,6 +30,45 @@ def test_best_is_log_linear(load: Load) -> None:
     assert best(3, rows[:1], "a") is None  # one point is no line
 
 
+def test_best_of_the_same_bits_counts(load: Load) -> None:
+    """8 and 32 windows at the same size: the line goes through the better one."""
+    rows = [row("A", 3, 1.0), row("A", 3, 0.8), row("A", 5, 0.2), row("A", 5, 0.3)]
+    assert load("quality_report").best(4, rows, "a") == pytest.approx(0.4)
+
+
+def test_shift_table(load: Load) -> None:
+    report = load("quality_report")
+    prose = row("GPTQ, prose", 3, 0.4, calibration="prose")
+    code = row("GPTQ, code", 3, 0.5, calibration="code")
+    code["texts"]["b"]["kl"] = 0.2
+    rows = [row("precalib x", 3, 0.3), prose, code, row("AWQ, prose", 3, 9, calibration="prose")]
+    lines = report.shift_table(rows, ["a", "b"]).splitlines()
+    head = "| method | variant | calibrated on | effective bits | a: KL | × best | b: KL | × best |"
+    assert lines[0] == head
+    assert lines[2:] == [
+        "| precalib x | v | nothing | 3.000 | 0.3000 |  | 0.6000 |  |",
+        "| GPTQ | v | prose | 3.000 | 0.4000 | 1.00 | 0.8000 | 4.00 |",
+        "| GPTQ | v | code | 3.000 | 0.5000 | 1.25 | 0.2000 | 1.00 |",
+    ]
+    assert report.shift_table(rows[:2], ["a"]) == ""
+    del code["texts"]["a"]
+    assert "| code | 3.000 |  |  | 0.2000 | 1.00 |" in report.shift_table(rows, ["a", "b"])
+
+
+def test_task_table(load: Load) -> None:
+    report = load("quality_report")
+    task = {"questions": 50, "accuracy": 0.5, "accuracy_interval": [0.4, 0.6]}
+    task |= {"original_accuracy": 0.7, "original_accuracy_interval": [0.6, 0.8]}
+    rows = [row("A", 3, 1.0) | {"tasks": {"quiz": task}}, row("B", 3, 1.0)]
+    lines = report.task_table(rows).splitlines()
+    assert lines[0] == "| method | variant | effective bits | quiz (50 questions) | 95 % |"
+    assert lines[2] == "| original | bfloat16 | 16 | 70.0 % | 60.0–80.0 % |"
+    assert lines[3:] == ["| A | v | 3.000 | 50.0 % | 40.0–60.0 % |"]
+    assert report.task_table(rows[1:]) == ""
+    whole = report.tables(rows, ["a"])
+    assert whole.index("| B | v |") < whole.index("## Multiple choice")
+
+
 def test_table(load: Load) -> None:
     report = load("quality_report")
     rows = [

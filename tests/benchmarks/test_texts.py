@@ -65,6 +65,26 @@ def test_prose_takes_as_much_of_each(load: Load, tmp_path: Path) -> None:
     assert not any("code" in text or "too short" in text for text in paragraphs)
 
 
+def test_code_is_of_every_second_file(
+    load: Load, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    texts = load("texts")
+    monkeypatch.setattr(texts, "EXCERPT", 20)
+    for name in ("a", "b", "c", "short", "z"):
+        lines = [f"{name} = {i}\n" for i in range(3 if name == "short" else 10)]
+        (tmp_path / f"{name}.py").write_text("".join(lines))
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "x.py").write_text("x = 1\n" * 99)
+    written = []
+    for words in ([], ["--others"]):
+        monkeypatch.setattr(sys, "argv", ["texts.py", "python", str(tmp_path), *words])
+        texts.main()
+        written.append(capsys.readouterr().out)
+    first = ["".join(f"{name} = {i}\n" for i in (5, 6, 7)) for name in "acz"]  # 6 characters each
+    assert written[0] == "\n".join(first)
+    assert written[1] == "b = 5\nb = 6\nb = 7\n"  # the short one has no whole excerpt
+
+
 @pytest.mark.parametrize("tokens", [3, 9])
 def test_rest_begins_with_a_line_after_the_tokens(load: Load, source: Path, tokens: int) -> None:
     rest = load("texts").after(source, "one\ntwo\nthree\n", tokens)  # a token for each letter
