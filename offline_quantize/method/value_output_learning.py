@@ -72,7 +72,8 @@ def learn(
 def cayley(free: Tensor) -> Tensor:
     """(I − A)(I + A)⁻¹ of matrices A [G, d, d]: a rotation if A is skew."""
     identity = torch.eye(free.shape[-1], dtype=free.dtype, device=free.device)
-    return torch.linalg.solve(identity + free, identity - free, left=False)
+    found: Tensor = torch.linalg.solve_ex(identity + free, identity - free, left=False).result
+    return found
 
 
 def _descend(
@@ -99,7 +100,10 @@ def _descend(
         loss = proxy(
             (matrices @ value).flatten(0, 1), from_output_heads(output @ inverse, rows), heads
         )
-        if (reached := float(loss.detach())) < lowest:
+        reached = float(loss.detach())
+        if not math.isfinite(reached):  # too large or too small for float32, or a singular matrix
+            break
+        if reached < lowest:
             lowest, found = reached, matrices.detach()
         adam.zero_grad()
         loss.backward()
