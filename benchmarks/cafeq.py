@@ -21,7 +21,12 @@ from torch import Tensor
 
 from offline_quantize.checkpoint.atomic_files import read_json, write_json
 from offline_quantize.checkpoint.source import open_checkpoint
-from offline_quantize.evaluation.kl import compare, reference_distributions, text_windows
+from offline_quantize.evaluation.kl import (
+    ReferenceDistributions,
+    compare,
+    reference_distributions,
+    text_windows,
+)
 from offline_quantize.evaluation.models import load_original, load_tokenizer
 from offline_quantize.method.encode import encode_unchecked
 from offline_quantize.method.pair_rounding import product_error, round_pair, unpacked
@@ -33,6 +38,8 @@ from precalib_kernels.errors import SourceError
 
 RECIPES_USED = ("balanced-3", "rtn-3", "balanced-4", "rtn-4")
 GROUP = 128
+KINDS: tuple[MatrixKind, ...] = ("orthogonal", "invertible")
+PAIR_WINDOWS = 2  # for the KL with v and o alone
 # name -> (transform, whether the pair is rounded alternately)
 VARIANTS: Mapping[str, tuple[str | None, bool]] = {
     "none": (None, False),
@@ -70,40 +77,35 @@ class Pairs:
         if measure == "expected error":
             measure += " of " + recipe.replace("4", "3")
         path = self.folder / f"{measure}.safetensors"
-        if not path.exists():
-            self._learn(measure, path)
-        return {
-            name: matrices
-            for key, matrices in load_file(path).items()
-            for name, _, found in [key.partition(" ")]
-            if found == kind
-        }
+        found = load_file(path) if path.exists() else {}
+        for name, value, output in self:
+            if f"{name} {kind}" not in found:
+                found |= self._learn(measure, name, value, output)
+                save_file(found, path)
+        return {name: found[f"{name} {kind}"] for name in self.names}
 
     def _random(self, seed: int, name: str) -> Tensor:
         size = len(self.weights[name]) // self.heads
         generator = torch.Generator().manual_seed(seed)
         return torch.linalg.qr(torch.randn(self.heads, size, size, generator=generator)).Q
 
-    def _learn(self, measure: str, path: Path) -> None:
-        found: dict[str, Tensor] = {}
-        facts: dict[str, Any] = {"before": [], "orthogonal": [], "invertible": []}
-        seconds: dict[MatrixKind, float] = {"orthogonal": 0.0, "invertible": 0.0}
-        for name, value, output in self:
-            proxy = self._proxy(measure, value, output)
-            rotation = None
-            for kind in seconds:
-                start = time.perf_counter()
-                learned = learn(
-                    value, output, self.heads, proxy, kind, self.steps, rotation=rotation
-                )
-                rotation = rotation or learned
-                seconds[kind] += time.perf_counter() - start
-                found[f"{name} {kind}"] = learned.matrices
-                facts[kind].append(learned.after)
-            facts["before"].append(learned.before)
-            print(measure, name, *(f"{facts[key][-1]:.3f}" for key in facts), flush=True)
-        save_file(found, path)
-        write_json(path.with_suffix(".json"), facts | {"seconds": seconds, "steps": self.steps})
+    def _learn(self, measure: str, name: str, value: Tensor, output: Tensor) -> dict[str, Tensor]:
+        """Both kinds of matrices of a pair; what learning them took goes to a JSON file."""
+        proxy, rotation = self._proxy(measure, value, output), None
+        facts: dict[str, Any] = {"steps": self.steps}
+        found = {}
+        for kind in KINDS:
+            start = time.process_time()
+            learned = learn(value, output, self.heads, proxy, kind, self.steps, rotation=rotation)
+            rotation = rotation or learned
+            facts |= {"before": learned.before, kind: learned.after}
+            facts[f"{kind}, seconds"] = time.process_time() - start
+            found[f"{name} {kind}"] = learned.matrices
+        path = self.folder / f"{measure}.json"
+        known = read_json(path, SourceError, "remove it") if path.exists() else {}
+        write_json(path, known | {name: facts})
+        print(measure, name, facts, flush=True)
+        return found
 
     def _proxy(self, measure: str, value: Tensor, output: Tensor) -> Proxy:
         if measure == "LogSumExp":
@@ -120,18 +122,19 @@ class Bench:
         checkpoint = open_checkpoint(source)
         self.weights = decoder_weights(checkpoint)
         heads = int(checkpoint.text_config["num_key_value_heads"])
-        self.recipes = arguments.recipes
+        self.recipes, self.variants = arguments.recipes, arguments.variants or VARIANTS
         self.folder = arguments.work / source.name
         self.folder.mkdir(parents=True, exist_ok=True)
         self.pairs = Pairs(self.weights, heads, self.folder, arguments.steps)
         self.model: Any = load_original(source, torch.bfloat16, "cpu")
         self.parameters = dict(self.model.named_parameters())
         self.windows = text_windows(load_tokenizer(source), [arguments.text], arguments.tokens)
-        self.seen = self._second_moments()
-        self.reference = reference_distributions(self.model, self.windows)
+        self.reference, self.seen = self._observe()
 
-    def _second_moments(self) -> dict[str, Tensor]:
-        """E[x·xᵀ] of the inputs of every W_v on the text: what a data-free method cannot know."""
+    def _observe(self) -> tuple[ReferenceDistributions, dict[str, Tensor]]:
+        """What the original says on the text, and E[x·xᵀ] of the inputs of every W_v there: what a
+        data-free method cannot know.
+        """
         sums: dict[str, Tensor] = {}
         hooks = []
         for name in self.pairs.names:
@@ -142,18 +145,19 @@ class Bench:
 
             module = self.model.get_submodule(name.removesuffix(".weight"))
             hooks.append(module.register_forward_pre_hook(add))
-        with torch.inference_mode():
-            for window in self.windows:
-                self.model.model(window[None])
+        reference = reference_distributions(self.model, self.windows)
         for hook in hooks:
             hook.remove()
-        return {name: total / total.diagonal().mean() for name, total in sums.items()}
+        return reference, {name: sum_ / sum_.diagonal().mean() for name, sum_ in sums.items()}
 
-    def kl(self, replaced: Mapping[str, Tensor]) -> float:
-        """KL with these weights replaced; the others become the original's."""
+    def kl(self, replaced: Mapping[str, Tensor], windows: int | None = None) -> float:
+        """KL on the first windows, with these weights replaced and the original's others."""
         for name, weight in self.weights.items():
             self.parameters[name].data.copy_(replaced.get(name, weight))
-        return float(compare(self.reference, self.model, self.windows).kl.double().mean())
+        chosen = self.windows[:windows]
+        tokens = sum(len(window) - 1 for window in chosen)
+        part = ReferenceDistributions(*(t[:tokens] for t in vars(self.reference).values()))
+        return float(compare(part, self.model, chosen).kl.double().mean())
 
     def run(self) -> None:
         """Measure what is not measured yet."""
@@ -161,7 +165,7 @@ class Bench:
         rows = read_json(path, SourceError, "remove it")["rows"] if path.exists() else []
         for recipe in self.recipes:
             others: dict[str, Tensor] = {}
-            for variant in VARIANTS:
+            for variant in self.variants:
                 if any((row["recipe"], row["variant"]) == (recipe, variant) for row in rows):
                     continue
                 others = others or self._others(recipe)
@@ -179,7 +183,7 @@ class Bench:
         matrices = self.pairs.matrices(transform, recipe) if transform else {}
         replaced: dict[str, Tensor] = {}
         errors: list[tuple[float, float]] = []
-        start = time.perf_counter()
+        start = time.process_time()
         for name, value, output in self.pairs:
             heads, used = self.pairs.heads, RECIPES[recipe]
             if name in matrices:
@@ -193,13 +197,13 @@ class Bench:
             isotropic = product_error((value, output), both, heads)
             errors.append((isotropic, product_error((value, output), both, heads, self.seen[name])))
             replaced[name], replaced[self.pairs.names[name]] = both
-        seconds = time.perf_counter() - start
+        seconds = time.process_time() - start
         mean = torch.tensor(errors).mean(0).tolist()
         return {
             "recipe": recipe,
             "variant": variant,
             "kl": self.kl({**others, **replaced}),
-            "kl_pair": self.kl(replaced),
+            "kl_pair": self.kl(replaced, PAIR_WINDOWS),
             "product_error": mean[0],
             "product_error_real_inputs": mean[1],
             "seconds": seconds,
@@ -219,6 +223,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--steps", type=int, default=STEPS, help="of learning, for each kind")
     parser.add_argument("--recipes", nargs="+", default=RECIPES_USED)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS)
     parser.add_argument("--work", type=Path, required=True, help="folder that keeps results")
     arguments = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))

@@ -95,17 +95,19 @@ def find_pairs(source: Checkpoint, quantized: Iterable[str]) -> list[ValueOutput
     parts: dict[str, list[str]] = {}
     for name in source.locations:
         attention, part = split(name)
-        parts.setdefault(attention, []).append(part)
-    pairs = []
-    for attention, names in parts.items():
-        if {f"{attention}.v_proj.weight", f"{attention}.o_proj.weight"} <= chosen:
-            pairs.append(_pair(source, attention, names))
-    if not pairs:
+        if part == "v_proj.weight" and {name, f"{attention}.o_proj.weight"} <= chosen:
+            parts[attention] = []
+    if not parts:
         raise RecipeError(
             f"{source.root}: no attention module has both 'v_proj' and 'o_proj' quantized; "
             "leave out --transform value-output"
         )
-    return pairs
+    for name in source.locations:
+        inside = name
+        while inside := inside.rpartition(".")[0]:
+            if inside in parts:
+                parts[inside].append(name.removeprefix(f"{inside}."))
+    return [_pair(source, attention, names) for attention, names in parts.items()]
 
 
 def _pair(source: Checkpoint, attention: str, parts: Sequence[str]) -> ValueOutputPair:
