@@ -47,15 +47,19 @@ class Transforms:
         """Those of a run into `directory`; transform: as its record names it."""
         return cls(directory / TRANSFORMS if transform else None)
 
+    def check(self) -> None:
+        """Raise SourceError if the file is missing or damaged."""
+        _ = self._entries
+
     def changes(self, name: str) -> bool:
-        """Whether a source tensor is transformed. Raises SourceError for a damaged file."""
+        """Whether a source tensor is transformed."""
         attention, part = split(name)
         return part in APPLY and matrices_name(attention) in self._entries
 
     def apply(self, name: str, tensor: Tensor) -> Tensor:
         """What is quantized or stored in place of a source tensor; itself if nothing is.
 
-        Weights become float32, a bias keeps its type. Raises SourceError for a damaged file.
+        Weights become float32, a bias keeps its type. Raises SourceError as `check` does.
         """
         if self.path is None or not self.changes(name):
             return tensor

@@ -55,8 +55,14 @@ def verify(directory: Path, against: Path | None, progress: Progress) -> Iterato
         if path.name not in manifest.files:
             yield f"{path}: is not part of the checkpoint; remove it, or vLLM may load it"
     yield from _table_faults(packed, manifest)
-    originals: Mapping[str, TensorLocation] = source.locations if source else {}
     transforms = Transforms.of(directory, manifest.run.transform)
+    if source is not None:
+        try:
+            transforms.check()
+        except PrecalibError as error:
+            yield f"{error}; without it nothing can be compared with the source"
+            source = None
+    originals: Mapping[str, TensorLocation] = source.locations if source else {}
     for module in packed.config.modules:
         progress.begin(module)
         try:
@@ -71,11 +77,7 @@ def verify(directory: Path, against: Path | None, progress: Progress) -> Iterato
         if name not in originals:
             yield f"{source.root}: tensor '{name}' is missing; this is not the source"
             continue
-        try:
-            original = Original(originals[name], transforms).read()
-        except PrecalibError as error:
-            yield str(error)
-            continue
+        original = Original(originals[name], transforms).read()
         yield from _error_faults(f"{directory}: {module}", original, weight, module, manifest)
         progress.advance(originals[name].entry.nbytes)
     if source is not None:
