@@ -87,7 +87,10 @@ class Pairs:
     def _random(self, seed: int, name: str) -> Tensor:
         size = len(self.weights[name]) // self.heads
         generator = torch.Generator().manual_seed(seed)
-        return torch.linalg.qr(torch.randn(self.heads, size, size, generator=generator)).Q
+        rotation: Tensor = torch.linalg.qr(
+            torch.randn(self.heads, size, size, generator=generator)
+        ).Q
+        return rotation
 
     def _learn(self, measure: str, name: str, value: Tensor, output: Tensor) -> dict[str, Tensor]:
         """Both kinds of matrices of a pair; what learning them took goes to a JSON file."""
@@ -100,7 +103,7 @@ class Pairs:
             rotation = rotation or learned
             facts |= {"before": learned.before, kind: learned.after}
             facts[f"{kind}, seconds"] = time.process_time() - start
-            found[f"{name} {kind}"] = learned.matrices
+            found[f"{name} {kind}"] = learned.matrices.clone()
         path = self.folder / f"{measure}.json"
         known = read_json(path, SourceError, "remove it") if path.exists() else {}
         write_json(path, known | {name: facts})

@@ -36,8 +36,10 @@ def _learn(
     plan: Plan, pair: ValueOutputPair, device: str
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     value, output = (_read(plan.source.locations[n], device) for n in (pair.value, pair.output))
-    recipes = [plan.weight_plans[name].recipe for name in (pair.value, pair.output)]
-    learned = learn(value, output, pair.heads, ExpectedError(*recipes))
+    proxy = ExpectedError(
+        plan.weight_plans[pair.value].recipe, plan.weight_plans[pair.output].recipe
+    )
+    learned = learn(value, output, pair.heads, proxy)
     report = {"expected_error_before": learned.before, "expected_error_after": learned.after}
     return {pair.matrices: learned.matrices.cpu()}, report
 

@@ -106,7 +106,8 @@ def value_target(
     original = output_heads(output.double(), heads, size)
     rounded = output_heads(rounded_output.double(), heads, size)
     gram, cross = _damped(rounded.mT @ rounded, rounded.mT @ original, damping)
-    return (torch.linalg.pinv(gram, hermitian=True) @ cross @ parts).flatten(0, 1).float()
+    fitted: Tensor = torch.linalg.pinv(gram, hermitian=True) @ cross @ parts
+    return fitted.flatten(0, 1).float()
 
 
 def product_error(
@@ -142,7 +143,8 @@ def _weighted(value: Tensor, inputs: Tensor | None) -> Tensor:
     if inputs is None:
         return value
     inputs = inputs.double()
-    return value * inputs if inputs.dim() == 1 else value @ inputs
+    weighted: Tensor = value * inputs if inputs.dim() == 1 else value @ inputs
+    return weighted
 
 
 def _damped(gram: Tensor, cross: Tensor, damping: float) -> tuple[Tensor, Tensor]:

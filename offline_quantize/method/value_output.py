@@ -41,7 +41,7 @@ def transform_output(weight: Tensor, matrices: Tensor) -> Tensor:
 
 def value_heads(value: Tensor, heads: int) -> Tensor:
     """W_v [G·d, K] as [G, d, K]."""
-    return value.unflatten(0, (heads, -1))
+    return value.reshape(heads, -1, value.shape[1])
 
 
 def output_heads(output: Tensor, heads: int, size: int) -> Tensor:
@@ -51,4 +51,5 @@ def output_heads(output: Tensor, heads: int, size: int) -> Tensor:
 
 def from_output_heads(parts: Tensor, rows: int) -> Tensor:
     """Inverse of `output_heads`; rows: N."""
-    return parts.unflatten(1, (rows, -1)).permute(1, 0, 2, 3).flatten(1)
+    heads, size = len(parts), parts.shape[2]
+    return parts.reshape(heads, rows, -1, size).permute(1, 0, 2, 3).flatten(1)

@@ -137,4 +137,5 @@ def _column_scale(weight: Tensor, iterations: int) -> Tensor:
 
 def _groups(weight: Tensor, size: int) -> Tensor:
     """Weights [N, K] as [N, G, size], a ragged last group filled up with zeros."""
-    return torch.nn.functional.pad(weight, (0, -weight.shape[1] % size)).unflatten(1, (-1, size))
+    padded = torch.nn.functional.pad(weight, (0, -weight.shape[1] % size))
+    return padded.reshape(len(weight), -1, size)
