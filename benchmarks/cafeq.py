@@ -4,11 +4,14 @@
 
 measures each variant of VARIANTS with each recipe of RECIPES_USED: KL of the whole model quantized,
 KL with only v and o quantized, and errors of the products W_o·W_v. Learned matrices and results are
-kept in DIR, so it goes on where it was broken off. --table prints the tables of all results in DIR.
+kept in DIR, so it goes on where it was broken off; without --text it only prints tables. Seconds
+are of one core.
 """
 
 import argparse
+import math
 import os
+import statistics
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -218,11 +221,39 @@ def rounded(weight: Tensor, recipe: str) -> Tensor:
     return unpacked(encode_unchecked(weight, RECIPES[recipe], "weight"), weight)
 
 
+def tables(folder: Path) -> Iterator[str]:
+    """What was measured on a model, and what learning took, as lines of Markdown."""
+    rows = read_json(folder / "results.json", SourceError, "measure first")["rows"]
+    yield f"| {folder.name} | KL | KL, v and o alone | product | product, inputs of the text |"
+    yield "|---|--:|--:|--:|--:|"
+    for recipe in RECIPES_USED:
+        for row in (row for row in rows if row["recipe"] == recipe):
+            errors = row["product_error"], row["product_error_real_inputs"]
+            figures = " | ".join(f"{x:.4f}" for x in (row["kl"], row["kl_pair"], *errors))
+            yield f"| `{recipe}`, {row['variant']} | {figures} |"
+    yield ""
+    yield "| proxy, matrix | steps | before → after | seconds |"
+    yield "|---|--:|--:|--:|"
+    for path in sorted(folder.glob("*.json")):
+        layers = list(read_json(path, SourceError, "remove it").values())
+        if path.name == "results.json":
+            continue
+        for kind in KINDS:
+            before, after, seconds = (
+                statistics.mean(layer.get(key, math.nan) for layer in layers)
+                for key in ("before", kind, f"{kind}, seconds")
+            )
+            yield (
+                f"| {path.stem}, {kind} | {layers[0]['steps']} | {before:.2f} → {after:.2f} "
+                f"| {seconds * len(layers):.0f} |"
+            )
+
+
 def main() -> None:
     """Measure, or print what was measured."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("source", type=Path, help="folder of an unquantized checkpoint")
-    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--text", type=Path)
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--steps", type=int, default=STEPS, help="of learning, for each kind")
     parser.add_argument("--recipes", nargs="+", default=RECIPES_USED)
@@ -230,7 +261,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder that keeps results")
     arguments = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
-    Bench(arguments).run()
+    if arguments.text:
+        Bench(arguments).run()
+    print("\n".join(tables(arguments.work / arguments.source.name)))
 
 
 if __name__ == "__main__":
