@@ -90,7 +90,6 @@ def run_of(plan: Plan, target: Path, device: str) -> Run:
     return Run(target, plan.source.root, fingerprint, plan.files, plan.record())
 
 
-from offline_quantize.checkpoint.transforms import NO_TRANSFORMS, Transforms
 def _batches(
     run: Run, plan: Plan, device: str, progress: Progress, stack: contextlib.ExitStack
 ) -> tuple[Iterable[Sequence[WriteJob]], Sequence[str]]:
@@ -133,7 +132,6 @@ def _write_jobs(
     transforms: Transforms = NO_TRANSFORMS,
 ) -> Iterator[WriteJob]:
     biases = {pair.bias for pair in plan.pairs}
-from offline_quantize.commands.value_output import transform_jobs
     for location in plan.source.locations.values():
         if location.name not in plan.weight_plans and location.name not in biases:
             yield WriteJob.copy(location.path.name, location)
@@ -165,9 +163,7 @@ def _pack(
     inputs: InputStatistics | None,
     transforms: Transforms,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    weight = transforms.apply(
-        plan.origin, read_tensor(path, plan.origin, plan.entry).to(device)
-    )
+    weight = transforms.apply(plan.origin, read_tensor(path, plan.origin, plan.entry).to(device))
     encoded = encode(weight, plan.recipe, f"{path}: tensor '{plan.origin}'", inputs)
     tensors = {f"{plan.module}.{k}": v.cpu() for k, v in encoded.tensors.items()}
     return tensors, encoded.statistics.summary()

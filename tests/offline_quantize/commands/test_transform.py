@@ -253,3 +253,12 @@ def test_the_plan_counts_the_matrices(source, quantize, precalib, tmp_path):
     assert ran.code == 0, ran.err
     target = quantize(source, *OPTIONS)
     assert (target / FILE).stat().st_size > 2 * 4 * SIZE * SIZE * 4
+
+
+def test_nothing_goes_through_the_model_first(source, precalib, tmp_path):
+    ran = precalib("quantize", source, tmp_path / "target", *OPTIONS)
+    assert ran.code == 0, ran.err
+    assert "A transform changes the inputs of output projections" in ran.out
+    for options in (["--activations", "random"], ["--feedback"]):
+        ran = precalib("quantize", source, tmp_path / "other", *OPTIONS, *options)
+        assert "leave it out, or add --activations none" in ran.sentence
