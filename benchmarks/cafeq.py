@@ -138,12 +138,12 @@ class Bench:
         self.reference, self.seen = self._observe()
 
     def _observe(self) -> tuple[ReferenceDistributions, dict[str, Tensor]]:
-        """What the original says on the text, and E[x·xᵀ] of the inputs of every W_v there: what a
-        data-free method cannot know.
+        """What the original says on the text, and E[x·xᵀ] of the inputs of every W_v and W_o there:
+        what a data-free method cannot know.
         """
         sums: dict[str, Tensor] = {}
         hooks = []
-        for name in self.pairs.names:
+        for name in (*self.pairs.names, *self.pairs.names.values()):
 
             def add(_: Any, inputs: Any, name: str = name) -> None:
                 x = inputs[0].flatten(0, -2).float()
@@ -200,8 +200,10 @@ class Bench:
                 both = unpacked(pair.value, value), unpacked(pair.output, output)
             else:
                 both = rounded(value, recipe), rounded(output, recipe)
-            isotropic = product_error((value, output), both, heads)
-            errors.append((isotropic, product_error((value, output), both, heads, self.seen[name])))
+            alike = product_error((value, output), both, heads)
+            seen = product_error((value, output), both, heads, self.seen[name])
+            alone = self._output_error(name, output, both[1], matrices.get(name))
+            errors.append((alike, seen, alone))
             replaced[name], replaced[self.pairs.names[name]] = both
         seconds = time.process_time() - start
         mean = torch.tensor(errors).mean(0).tolist()
@@ -212,8 +214,21 @@ class Bench:
             "kl_pair": self.kl(replaced, PAIR_WINDOWS),
             "product_error": mean[0],
             "product_error_real_inputs": mean[1],
+            "output_error_real_inputs": None if alternating else mean[2],
             "seconds": seconds,
         }
+
+    def _output_error(
+        self, name: str, output: Tensor, found: Tensor, matrices: Tensor | None
+    ) -> float:
+        """Relative squared error of W_o·z for the text's z, transformed as W_o is."""
+        moments = self.seen[self.pairs.names[name]]
+        if matrices is not None:
+            queries = output.shape[1] // (len(matrices) * matrices.shape[1])
+            whole = torch.block_diag(*matrices.repeat_interleave(queries, 0))
+            moments = whole @ moments @ whole.T
+        error = found - output
+        return float(((error @ moments) * error).sum() / ((output @ moments) * output).sum())
 
 
 def rounded(weight: Tensor, recipe: str) -> Tensor:
@@ -221,15 +236,25 @@ def rounded(weight: Tensor, recipe: str) -> Tensor:
     return unpacked(encode_unchecked(weight, RECIPES[recipe], "weight"), weight)
 
 
+MEASURES = (
+    "kl",
+    "kl_pair",
+    "product_error",
+    "product_error_real_inputs",
+    "output_error_real_inputs",
+)
+
+
 def tables(folder: Path) -> Iterator[str]:
     """What was measured on a model, and what learning took, as lines of Markdown."""
     rows = read_json(folder / "results.json", SourceError, "measure first")["rows"]
-    yield f"| {folder.name} | KL | KL, v and o alone | product | product, inputs of the text |"
-    yield "|---|--:|--:|--:|--:|"
+    yield f"| {folder.name} | KL | KL, v and o alone | product | product, text's x | o, text's z |"
+    yield "|---|--:|--:|--:|--:|--:|"
     for recipe in RECIPES_USED:
         for row in (row for row in rows if row["recipe"] == recipe):
-            errors = row["product_error"], row["product_error_real_inputs"]
-            figures = " | ".join(f"{x:.4f}" for x in (row["kl"], row["kl_pair"], *errors))
+            figures = " | ".join(
+                "–" if row.get(key) is None else f"{row[key]:.4f}" for key in MEASURES
+            )
             yield f"| `{recipe}`, {row['variant']} | {figures} |"
     yield ""
     yield "| proxy, matrix | steps | before → after | seconds |"

@@ -40,13 +40,17 @@ def test_random_rotations_are_rotations(pairs):
 
 def test_tables(cafeq, tmp_path):
     row = {"recipe": "rtn-3", "variant": "none", "kl": 0.5, "kl_pair": 0.25}
-    row |= {"product_error": 0.125, "product_error_real_inputs": 0.0625, "seconds": 1.0}
+    row |= {
+        "product_error": 0.125,
+        "product_error_real_inputs": 0.0625,
+        "output_error_real_inputs": None,
+    }
     (tmp_path / "results.json").write_text(json.dumps({"source": "m", "rows": [row]}))
     facts = {"steps": 9, "before": 3.0, "orthogonal": 2.0, "orthogonal, seconds": 4.0}
     facts |= {"invertible": 1.0, "invertible, seconds": 5.0}
     (tmp_path / "LogSumExp.json").write_text(json.dumps({"a": facts, "b": facts}))
     lines = list(cafeq.tables(tmp_path))
-    assert "| `rtn-3`, none | 0.5000 | 0.2500 | 0.1250 | 0.0625 |" in lines
+    assert "| `rtn-3`, none | 0.5000 | 0.2500 | 0.1250 | 0.0625 | – |" in lines
     assert "| LogSumExp, orthogonal | 9 | 3.00 → 2.00 | 8 |" in lines
     assert "| LogSumExp, invertible | 9 | 3.00 → 1.00 | 10 |" in lines
 
