@@ -15,7 +15,7 @@ from offline_quantize.checkpoint.safetensors_file import TensorLocation
 from offline_quantize.checkpoint.transforms import Original, Transforms
 from offline_quantize.checkpoint.writer import WriteJob
 from offline_quantize.method.encode import non_finite
-from offline_quantize.method.value_output_learning import learn
+from offline_quantize.method.value_output_learning import MatrixKind, learn
 from offline_quantize.method.value_output_proxies import ExpectedError
 from offline_quantize.planning.plan import Plan
 from offline_quantize.planning.value_output import ValueOutputPair
@@ -36,10 +36,11 @@ def _learn(
     plan: Plan, pair: ValueOutputPair, device: str
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     value, output = (_read(plan.source.locations[n], device) for n in (pair.value, pair.output))
-    proxy = ExpectedError(
-        plan.weight_plans[pair.value].recipe, plan.weight_plans[pair.output].recipe
-    )
-    learned = learn(value, output, pair.heads, proxy)
+    recipes = [plan.weight_plans[name].recipe for name in (pair.value, pair.output)]
+    scaled = any(recipe.layout.column_scale for recipe in recipes)
+    # beside a column scale an invertible matrix loses (benchmarks/results/cafeq.md)
+    kind: MatrixKind = "orthogonal" if scaled else "invertible"
+    learned = learn(value, output, pair.heads, ExpectedError(recipes[0], recipes[1]), kind)
     report = {"expected_error_before": learned.before, "expected_error_after": learned.after}
     return {pair.matrices: learned.matrices.cpu()}, report
 

@@ -86,8 +86,9 @@ def test_products_of_the_packed_pair_are_the_sources(source, tensors, quantize, 
         assert relative(found_bias, products(bias[:, None].float(), before[1])) < 0.05
 
 
-def test_recorded_errors_are_those_of_the_transformed_weights(source, tensors, quantize):
-    target = quantize(source, "--recipe", "rtn-4", *OPTIONS)
+@pytest.mark.parametrize("recipe", ["rtn-4", "paper-4", "balanced-4"])
+def test_recorded_errors_are_those_of_the_transformed_weights(source, tensors, quantize, recipe):
+    target = quantize(source, "--recipe", recipe, *OPTIONS)
     found, _ = unpack(target)
     matrices = load_file(target / FILE)
     records = read_manifest(target).tensors
@@ -95,7 +96,8 @@ def test_recorded_errors_are_those_of_the_transformed_weights(source, tensors, q
         name = ATTENTION.format(layer)
         chosen = matrices[f"{name}.value_output"].double()
         identity = torch.eye(SIZE).double().expand(4, SIZE, SIZE)
-        assert torch.allclose(chosen @ chosen.mT, identity, atol=1e-5)
+        orthogonal = torch.allclose(chosen @ chosen.mT, identity, atol=1e-5)
+        assert orthogonal == (recipe == "balanced-4")
         value = tensors[f"{name}.v_proj.weight"].double().view(4, SIZE, -1)
         error = relative(found[f"{name}.v_proj"], (chosen @ value).flatten(0, 1))
         assert records[f"{name}.v_proj"].relative_error == pytest.approx(error, rel=1e-3)
