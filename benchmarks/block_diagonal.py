@@ -4,9 +4,9 @@
     python benchmarks/block_diagonal.py time [--sizes 576 4096] [--rows 1 16 256]
 
 W [N, K] is quantized as W·M⁻¹ with M block-diagonal, K / b blocks of b x b, and inputs are
-multiplied by M: K·b multiply-adds per row of x beside N·K. No recipe does this. `accuracy` learns M
-on LogSumExp of the largest weights of groups and prints the KL without, with random rotations and
-with what was learned. `time` prints the time of the product with M beside that of the packed one.
+multiplied by M: K·b multiply-adds per row of x beside N·K. No recipe does this. `accuracy` prints
+the KL without, with random rotations, and with M learned on two proxies: LogSumExp of the largest
+weights of groups (CafeQ's), and the expected error under the recipe. `time` prints the time of the product with M beside that of the packed one.
 """
 
 import argparse
@@ -29,12 +29,20 @@ from offline_quantize.evaluation.kl import compare, reference_distributions, tex
 from offline_quantize.evaluation.models import load_original, load_tokenizer
 from offline_quantize.method.encode import encode_unchecked
 from offline_quantize.method.pair_rounding import unpacked
-from offline_quantize.method.recipes import RECIPES
+from offline_quantize.method.recipes import RECIPES, Recipe
 from offline_quantize.method.value_output_learning import cayley
+from offline_quantize.method.value_output_proxies import ExpectedErrors
 from offline_quantize.method.weight_statistics import relative_error
 
 BLOCK, GROUP, TEMPERATURE = 32, 128, 5.0
-TRANSFORMS = ("none", "random rotation", "learned, orthogonal", "learned, invertible")
+TRANSFORMS = (
+    "none",
+    "random rotation",
+    "LogSumExp, orthogonal",
+    "LogSumExp, invertible",
+    "expected error, orthogonal",
+    "expected error, invertible",
+)
 
 
 def blocks(weight: Tensor, size: int) -> Tensor:
@@ -54,8 +62,19 @@ def log_sum_exp(weight: Tensor, unit: float) -> Tensor:
     return (TEMPERATURE * largest).logsumexp(0) / TEMPERATURE
 
 
-def learn(weight: Tensor, size: int, skew: bool, steps: int, rate: float = 1e-2) -> Tensor:
-    """M [K / b, b, b] that makes the proxy of W·M⁻¹ small, by Adam from the identity."""
+def expected_error(weight: Tensor, transform: Tensor, recipe: Recipe) -> Tensor:
+    """log E‖(Ŵ' − W')·M‖² of W' = W·M⁻¹, errors of single weights being independent."""
+    reach = transform.square().sum(2).flatten()
+    return (ExpectedErrors.of(weight, recipe).of_columns() @ reach).log()
+
+
+def learn(
+    weight: Tensor, size: int, recipe: Recipe | None, skew: bool, steps: int, rate: float = 1e-2
+) -> Tensor:
+    """M [K / b, b, b] that makes a proxy of W·M⁻¹ small, by Adam from the identity.
+
+    recipe: of the expected error; None for LogSumExp.
+    """
     parts = blocks(weight, size)
     unit = float(weight.square().mean().sqrt())
     free = torch.zeros(len(parts), size, size, requires_grad=True)
@@ -63,7 +82,11 @@ def learn(weight: Tensor, size: int, skew: bool, steps: int, rate: float = 1e-2)
     for step in range(steps):
         adam.param_groups[0]["lr"] = rate * (1 + math.cos(math.pi * step / steps)) / 2
         chosen = (free - free.mT) / 2 if skew else free
-        loss = log_sum_exp(joined(parts @ cayley(-chosen)), unit)
+        changed = joined(parts @ cayley(-chosen))
+        if recipe is None:
+            loss = log_sum_exp(changed, unit)
+        else:
+            loss = expected_error(changed, cayley(chosen), recipe)
         adam.zero_grad()
         loss.backward()
         adam.step()
@@ -71,7 +94,7 @@ def learn(weight: Tensor, size: int, skew: bool, steps: int, rate: float = 1e-2)
     return cayley((final - final.mT) / 2 if skew else final)
 
 
-def matrices(weight: Tensor, transform: str, size: int, steps: int) -> Tensor | None:
+def matrices(weight: Tensor, transform: str, recipe: str, size: int, steps: int) -> Tensor | None:
     """M of a weight, None for none."""
     if transform == "none":
         return None
@@ -80,7 +103,8 @@ def matrices(weight: Tensor, transform: str, size: int, steps: int) -> Tensor | 
         noise = torch.randn(weight.shape[1] // size, size, size, generator=generator)
         rotation: Tensor = torch.linalg.qr(noise).Q
         return rotation
-    return learn(weight, size, transform.endswith("orthogonal"), steps)
+    measured = RECIPES[recipe] if transform.startswith("expected error") else None
+    return learn(weight, size, measured, transform.endswith("orthogonal"), steps)
 
 
 def accuracy(arguments: argparse.Namespace) -> None:
@@ -90,17 +114,15 @@ def accuracy(arguments: argparse.Namespace) -> None:
     parameters = dict(model.named_parameters())
     windows = text_windows(load_tokenizer(arguments.source), [arguments.text], arguments.tokens)
     reference = reference_distributions(model, windows)
-    for transform in arguments.transforms:
-        start = time.process_time()
-        found = {
-            name: matrices(weight.float(), transform, arguments.block, arguments.steps)
-            for name, weight in weights.items()
-        }
-        seconds = time.process_time() - start
-        for recipe in arguments.recipes:
-            errors = []
+    size, steps = arguments.block, arguments.steps
+    for recipe in arguments.recipes:
+        for transform in arguments.transforms:
+            errors, seconds = [], 0.0
             for name, weight in weights.items():
-                effective = rounded(weight.float(), found[name], recipe, arguments.block)
+                start = time.process_time()
+                found = matrices(weight.float(), transform, recipe, size, steps)
+                seconds += time.process_time() - start
+                effective = rounded(weight.float(), found, recipe, size)
                 errors.append(relative_error(weight.float(), effective))
                 parameters[name].data.copy_(effective)
             kl = float(compare(reference, model, windows).kl.double().mean())
@@ -108,8 +130,8 @@ def accuracy(arguments: argparse.Namespace) -> None:
                 "source": arguments.source.name,
                 "recipe": recipe,
                 "transform": transform,
-                "block": arguments.block,
-                "steps": arguments.steps,
+                "block": size,
+                "steps": steps,
                 "tokens": arguments.tokens,
                 "kl": kl,
                 "relative_error": statistics.mean(errors),

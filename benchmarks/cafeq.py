@@ -53,6 +53,7 @@ VARIANTS: Mapping[str, tuple[str | None, bool]] = {
     "expected error, invertible": ("expected error, invertible", False),
     "alternating rounding": (None, True),
     "LogSumExp, invertible, alternating rounding": ("LogSumExp, invertible", True),
+    "expected error, invertible, alternating rounding": ("expected error, invertible", True),
 }
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 SIZE = 32
-TRANSFORMS = ("none", "random rotation", "learned, orthogonal", "learned, invertible")
+TRANSFORMS = ("none", "random rotation", "LogSumExp, orthogonal", "expected error, invertible")
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def test_without_rounding_nothing_changes(block_diagonal, weight):
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_what_inputs_meet_is_near_the_weight(block_diagonal, weight, transform):
-    found = block_diagonal.matrices(weight, transform, SIZE, steps=10)
+    found = block_diagonal.matrices(weight, transform, "balanced-5", SIZE, 10)
     assert (found is None) == (transform == "none")
     effective = block_diagonal.rounded(weight, found, "balanced-5", SIZE)
     error = float((effective - weight).square().sum() / weight.square().sum())
@@ -47,7 +47,16 @@ def test_learning_lowers_the_largest_weights(block_diagonal, weight):
         return float(block_diagonal.log_sum_exp(block_diagonal.joined(parts), 1.0))
 
     identity = torch.eye(SIZE).repeat(5, 1, 1)
-    rotation = block_diagonal.learn(weight, SIZE, True, 30)
+    rotation = block_diagonal.learn(weight, SIZE, None, True, 30)
     assert torch.allclose(rotation @ rotation.mT, identity, atol=1e-5)
     assert largest(rotation) < 0.9 * largest(identity)
-    assert largest(block_diagonal.learn(weight, SIZE, False, 30)) < 0.9 * largest(identity)
+    assert largest(block_diagonal.learn(weight, SIZE, None, False, 30)) < 0.9 * largest(identity)
+
+
+def test_learning_lowers_the_error_of_rounding(block_diagonal, weight):
+    used = block_diagonal.RECIPES["rtn-3"]
+    errors = []
+    for found in (None, block_diagonal.learn(weight, SIZE, used, False, 60)):
+        effective = block_diagonal.rounded(weight, found, "rtn-3", SIZE)
+        errors.append(float((effective - weight).square().sum()))
+    assert errors[1] < 0.9 * errors[0]
