@@ -6,7 +6,8 @@
 W [N, K] is quantized as W·M⁻¹ with M block-diagonal, K / b blocks of b x b, and inputs are
 multiplied by M: K·b multiply-adds per row of x beside N·K. No recipe does this. `accuracy` prints
 the KL without, with random rotations, and with M learned on two proxies: LogSumExp of the largest
-weights of groups (CafeQ's), and the expected error under the recipe. `time` prints the time of the product with M beside that of the packed one.
+weights of groups (CafeQ's), and the expected error under the recipe. `time` prints the time of the
+product with M beside that of the packed one.
 """
 
 import argparse

@@ -189,7 +189,7 @@ class Bench:
         transform, alternating = VARIANTS[variant]
         matrices = self.pairs.matrices(transform, recipe) if transform else {}
         replaced: dict[str, Tensor] = {}
-        errors: list[tuple[float, float]] = []
+        errors: list[tuple[float, float, float]] = []
         start = time.process_time()
         for name, value, output in self.pairs:
             heads, used = self.pairs.heads, RECIPES[recipe]
