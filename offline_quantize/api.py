@@ -117,6 +117,7 @@ def quantize_checkpoint(
     activations: str | Path = "auto",
     activation_tokens: int | None = None,
     feedback: bool = False,
+    transform: str | None = None,
     jobs: int = 0,
     device: str = "cpu",
     resume: bool = False,
@@ -136,6 +137,7 @@ def quantize_checkpoint(
                  "random" if transformers can run the model; the manifest says what was done.
     activation_tokens: how many tokens of it; None for as many as are enough.
     feedback:    whether codes take up the errors of the codes before them; needs activations.
+    transform:   "value-output" to transform pairs of weights first, None for nothing.
     jobs:        tensors at a time; 0 for one per core.
     device:      where to compute: "cpu", "cuda:0".
     progress:    is told of every tensor and of the bytes done.
@@ -144,7 +146,8 @@ def quantize_checkpoint(
     Raises PrecalibError; nothing is written if the fault can be seen beforehand.
     """
     given = dict.fromkeys(RecipeChanges.__annotations__) | changes  # in the order of their label
-    options = Options(recipe, given, list((overrides or {}).items()), keep, target_bits, head)
+    replaced = list((overrides or {}).items())
+    options = Options(recipe, given, replaced, keep, target_bits, head, transform=transform)
     plan = make_plan(open_checkpoint(hub.locate(str(source))), options)
     plan, _ = choose_activations(plan, str(activations), activation_tokens, feedback)
     shown = progress or NullProgress()

@@ -31,6 +31,13 @@ def choose_activations(
     Raises UsageError for feedback without a text.
     """
     reason = None
+    if plan.pairs:
+        if feedback or text not in ("auto", "none"):
+            raise UsageError(
+                "--transform value-output changes the inputs of output projections, of which "
+                "nothing is known then; leave it out, or add --activations none"
+            )
+        return plan, "A transform changes the inputs of output projections."
     if text == "auto":
         gains = any(weight.recipe.layout.column_scale for weight in plan.weight_plans.values())
         reason = why_not(plan) if gains or feedback else None

@@ -10,6 +10,7 @@ from precalib_kernels.errors import PrecalibError
 MANIFEST = "precalib.json"
 JOB = "precalib.job.json"
 JOURNAL = "precalib.journal.jsonl"
+TRANSFORMS = "precalib.transforms"
 PARTIAL = ".partial"
 
 

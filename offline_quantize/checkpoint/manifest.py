@@ -4,7 +4,7 @@ import hashlib
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from pydantic import ConfigDict, Field, Strict
+from pydantic import ConfigDict, Field, SerializerFunctionWrapHandler, Strict, model_serializer
 
 from offline_quantize.checkpoint.atomic_files import MANIFEST
 from offline_quantize.checkpoint.progress import Progress
@@ -23,6 +23,7 @@ class RunRecord(Record):
     recipes:   JSON form of every recipe in use, by label.
     overrides: "REGEX=RECIPE";  keep: patterns;  head: recipe of the output head, or None.
     activations: `ActivationOptions.to_json` of what went through the model first, or None.
+    transform: of weights before they are quantized; None for none, and then not written.
     source:    digest of config.json; size and digest of the header of every weight file.
     """
 
@@ -37,7 +38,14 @@ class RunRecord(Record):
     keep: list[str]
     head: str | None = None
     activations: dict[str, Any] | None = None
+    transform: str | None = None
     source: dict[FileName, Any]
+
+    @model_serializer(mode="wrap")
+    def _without_unused(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """The fields; a transform only if there is one, as earlier writers knew none."""
+        fields: dict[str, Any] = write(self)
+        return {k: v for k, v in fields.items() if k != "transform" or v is not None}
 
 
 class Totals(Record):

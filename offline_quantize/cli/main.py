@@ -131,6 +131,13 @@ def quantize(
         bool,
         typer.Option("--feedback", help="Let codes take up the errors of the codes before them."),
     ] = False,
+    transform: Annotated[
+        str | None,
+        typer.Option(
+            metavar="value-output",
+            help="Transform pairs of value and output weights first, without effect on the model.",
+        ),
+    ] = None,
     jobs: Annotated[int, typer.Option(help="Tensors at a time; 0: one per core.", min=0)] = 0,
     device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda:0.")] = "cpu",
     resume: Annotated[bool, typer.Option("--resume", help="Continue an unfinished run.")] = False,
@@ -149,7 +156,9 @@ def quantize(
         "clip": clip,
     }
     overrides = [_override(text) for text in override or ()]
-    options = Options(recipe, changes, overrides, keep or (), target_bits, head)
+    options = Options(
+        recipe, changes, overrides, keep or (), target_bits, head, transform=transform
+    )
     _check_device(device)
     plan = make_plan(open_checkpoint(hub.locate(source)), options)
     plan, reason = choose_activations(plan, activations, activation_tokens, feedback)

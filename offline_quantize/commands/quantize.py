@@ -24,7 +24,9 @@ from offline_quantize.checkpoint.manifest import (
 from offline_quantize.checkpoint.progress import Progress
 from offline_quantize.checkpoint.run import Run, State
 from offline_quantize.checkpoint.safetensors_file import read_tensor
+from offline_quantize.checkpoint.transforms import NO_TRANSFORMS, Transforms
 from offline_quantize.checkpoint.writer import WriteJob, by_file, write_shards
+from offline_quantize.commands.value_output import transform_jobs
 from offline_quantize.method.encode import encode
 from offline_quantize.method.input_statistics import InputStatistics
 from offline_quantize.planning import selection
@@ -94,7 +96,9 @@ def _batches(
     """All jobs, and the weights of which nothing will be known in a run with activations."""
     options = plan.options.activations
     if options is None:
-        return by_file(run, _write_jobs(plan, device, {})), ()
+        transforms = Transforms.of(run.target, plan.options.transform)
+        first = transform_jobs(plan, transforms, device)
+        return by_file(run, [*first, *_write_jobs(plan, device, {}, transforms)]), ()
     from offline_quantize.calibration.observation import observation
 
     shapes = {name: weight.entry.shape for name, weight in plan.weight_plans.items()}
@@ -121,13 +125,17 @@ def _by_block(
 
 
 def _write_jobs(
-    plan: Plan, device: str, inputs: Mapping[str, InputStatistics]
+    plan: Plan,
+    device: str,
+    inputs: Mapping[str, InputStatistics],
+    transforms: Transforms = NO_TRANSFORMS,
 ) -> Iterator[WriteJob]:
+    biases = {pair.bias for pair in plan.pairs}
     for location in plan.source.locations.values():
-        if location.name not in plan.weight_plans:
+        if location.name not in plan.weight_plans and location.name not in biases:
             yield WriteJob.copy(location.path.name, location)
     for weight in _largest_first(plan.weight_plans.values()):
-        yield _weight_job(plan, weight, device, inputs)
+        yield _weight_job(plan, weight, device, inputs, transforms)
 
 
 def _largest_first(weights: Iterable[WeightPlan]) -> list[WeightPlan]:
@@ -136,17 +144,25 @@ def _largest_first(weights: Iterable[WeightPlan]) -> list[WeightPlan]:
 
 
 def _weight_job(
-    plan: Plan, weight: WeightPlan, device: str, inputs: Mapping[str, InputStatistics]
+    plan: Plan,
+    weight: WeightPlan,
+    device: str,
+    inputs: Mapping[str, InputStatistics],
+    transforms: Transforms = NO_TRANSFORMS,
 ) -> WriteJob:
     path, known = plan.source.root / weight.file, inputs.get(weight.name)
-    make = functools.partial(_pack, path, weight, device, known)
+    make = functools.partial(_pack, path, weight, device, known, transforms)
     return WriteJob(weight.name, weight.file, list(weight.outputs()), weight.entry.nbytes, make)
 
 
 def _pack(
-    path: Path, plan: WeightPlan, device: str, inputs: InputStatistics | None
+    path: Path,
+    plan: WeightPlan,
+    device: str,
+    inputs: InputStatistics | None,
+    transforms: Transforms,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    weight = read_tensor(path, plan.origin, plan.entry).to(device)
+    weight = transforms.apply(plan.origin, read_tensor(path, plan.origin, plan.entry).to(device))
     encoded = encode(weight, plan.recipe, f"{path}: tensor '{plan.origin}'", inputs)
     tensors = {f"{plan.module}.{k}": v.cpu() for k, v in encoded.tensors.items()}
     return tensors, encoded.statistics.summary()

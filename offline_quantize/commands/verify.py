@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from offline_quantize.checkpoint.atomic_files import MANIFEST
@@ -17,6 +18,7 @@ from offline_quantize.checkpoint.packed import PackedCheckpoint, open_packed
 from offline_quantize.checkpoint.progress import Progress
 from offline_quantize.checkpoint.safetensors_file import TensorLocation, read_pieces
 from offline_quantize.checkpoint.source import open_checkpoint
+from offline_quantize.checkpoint.transforms import Original, Transforms
 from offline_quantize.method.encode import expected_if_ruined
 from offline_quantize.method.recipes import Recipe
 from offline_quantize.method.weight_statistics import errors_agree, relative_error
@@ -53,6 +55,13 @@ def verify(directory: Path, against: Path | None, progress: Progress) -> Iterato
         if path.name not in manifest.files:
             yield f"{path}: is not part of the checkpoint; remove it, or vLLM may load it"
     yield from _table_faults(packed, manifest)
+    transforms = Transforms.of(directory, manifest.run.transform)
+    if source is not None:
+        try:
+            transforms.check()
+        except PrecalibError as error:
+            yield f"{error}; without it nothing can be compared with the source"
+            source = None
     originals: Mapping[str, TensorLocation] = source.locations if source else {}
     for module in packed.config.modules:
         progress.begin(module)
@@ -68,11 +77,11 @@ def verify(directory: Path, against: Path | None, progress: Progress) -> Iterato
         if name not in originals:
             yield f"{source.root}: tensor '{name}' is missing; this is not the source"
             continue
-        original = originals[name].read()
+        original = Original(originals[name], transforms).read()
         yield from _error_faults(f"{directory}: {module}", original, weight, module, manifest)
         progress.advance(originals[name].entry.nbytes)
     if source is not None:
-        yield from _unquantized_faults(packed, originals, progress)
+        yield from _unquantized_faults(packed, originals, transforms, progress)
 
 
 def _file_faults(path: Path, recorded: FileRecord, progress: Progress) -> Iterator[str]:
@@ -126,6 +135,7 @@ def _error_faults(
 def _unquantized_faults(
     packed: PackedCheckpoint,
     originals: Mapping[str, TensorLocation],
+    transforms: Transforms,
     progress: Progress,
 ) -> Iterator[str]:
     """Tensors that were to stay as they are, byte by byte."""
@@ -137,17 +147,27 @@ def _unquantized_faults(
         if name not in copies:
             yield f"{packed.root}: tensor '{name}' of the source is missing; {REQUANTIZE_REMEDY}"
             continue
-        entry, copy = original.entry, copies[name].entry
-        same = (copy.dtype, copy.shape) == (entry.dtype, entry.shape) and all(
-            left == right
-            for left, right in zip(
-                read_pieces(original.path, entry.begin, entry.end),
-                read_pieces(copies[name].path, copy.begin, copy.end),
-                strict=True,
-            )
-        )
-        if not same:
+        if not _is_copy(original, copies[name], transforms):
             yield (
                 f"{copies[name].path}: tensor '{name}' is not the source's; this is not the source"
             )
-        progress.advance(entry.nbytes)
+        progress.advance(original.entry.nbytes)
+
+
+def _is_copy(original: TensorLocation, copy: TensorLocation, transforms: Transforms) -> bool:
+    """Whether a tensor has the bytes of the source's, or a bias those of the transformed one."""
+    there, here = original.entry, copy.entry
+    if (there.dtype, there.shape) != (here.dtype, here.shape):
+        return False
+    if transforms.changes(original.name):
+        expected = Original(original, transforms).read().float()
+        found = copy.read().float()
+        return torch.allclose(found, expected, rtol=2**-7, atol=2**-8 * float(expected.abs().max()))
+    return all(
+        left == right
+        for left, right in zip(
+            read_pieces(original.path, there.begin, there.end),
+            read_pieces(copy.path, here.begin, here.end),
+            strict=True,
+        )
+    )

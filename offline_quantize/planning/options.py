@@ -26,6 +26,7 @@ class Options:
                  of a recipe.
     head:        name of the recipe for the output head, None to leave it unquantized.
     activations: how the inputs of layers become known; None to quantize without a forward pass.
+    transform:   "value-output" to transform pairs of weights before, None for nothing.
     """
 
     recipe: str | None = None
@@ -35,6 +36,7 @@ class Options:
     target_bits: float | None = None
     head: str | None = None
     activations: ActivationOptions | None = None
+    transform: str | None = None
 
     @property
     def label(self) -> str:

@@ -6,7 +6,7 @@ sizes it tells are exact.
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from offline_quantize.checkpoint.source import (
     index_of,
 )
 from offline_quantize.method.recipes import Recipe
-from offline_quantize.planning import selection
+from offline_quantize.planning import selection, value_output
 from offline_quantize.planning.options import Options, RecipeResolver
 from precalib_kernels.errors import FormatError, RecipeError, SourceError
 from precalib_kernels.format.checkpoint_config import CheckpointConfig
@@ -71,6 +71,7 @@ class Plan:
     weight_plans: weights to quantize, by name.
     unquantized:  why each other tensor stays as it is, by name.
     files:        every output file but the manifest.
+    pairs:        what a value–output transform takes; empty without one.
     """
 
     source: Checkpoint
@@ -78,6 +79,7 @@ class Plan:
     weight_plans: Mapping[str, WeightPlan]
     unquantized: Mapping[str, str]
     files: OutputFiles
+    pairs: Sequence[value_output.ValueOutputPair] = ()
 
     @property
     def weights(self) -> int:
@@ -106,6 +108,7 @@ class Plan:
             keep=list(self.options.keep),
             head=self.options.head,
             activations=activations.to_json() if activations else None,
+            transform=self.options.transform,
             source=self.source.fingerprint(times=False),
         )
 
@@ -157,12 +160,13 @@ def make_plan(source: Checkpoint, options: Options) -> Plan:
     _check_collisions(source, weight_plans)
     shards = {file: _lay_out(source, file, weight_plans) for file in source.shards}
     config = checkpoint_config(options, weight_plans, unquantized)
+    pairs = value_output.chosen_pairs(options.transform, source, weight_plans)
     files = OutputFiles(
-        shards,
+        value_output.transform_files(pairs) | shards,
         {name: source.root / name for name in source.sidecar_files},
         _metadata_files(source, options, shards, config),
     )
-    return Plan(source, options, weight_plans, unquantized, files)
+    return Plan(source, options, weight_plans, unquantized, files, pairs)
 
 
 def checkpoint_config(
@@ -174,6 +178,8 @@ def checkpoint_config(
     label = options.label
     if options.head:
         label += f" --head {options.head}"
+    if options.transform:
+        label += f" --transform {options.transform}"
     linears = (
         selection.module_of(name)
         for name, reason in unquantized.items()

@@ -9,8 +9,8 @@ from pathlib import Path
 from offline_quantize.checkpoint.manifest import Manifest, WeightRecord, read_manifest
 from offline_quantize.checkpoint.packed import PackedCheckpoint, open_packed
 from offline_quantize.checkpoint.progress import Progress
-from offline_quantize.checkpoint.safetensors_file import TensorLocation
 from offline_quantize.checkpoint.source import open_checkpoint
+from offline_quantize.checkpoint.transforms import Original, Transforms
 from offline_quantize.checkpoint.worker_pool import worker_pool
 from offline_quantize.planning.selection import LAYER
 from offline_quantize.report import Request
@@ -190,10 +190,9 @@ def _chosen(
     return [module for module in worst_first if module in found]
 
 
-def _origins(
-    against: Path, packed: PackedCheckpoint, manifest: Manifest
-) -> dict[str, TensorLocation]:
+def _origins(against: Path, packed: PackedCheckpoint, manifest: Manifest) -> dict[str, Original]:
     found = open_checkpoint(against).locations
+    transforms = Transforms.of(packed.root, manifest.run.transform)
     origins = {}
     for module in packed.config.modules:
         name = manifest.origin_of(module)
@@ -207,5 +206,5 @@ def _origins(
                 f"{against}: tensor '{name}' has shape {list(there)} instead of "
                 f"{list(here)}; give --against the checkpoint that was quantized"
             )
-        origins[module] = found[name]
+        origins[module] = Original(found[name], transforms)
     return origins

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from offline_quantize.checkpoint.packed import PackedCheckpoint
-from offline_quantize.checkpoint.safetensors_file import TensorLocation
+from offline_quantize.checkpoint.transforms import Original
 from offline_quantize.method.weight_statistics import errors_agree, relative_error
 from precalib_kernels.errors import SourceError
 from precalib_kernels.format.salient_index import unpack_salient
@@ -70,7 +70,7 @@ def positions(packed: PackedCheckpoint, module: str) -> Positions | None:
 
 
 def histogram(
-    packed: PackedCheckpoint, module: str, origin: TensorLocation | None, recorded: float
+    packed: PackedCheckpoint, module: str, origin: Original | None, recorded: float
 ) -> Histogram:
     """Spread of a packed weight's values, beside that of its original where there is one.
 
