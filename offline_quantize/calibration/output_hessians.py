@@ -4,13 +4,14 @@ Error feedback makes E·H·Eᵀ small for the error E of each row of a weight. W
 the error of the layer's output. Here H is taken from the gradient of the model's loss instead, so
 that it also counts how much the model's output depends on what the layer does with an input.
 
-Let ℓ be the negative log-likelihood of a window of text, x [T, K] the layer's inputs and
-d = ∂ℓ/∂z [T, N] the gradient at its outputs z. A window is cut into pieces of p tokens, the gradient
+Let ℓ be the negative log-likelihood of a window of text, x [T, K] the layer's inputs, and
+d = ∂ℓ/∂z [T, N] the gradient at its outputs z. A window is cut into pieces of p tokens. The gradient
 of ℓ to the weight through one piece is G = dᵀ·x over its tokens, and H = Σ Gᵀ·G over all pieces:
 
     p = the whole window   output-adaptive calibration (OAC, arXiv 2405.15025); with labels drawn
-                           from the model the input side of sketch B of YAQA (arXiv 2505.22988)
-    p = 1                  Σ ‖d‖² x·xᵀ over all tokens: GuidedQuant (arXiv 2505.07004) with one group
+                           from the model, the input side of sketch B of YAQA (arXiv 2505.22988)
+    p = 1                  Σ ‖d‖² x·xᵀ over all tokens, which is GuidedQuant (arXiv 2505.07004)
+                           with one group
 
 The pieces between treat only tokens of one piece as dependent. G is never larger than one weight,
 and only one block of the decoder has its activations' gradients and its Hessians in memory; of all

@@ -55,7 +55,7 @@ def tune_factors(
     epochs: int,
     rate: float = RATE,
     seed: int = 0,
-    report: Callable[[int, float], None] = lambda step, kl: None,
+    report: Callable[[int, float], None] = lambda _step, _kl: None,
 ) -> dict[str, Factors]:
     """The factors of the modules at the end of training, by name.
 
@@ -85,9 +85,7 @@ def tune_factors(
         }
 
 
-def divergence(
-    original: "PreTrainedModel", quantized: "PreTrainedModel", tokens: Tensor
-) -> Tensor:
+def divergence(original: "PreTrainedModel", quantized: "PreTrainedModel", tokens: Tensor) -> Tensor:
     """Mean KL(original ‖ quantized) of the next-token distributions of [B, T] tokens, in nats."""
     with torch.no_grad():
         log_p = original(tokens, use_cache=False).logits[:, :-1].float().log_softmax(-1)

@@ -151,9 +151,7 @@ def test_gradients_of_any_size_give_the_same_hessian(model, size):
         patch.setattr(torch.nn.functional, "cross_entropy", sized)
         found = dict(output_hessians(model, windows))
     for name, statistics in found.items():
-        torch.testing.assert_close(
-            statistics.hessian, expected[name].hessian, rtol=1e-3, atol=1e-6
-        )
+        torch.testing.assert_close(statistics.hessian, expected[name].hessian, rtol=1e-3, atol=1e-6)
 
 
 def test_the_last_block_comes_first_and_the_model_stays_as_it_was(model):
