@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from offline_quantize.calibration.output_hessians import output_hessians
 from offline_quantize.calibration.tune import tune_factors
 from offline_quantize.checkpoint.atomic_files import read_json, write_json
+from offline_quantize.evaluation.begin_token import begin_tokens
 from offline_quantize.evaluation.kl import (
     ReferenceDistributions,
     compare,
@@ -29,7 +30,7 @@ from offline_quantize.evaluation.kl import (
     reference_distributions,
     text_windows,
 )
-from offline_quantize.evaluation.models import bos_tokens, load_original, load_tokenizer
+from offline_quantize.evaluation.models import load_original, load_tokenizer
 from offline_quantize.method import recipes
 from offline_quantize.method.encode import encode
 from offline_quantize.method.input_statistics import InputStatistics
@@ -52,6 +53,7 @@ def main() -> None:
     parser.add_argument("source", type=Path, help="folder of an unquantized checkpoint")
     parser.add_argument("--text", type=Path, required=True, metavar="FILE")
     parser.add_argument("--tokens", type=int, default=3072, help="of the text")
+    parser.add_argument("--begin-token", action="store_true", help="as of precalib eval")
     parser.add_argument("--windows", type=int, default=8, help="of 512 tokens, for statistics")
     parser.add_argument("--recipes", nargs="+", default=["balanced-3", "balanced-4"])
     parser.add_argument("--hessians", nargs="+", default=list(KINDS), choices=list(KINDS))
@@ -103,10 +105,9 @@ class Bench:
         self.windows = self._own_text(arguments.windows + HELD_OUT)
         self.windows, held_out = self.windows[:-HELD_OUT], self.windows[-HELD_OUT:]
         tokenizer = load_tokenizer(self.source)
-        text = text_windows(tokenizer, [arguments.text], arguments.tokens)
-        begin = self.model.config.get_text_config().bos_token_id
-        if "gemma" in self.model.config.model_type and not bos_tokens(tokenizer):
-            text = [torch.cat((torch.tensor([begin]), window[:511])) for window in text]
+        config = self.model.config.get_text_config().to_dict()
+        begin = begin_tokens(tokenizer, config, arguments.begin_token)
+        text = text_windows(tokenizer, [arguments.text], arguments.tokens, begin=begin)
         self.texts: dict[str, tuple[list[Tensor], ReferenceDistributions]] = {
             name: (windows, reference_distributions(self.original, windows))
             for name, windows in (("text", text), ("held_out", held_out))

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 RATE = 1e-3  # of Adam, at its largest
+Report = Callable[[int, int, float], None]  # steps done, steps in all, KL before the last one
 WARM_UP = 0.1  # share of the steps in which the rate rises; it falls as a cosine after
 
 
@@ -55,13 +56,13 @@ def tune_factors(
     epochs: int,
     rate: float = RATE,
     seed: int = 0,
-    report: Callable[[int, float], None] = lambda _step, _kl: None,
+    report: Report = lambda _done, _steps, _kl: None,
 ) -> dict[str, Factors]:
     """The factors of the modules at the end of training, by name.
 
     quantized: has the dequantized weights; it is as before at the end.
     windows:   text, int64 [T] each; one is one step, in a new order in each epoch.
-    report:    is told each step's number and its mean KL before the step.
+    report:    is told of every step.
     """
     generator = torch.Generator().manual_seed(seed)
     steps = epochs * len(windows)
@@ -78,7 +79,7 @@ def tune_factors(
                     loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
                 schedule.step()
-                report(epoch * len(windows) + i, float(loss.detach()))
+                report(epoch * len(windows) + i + 1, steps, float(loss.detach()))
         return {
             name: Factors(layer.row.detach(), layer.column.detach())
             for name, layer in layers.items()

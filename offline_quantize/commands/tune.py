@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offline_quantize.calibration.tune import RATE, Factors, tune_factors
+from offline_quantize.calibration.tune import RATE, Factors, Report, tune_factors
 from offline_quantize.checkpoint.atomic_files import json_bytes
 from offline_quantize.checkpoint.manifest import (
     FileRecord,
@@ -61,12 +61,12 @@ def tune(
     *,
     device: str = "cpu",
     jobs: int = 1,
-    report: Callable[[int, float], None] = lambda _step, _kl: None,
+    report: Report = lambda _done, _steps, _kl: None,
 ) -> Manifest:
     """Write the packed checkpoint with tuned scales; all else of it is copied.
 
     against: the source checkpoint.
-    report:  is told the number of each step and the KL before it.
+    report:  is told of every step.
 
     Raises PrecalibError; the target is then not a checkpoint (it has no config.json).
     """
@@ -108,7 +108,7 @@ def _factors(
     modules: list[str],
     tuning: Tuning,
     device: str,
-    report: Callable[[int, float], None],
+    report: Report,
 ) -> dict[str, Factors]:
     original = load_original(source, torch.bfloat16, device)
     windows = generate_text(original, tuning.tokens, tuning.window, tuning.seed)
