@@ -5,8 +5,9 @@ the error of the layer's output. Here H is taken from the gradient of the model'
 that it also counts how much the model's output depends on what the layer does with an input.
 
 Let ℓ be the negative log-likelihood of a window of text, x [T, K] the layer's inputs, and
-d = ∂ℓ/∂z [T, N] the gradient at its outputs z. A window is cut into pieces of p tokens, and G = dᵀ·x
-is the gradient of ℓ to the weight through the tokens of one piece. H is Σ Gᵀ·G over all pieces:
+d = ∂ℓ/∂z [T, N] the gradient at its outputs z. A window is cut into pieces of p tokens. G = dᵀ·x
+over the tokens of one piece is the gradient of ℓ to the weight through them, and H = Σ Gᵀ·G over
+all pieces:
 
     p = the whole window   output-adaptive calibration (OAC, arXiv 2405.15025); with labels drawn
                            from the model, the input side of sketch B of YAQA (arXiv 2505.22988)
