@@ -10,7 +10,7 @@ import typer
 from rich.progress import Progress
 
 from offline_quantize.checkpoint import hub
-from offline_quantize.checkpoint.packed import open_packed
+from offline_quantize.checkpoint.progress import NullProgress
 from offline_quantize.cli import console
 from offline_quantize.cli.device import check_device
 from offline_quantize.commands.tune import Tuning
@@ -34,20 +34,19 @@ def tune(
     """Tune row and column scales on text that the original writes. Codes and sizes stay."""
     check_device(device)
     tuning = Tuning(tokens=tokens, epochs=epochs, seed=seed)
-    total = open_packed(directory).files.nbytes
     with _steps() as report:
         manifest = run_tune(
             directory,
             target,
             hub.locate(against),
             tuning,
-            console.NullProgress(),
+            NullProgress(),
             device=device,
             jobs=jobs or len(os.sched_getaffinity(0)),
             report=report,
         )
     console.show_totals(manifest.totals)
-    console.out.print(f"{target}: {console.size(total)}, of which scales have changed.")
+    console.out.print(f"{target}: tuned scales, all else as in {directory}.")
 
 
 @contextlib.contextmanager

@@ -26,7 +26,7 @@ from offline_quantize.checkpoint.progress import Progress
 from offline_quantize.checkpoint.run import OutputFiles, Run, State
 from offline_quantize.checkpoint.safetensors_file import lay_out, tensor_bytes
 from offline_quantize.checkpoint.source import CONFIG, INDEX, Checkpoint, open_checkpoint
-from offline_quantize.checkpoint.writer import WriteJob, write_shards
+from offline_quantize.checkpoint.writer import WriteJob, by_file, write_shards
 from offline_quantize.evaluation.kl import generate_text
 from offline_quantize.evaluation.models import load_original, load_packed
 from offline_quantize.method.weight_statistics import Statistics
@@ -90,8 +90,8 @@ def tune(
         run.clean_up()
         return read_manifest(target)
     with run.begin():
-        write_jobs = _write_jobs(packed, manifest, checkpoint, modules, scales)
-        reports = write_shards(run, write_jobs, jobs, progress)
+        batches = by_file(run, _write_jobs(packed, manifest, checkpoint, modules, scales))
+        reports = write_shards(run, batches, jobs, progress)
         run.finish(progress, functools.partial(_manifest, manifest, record, reports))
     return read_manifest(target)
 

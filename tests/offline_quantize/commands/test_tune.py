@@ -98,3 +98,22 @@ def test_another_source_is_refused(source, packed, tmp_path):
     with pytest.raises(SourceError, match=r"'model\.layers\.0\.mlp\.gate_proj\.weight' has shape"):
         run(packed, tmp_path / "tuned", other)
     assert not (tmp_path / "tuned" / "config.json").exists()
+
+
+def test_the_command(source, packed, precalib, tmp_path):
+    target = tmp_path / "tuned"
+    options = ("--against", source, "--tokens", 256, "--epochs", 1, "--seed", 3)
+    ran = precalib("tune", packed, target, *options)
+    assert (ran.code, ran.err) == (0, "")
+    assert "effective bits" in ran.out
+    assert f"{target}: tuned scales, all else as in {packed}." in ran.out
+    tuned = read_manifest(target).run.to_json()["tuned"]
+    assert {name: tuned[name] for name in ("tokens", "epochs", "seed")} == {
+        "tokens": 256,
+        "epochs": 1,
+        "seed": 3,
+    }
+    assert precalib("verify", target, "--against", source).code == 0
+    refused = precalib("tune", packed, tmp_path / "other", *options, "--device", "tpu")
+    assert refused.code == 1
+    assert "--device tpu: there are cpu, cuda" in refused.err
