@@ -3,7 +3,6 @@
 import contextlib
 import enum
 import os
-import re
 import shlex
 import sys
 from collections.abc import Iterator
@@ -24,6 +23,8 @@ from offline_quantize.checkpoint.run import State
 from offline_quantize.checkpoint.source import open_checkpoint
 from offline_quantize.cli import console, evaluation_tables
 from offline_quantize.cli import doctor as diagnosis
+from offline_quantize.cli.device import check_device
+from offline_quantize.cli.tune import tune
 from offline_quantize.commands.dequantize import dequantize as run_dequantize
 from offline_quantize.commands.quantize import quantize as run_quantize
 from offline_quantize.commands.quantize import run_of
@@ -159,7 +160,7 @@ def quantize(
     options = Options(
         recipe, changes, overrides, keep or (), target_bits, head, transform=transform
     )
-    _check_device(device)
+    check_device(device)
     plan = make_plan(open_checkpoint(hub.locate(source)), options)
     plan, reason = choose_activations(plan, activations, activation_tokens, feedback)
     if dry_run:
@@ -291,13 +292,16 @@ def evaluate(
         device,
         begin_token,
     )
-    _check_device(device)
+    check_device(device)
     result = evaluation.evaluate(
         directory, hub.locate(against), request, evaluation_tables.progress
     )
     evaluation_tables.show(result)
     if json is not None:
         write_json(json, result.to_json())
+
+
+app.command()(tune)
 
 
 @app.command()
@@ -378,18 +382,6 @@ def _override(text: str) -> tuple[str, str]:
             f"--override {text!r} is not of the form REGEX=RECIPE, as in 'down_proj=balanced-4'"
         )
     return pattern, name
-
-
-def _check_device(device: str) -> None:
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
-        raise UsageError(f"--device {device}: there are cpu, cuda and cuda:0, cuda:1 and so on")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(
-            f"--device {device}: cannot be used here ({reason}); use --device cpu"
-        ) from error
 
 
 def main() -> None:

@@ -21,9 +21,9 @@ from precalib_kernels.format.reference import salient_grid_values
 class Objective:
     """What the codes of a group are to make small: Σₖ importance[k] · (target[k] − value[k])².
 
-    importance: float32 [G, group_size], not negative, one for each column of the groups at hand;
-                None for plain squared error. Only a trellis weighs columns against each other, and
-                its search with importances is not compiled.
+    importance: float32, not negative, one for each weight, [R, G, group_size], or for each column
+                of the groups at hand, [G, group_size]; None for plain squared error. Only a trellis
+                weighs columns against each other.
     """
 
     importance: Tensor | None = None

@@ -36,12 +36,13 @@ def trellis_search(
 
     target:     weights, float32 [R, G, group_size];  scale: as decoded, [R, G].
     low_bits:   uint8 like `target`: 0, 1 or FREE.
-    importance: weight of each column's squared error, [G, group_size]; None for 1.
+    importance: factor of each weight's squared error, [R, G, group_size], or of each column's,
+                [G, group_size]; None for 1.
     """
     unit = torch.where(scale > 0, layout.codebook_limit / scale, 0).flatten()
     weights, given = (t.reshape(len(unit), -1).contiguous() for t in (target, low_bits))
     if importance is not None:
-        importance = importance.expand(target.shape).reshape(weights.shape)
+        importance = importance.expand(target.shape).reshape(weights.shape).contiguous()
     codes, entries = search(weights, unit, given, layout, importance)
     return codes.view(target.shape), entries.view(target.shape)
 
@@ -58,16 +59,21 @@ def search(
     weights, low_bits: [n, group_size].
     unit:       [n], codebook units per weight unit. A product of weight and unit that is not a
                 number counts as zero, so any input gives codes that exist.
-    importance: [n, group_size], or None, which alone the compiled search knows.
+    importance: [n, group_size], or None for 1.
     """
-    native = _native() if weights.device.type == "cpu" and importance is None else None
+    native = _native() if weights.device.type == "cpu" else None
     if native is None:
         return search_torch(weights, unit, low_bits, layout, importance)
-    return search_native(weights, unit, low_bits, layout, native)
+    return search_native(weights, unit, low_bits, layout, native, importance)
 
 
 def search_native(
-    weights: Tensor, unit: Tensor, low_bits: Tensor, layout: Layout, library: ctypes.CDLL
+    weights: Tensor,
+    unit: Tensor,
+    low_bits: Tensor,
+    layout: Layout,
+    library: ctypes.CDLL,
+    importance: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The compiled search, for tensors of the CPU; arguments and results as of `search`."""
     cpu = torch.device("cpu")
@@ -76,7 +82,9 @@ def search_native(
     entries = torch.empty(weights.shape, device=cpu)
     unit, low_bits = unit.contiguous(), low_bits.contiguous()
     library.trellis_search(
-        *(ctypes.c_void_p(t.data_ptr()) for t in (weights, unit, low_bits, codebook)),
+        *(ctypes.c_void_p(t.data_ptr()) for t in (weights, unit, low_bits)),
+        ctypes.c_void_p(None if importance is None else importance.data_ptr()),
+        ctypes.c_void_p(codebook.data_ptr()),
         ctypes.c_int32(len(codebook)),
         ctypes.c_int32(layout.codebook_limit),
         ctypes.c_int64(weights.shape[0]),

@@ -18,6 +18,7 @@ namespace {
 struct Block {
   int size;
   std::vector<Floats> scaled;  // weights in units of codebook entries
+  std::vector<Floats> importance;
   std::vector<Ints> forced, points, codes;
   std::vector<Floats> values;
   std::vector<Ints> survivors;  // [size][4 states (u[k], u[k-1])]: u[k-2] of the best path there
@@ -25,13 +26,19 @@ struct Block {
   explicit Block(int size)
       : size(size),
         scaled(size),
+        importance(size, Floats{} + 1.0f),
         forced(size),
         points(size),
         codes(size),
         values(size),
         survivors(size_t(size) * 4) {}
 
-  void load(const float* weights, const float* unit, const uint8_t* given, int lanes) {
+  // weight_importance: of the squared errors, or null for 1.
+  void load(const float* weights, const float* unit, const uint8_t* given,
+            const float* weight_importance, int lanes) {
+    if (weight_importance)
+      for (int l = 0; l < lanes; ++l)
+        for (int k = 0; k < size; ++k) importance[k][l] = weight_importance[int64_t(l) * size + k];
     for (int l = 0; l < lanes; ++l)
       for (int k = 0; k < size; ++k) {
         const float x = weights[int64_t(l) * size + k] * unit[l];
@@ -55,7 +62,7 @@ struct Block {
         Floats nearest;
         for (int l = 0; l < kLanes; ++l) nearest[l] = value[at[l]];
         const Floats distance = x - nearest;
-        error[s] = f > 1 ? distance * distance : Floats{};
+        error[s] = f > 1 ? distance * distance * importance[k] : Floats{};
       }
       // by u[k]: infinite where the low bit is given and is the other one
       const Floats constraint[2] = {f == 1 ? Floats{} + INFINITY : Floats{},
@@ -112,18 +119,21 @@ struct Block {
 }  // namespace
 
 // weights: [groups][size];  unit: [groups], codebook units per weight unit;  forced:
-// [groups][size], the low bit of the code where it is given, else 2;  results: codes and codebook
-// entries, [groups][size].
+// [groups][size], the low bit of the code where it is given, else 2;  importance: [groups][size],
+// factors of the squared errors, or null for 1;  results: codes and codebook entries,
+// [groups][size].
 extern "C" void trellis_search(const float* weights, const float* unit, const uint8_t* forced,
-                               const int32_t* codebook, int32_t codebook_size, int32_t limit,
-                               int64_t groups, int32_t size, uint8_t* codes, float* values) {
+                               const float* importance, const int32_t* codebook,
+                               int32_t codebook_size, int32_t limit, int64_t groups, int32_t size,
+                               uint8_t* codes, float* values) {
   const NearestEntries tables(codebook, codebook_size, limit, 4);
   Block block(size);
   for (int64_t first = 0; first < groups; first += kLanes) {
     const int lanes = int(std::min<int64_t>(kLanes, groups - first));
     const int64_t offset = first * size;
     Floats cost[4];
-    block.load(weights + offset, unit + first, forced + offset, lanes);
+    block.load(weights + offset, unit + first, forced + offset,
+               importance ? importance + offset : nullptr, lanes);
     block.search(tables, limit, cost);
     block.trace(tables, cost);
     block.store(codes + offset, values + offset, lanes);

@@ -37,6 +37,20 @@ def test_compiled_and_torch_search_agree_bit_for_bit(bits, groups):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("groups", [1, 16, 50])
+def test_compiled_and_torch_search_agree_on_importances_bit_for_bit(groups):
+    case = inputs(groups, 96, seed=groups)
+    importance = torch.randn(groups, 96).exp()
+    importance[:, ::7] = 0
+    library = build.load(trellis.SOURCE)
+    ours = trellis.search_native(*case, layout(3), library, importance)
+    theirs = trellis.search_torch(*case, layout(3), importance)
+    unweighted = trellis.search_native(*case, layout(3), library)
+    for one, two in zip(ours, theirs, strict=True):
+        assert torch.equal(one, two)
+    assert not torch.equal(ours[0], unweighted[0])
+
+
 def test_degenerate_groups_agree_too():
     weights = torch.tensor([[0.0] * 32, [1e30] * 32, [-1e-30] * 32, [1.0, -1.0] * 16])
     unit = torch.tensor([0.0, 127e-30, 127e30, 127.0])
