@@ -17,12 +17,14 @@ if TYPE_CHECKING:
 class Moments:
     """Of one linear layer y = x·Wᵀ with W [N, K].
 
-    inputs: E[x²] over the tokens.
-    fisher: E[g²·x²] for every weight, float32 [N, K]; g is the gradient, with respect to y, of the
-            loss of a label that the model draws itself. The tokens' gradients count as independent.
+    inputs:  E[x²] over the tokens.
+    hessian: E[x·xᵀ], float32 [K, K].
+    fisher:  E[g²·x²] for every weight, float32 [N, K]; g is the gradient, with respect to y, of the
+             loss of a label that the model draws itself. Tokens' gradients count as independent.
     """
 
     inputs: InputStatistics
+    hessian: Tensor
     fisher: Tensor
 
 
@@ -32,11 +34,11 @@ def moments(
     """Moments of the layers that own `weights`, by their names; one backward pass a window."""
     model.requires_grad_(False)
     tokens = sum(len(window) for window in windows)
-    squares = {name: torch.zeros(weight.shape[1]) for name, weight in weights.items()}
+    products = {name: torch.zeros(2 * weight.shape[1:]) for name, weight in weights.items()}
     fisher = {name: torch.zeros(weight.shape) for name, weight in weights.items()}
     handles = []
     for name in weights:
-        hook = _recorder(squares[name], fisher[name])
+        hook = _recorder(products[name], fisher[name])
         handles.append(
             model.get_submodule(name.removesuffix(".weight")).register_forward_hook(hook)
         )
@@ -48,7 +50,11 @@ def moments(
         for handle in handles:
             handle.remove()
     return {
-        name: Moments(InputStatistics(squares[name] / tokens), fisher[name] / tokens)
+        name: Moments(
+            InputStatistics(products[name].diagonal() / tokens),
+            products[name] / tokens,
+            fisher[name] / tokens,
+        )
         for name in weights
     }
 
@@ -61,16 +67,17 @@ def _drawn_loss(model: "PreTrainedModel", window: Tensor, generator: torch.Gener
     return torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
 
 
-def _recorder(squares: Tensor, fisher: Tensor) -> Callable[..., None]:
-    """A forward hook that adds Σ x² to `squares`, and Σ g²·x² to `fisher` in the backward pass."""
+def _recorder(products: Tensor, fisher: Tensor) -> Callable[..., None]:
+    """A forward hook that adds Σ x·xᵀ to `products`; Σ g²·x² to `fisher` in the backward pass."""
 
     def record(_: Any, given: tuple[Tensor], out: Tensor) -> None:
-        x = given[0].detach().flatten(0, -2).float().square()
-        squares.add_(x.sum(0).cpu())
+        x = given[0].detach().flatten(0, -2).float()
+        products.add_((x.T @ x).cpu())
+        squares = x.square()
 
         def add(gradient: Tensor) -> None:
             g = gradient.flatten(0, -2).float().square()
-            fisher.add_((g.T @ x).cpu())
+            fisher.add_((g.T @ squares).cpu())
 
         out.register_hook(add)
 

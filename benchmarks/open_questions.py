@@ -43,6 +43,7 @@ from offline_quantize.checkpoint.source import open_checkpoint
 from offline_quantize.evaluation.command import OriginalModel, Request
 from offline_quantize.evaluation.kl import WINDOW
 from offline_quantize.method.encode import encode
+from offline_quantize.method.input_statistics import InputStatistics
 from offline_quantize.method.recipes import Recipe, adjust, for_head
 from precalib_kernels.errors import PrecalibError, SourceError
 
@@ -133,7 +134,8 @@ def measure(arguments: argparse.Namespace, rows: list[Row], save: Callable[[], N
     )
     if not missing and not shapes:
         return
-    bench = Bench(arguments.source, [arguments.text], arguments.tokens)
+    request = Request(text=[arguments.text], tokens=arguments.tokens)
+    bench = Bench(arguments.source, request)
     statistics = Statistics(arguments.source, bench, arguments.self_tokens)
     for case in missing:
         method = Method(case.method, case.variant, case.make(statistics))
@@ -202,20 +204,25 @@ def inputs(recipe: Recipe) -> Iterator[Case]:
         return quantize_by_score(weight, recipe, magnitude, error_cost=cost)
 
     def scaled(weight: Tensor, m: Moments) -> tuple[Tensor, int]:
-        return _encoded(weight, recipe, m)
+        return _encoded(weight, recipe, m.inputs)
 
     def both(weight: Tensor, m: Moments) -> tuple[Tensor, int]:
         cost = m.inputs.mean_square
         return quantize_by_score(weight, recipe, magnitude, inputs=m.inputs, error_cost=cost)
 
-    for variant, function in (
-        ("in the trellis search", searched),
-        ("in the column scale", scaled),
-        ("in both", both),
+    def fed_back(weight: Tensor, m: Moments) -> tuple[Tensor, int]:
+        return _encoded(weight, recipe, InputStatistics(m.inputs.mean_square, m.hessian))
+
+    diagonal = "X·Xᵀ = diag(E[x²])"
+    for method, variant, function in (
+        (diagonal, "in the trellis search", searched),
+        (diagonal, "in the column scale", scaled),
+        (diagonal, "in both", both),
+        ("X·Xᵀ whole", "column scale and error feedback", fed_back),
     ):
         yield Case(
             "inputs",
-            "X·Xᵀ = diag(E[x²])",
+            method,
             variant,
             recipe.alpha,
             lambda statistics, function=function: _named(function, statistics),
@@ -225,7 +232,7 @@ def inputs(recipe: Recipe) -> Iterator[Case]:
 def _alpha(name: str, recipe: Recipe, with_inputs: bool = False) -> Case:
     def make(statistics: Statistics) -> Quantize:
         if with_inputs:
-            return _named(lambda weight, m: _encoded(weight, recipe, m), statistics)
+            return _named(lambda weight, m: _encoded(weight, recipe, m.inputs), statistics)
         return _each(recipe)
 
     method = f"{name}, E[x²] in the column scale" if with_inputs else name
@@ -236,8 +243,8 @@ def _each(recipe: Recipe) -> Quantize:
     return each(through_the_format(recipe))
 
 
-def _encoded(weight: Tensor, recipe: Recipe, of_layer: Moments) -> tuple[Tensor, int]:
-    packed = encode(weight.bfloat16(), recipe, "weight", of_layer.inputs)
+def _encoded(weight: Tensor, recipe: Recipe, of_layer: InputStatistics) -> tuple[Tensor, int]:
+    packed = encode(weight.bfloat16(), recipe, "weight", of_layer)
     stored = 8 * sum(tensor.nbytes for tensor in packed.tensors.values())
     return dequantize_weight(packed.tensors, packed.layout), stored
 

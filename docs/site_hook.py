@@ -17,14 +17,13 @@ OUTSIDE = {  # path in the repository to path in the site
     "SECURITY.md": "security.md",
     "CODE_OF_CONDUCT.md": "code-of-conduct.md",
     f"{RESULTS}/README.md": "results/index.md",
-    f"{RESULTS}/quality.png": "results/quality.png",
 }
 LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)#\s]+)")
 
 
 def outside() -> dict[str, str]:
     """All files outside of docs/, by their path in the repository."""
-    results = sorted((ROOT / RESULTS).glob("*.md"))
+    results = sorted(p for p in (ROOT / RESULTS).iterdir() if p.suffix in (".md", ".png"))
     pages = {f"{RESULTS}/{page.name}": f"results/{page.name}" for page in results}
     return pages | OUTSIDE
 

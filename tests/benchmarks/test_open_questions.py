@@ -45,6 +45,7 @@ def test_moments_are_means_over_tokens(load: Load) -> None:
     (found,) = load("input_moments").moments(model, {"inner.weight": weight}, [window]).values()
     x = model.embedding(window)
     assert torch.allclose(found.inputs.mean_square, x.square().mean(0))
+    assert torch.allclose(found.hessian, torch.stack([v.outer(v) for v in x]).mean(0), atol=1e-6)
 
     weight.requires_grad_()
     loss = load("input_moments")._drawn_loss
@@ -157,8 +158,8 @@ def test_rows_are_measured_once(
     assert both[: len(first)] == first
     assert [row["question"] for row in both].count("rules") == 8
     by_variant = {row["variant"]: row for row in both if row["question"] == "inputs"}
-    assert len(by_variant) == 5
-    own = next(row for row in both if row["variant"] == "|w| / column scale")
+    assert len(by_variant) == 6
+    own = next(row for row in both if row.get("variant") == "|w| / column scale")
     assert own["kl"] == pytest.approx(by_variant["column scale"]["kl"], rel=1e-3)
     assert own["bits"] == by_variant["in both"]["bits"]
     for name in ("alpha", "shape", "rules"):
