@@ -13,10 +13,10 @@ word none of them.
 
 import argparse
 import dataclasses
+import functools
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,7 @@ class Statistics:
     def __init__(self, source: Path, bench: Bench, tokens: int) -> None:
         self.source, self.bench, self.tokens = source, bench, tokens
 
-    @cached_property
+    @functools.cached_property
     def moments(self) -> Mapping[str, Moments]:
         """Over text that the original model writes."""
         request = Request(self_generated=True, tokens=self.tokens)
@@ -225,7 +225,7 @@ def inputs(recipe: Recipe) -> Iterator[Case]:
             method,
             variant,
             recipe.alpha,
-            lambda statistics, function=function: _named(function, statistics),
+            functools.partial(_named, function),
         )
 
 

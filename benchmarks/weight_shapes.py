@@ -90,6 +90,7 @@ def with_count(recipe: Recipe, count: int) -> Recipe:
 def kurtosis(weight: Tensor, recipe: Recipe) -> float:
     """Excess kurtosis of weights over the root mean square of their group; 0 for a normal."""
     scale = prepare_matrix(weight, recipe, "weight").column_scale
+    assert scale is not None
     size = recipe.layout.group_size
     whole = weight.shape[1] // size * size
     groups = to_groups((weight / scale)[:, :whole], recipe.layout)
