@@ -22,7 +22,7 @@ def _measured(rows: Sequence[Row]) -> list[str]:
     ]
     for row in sorted(rows, key=lambda row: (row["model"], row["question"], row["method"])):
         low, high = row["kl_interval"]
-        cells = [row["model"], row["question"], row["method"], row["variant"]]
+        cells = [row["model"], row["question"], row["method"], row["variant"].replace("|", "\\|")]
         cells += [f"{row['bits']:.3f}", f"{row['kl']:.4f}", f"{low:.4f}–{high:.4f}"]
         lines.append("| " + " | ".join([*cells, f"{row['perplexity']:.2f}"]) + " |")
     return lines
