@@ -11,6 +11,7 @@ from peers import Peer
 from safetensors import safe_open
 from torch import Tensor
 
+from offline_quantize.checkpoint.manifest import read_manifest
 from offline_quantize.checkpoint.packed import open_packed
 from precalib_kernels.errors import SourceError
 
@@ -75,7 +76,17 @@ def checkpoint(folder: Path) -> Method:
             else:
                 yield name, weight, BFLOAT16 * weight.numel()
 
-    return Method("precalib checkpoint", folder.name, quantize)
+    return Method(_name(folder), folder.name, quantize)
+
+
+def _name(folder: Path) -> str:
+    """A checkpoint's method, by what its manifest says of the inputs that were known."""
+    known = read_manifest(folder).run.activations
+    if known is None:
+        return "precalib checkpoint"
+    if known["feedback"]:
+        return "precalib --feedback"
+    return "precalib, random tokens" if known["text"] == "random" else "precalib, own text"
 
 
 def outside(
