@@ -21,6 +21,7 @@ from offline_quantize.method.encode import (
 )
 from offline_quantize.method.feedback_factor import FeedbackFactor, feedback_factor
 from offline_quantize.method.feedback_task import FeedbackTask, SalientSteps
+from offline_quantize.method.feedback_torch import LIST
 from offline_quantize.method.input_statistics import InputStatistics
 from offline_quantize.method.recipes import RECIPES, Recipe, adjust
 from precalib_kernels.errors import SourceError
@@ -131,7 +132,7 @@ Path = tuple[float, list[int], list[float]]  # loss, codes, errors
 def best_paths(
     weight: list[float], factor: FeedbackFactor, step: float, layout: Layout, forced: dict[int, int]
 ) -> list[int]:
-    """Codes of one group: of the paths to each state the two of least loss so far go on.
+    """Codes of one group: of the paths to each state those of least loss so far go on.
 
     forced: salient columns, and how far their codes are above their values, in whole numbers.
     """
@@ -158,7 +159,7 @@ def best_paths(
                 total = cost + float(importance[k]) * (target - value) ** 2
                 path = (total, [*codes, code], [*errors, w - value])
                 found.setdefault((code & 1, one), []).append(path)
-        paths = [path for ways in found.values() for path in sorted(ways)[:2]]
+        paths = [path for ways in found.values() for path in sorted(ways)[:LIST]]
     return min(paths)[1]
 
 
