@@ -303,6 +303,15 @@ def test_many_rows_and_columns_agree_too(monkeypatch, weights, name, shape):
         assert torch.equal(tensor, slow[suffix]), suffix
 
 
+@pytest.mark.parametrize("name", ["balanced-3", "paper-3"])
+def test_every_tensor_is_made_on_the_device_of_the_weight(monkeypatch, weights, name):
+    weight, inputs = weights(torch.float32)(6, 160), known(correlated(160))
+    expected = encode(weight, RECIPES[name], "x", inputs).tensors
+    with torch.device("meta"):  # whatever took its device from there could not be computed with
+        for found in both_ways(monkeypatch, weight, RECIPES[name], inputs):
+            assert all(torch.equal(found[suffix], tensor) for suffix, tensor in expected.items())
+
+
 def test_rows_do_not_depend_on_each_other(weights):
     weight, inputs = weights(torch.float32)(300, 160), known(correlated(160))
     recipe = with_layout("balanced-4", column_scale=False)
