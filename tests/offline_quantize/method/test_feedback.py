@@ -40,7 +40,6 @@ def with_layout(name: str, **changes) -> Recipe:
 NEAREST = {"trellis": False, "codebook": RECIPES["balanced-4"].layout.codebook[::2]}
 KINDS: dict[str, Recipe] = {
     **RECIPES,
-    "balanced-2": adjust(RECIPES["balanced-3"], bits=2),
     "no salient weights": adjust(RECIPES["balanced-4"], alpha=0.0),
     "groups of 32": adjust(RECIPES["balanced-4"], group_size=32, alpha=0.05),
     "groups of 96": adjust(RECIPES["balanced-3"], group_size=96),
