@@ -1,10 +1,10 @@
 """Codes of whole rows with error feedback: each error moves the targets of later columns.
 
 Columns are taken from the first to the last. What the error of a column does to the loss is made
-good in later ones (GPTQ, arXiv 2210.17323). Inside a group with a trellis the two best paths to
-each state are kept, each with its own errors, so the Viterbi search makes the loss itself small.
-Salient weights take part: their low bits force the path as ever, their errors are fed on like any
-others. Each group is searched with a few scales, and the one of least loss is taken.
+good in later ones (GPTQ, arXiv 2210.17323). Inside a group with a trellis each state keeps the
+errors of the best path to it, so the Viterbi search makes the loss itself small. Salient weights
+take part: their low bits force the path as ever, their errors are fed on like any others. Each
+group is searched with a few scales, and the one of least loss is taken.
 
 The loop is compiled; without a compiler, or on another device, a torch version gives the same
 codes, bit for bit.

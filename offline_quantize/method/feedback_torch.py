@@ -11,7 +11,7 @@ from torch import Tensor
 from offline_quantize.method.feedback_task import FeedbackTask, Found
 
 BLOCK = 16  # csrc/feedback_group.h has the same number
-LIST = 2  # paths to each state that are kept; csrc/feedback.cpp has the same number
+LIST = 1  # paths to each state that are kept; csrc/feedback_group.h has the same number
 
 
 def encode_torch(task: FeedbackTask) -> Found:

@@ -1,4 +1,4 @@
-// Codes of a weight with error feedback, sixteen rows side by side, one per lane.
+// Codes of a weight with error feedback, several rows side by side, one per lane.
 //
 // The error of each column moves the target of later columns. In a trellis every path that is kept
 // has its own errors, so the search makes the whole row's loss small. Each group is searched with
@@ -59,10 +59,10 @@ void store(const AGroup& group, int number, int64_t first, int lanes) {
   }
 }
 
-template <int kStates, int kList>
+template <int kStates>
 void encode(const FeedbackTask& task) {
   const NearestEntries entries(task.codebook, task.codebook_size, task.limit, kStates);
-  Group<kStates, kList> group(task, entries);
+  Group<kStates> group(task, entries);
   std::vector<Rows> blocks(kRows / kLanes);
   for (int64_t top = 0; top < task.rows; top += kRows) {
     const int rows = int(std::min<int64_t>(kRows, task.rows - top));
@@ -83,5 +83,5 @@ void encode(const FeedbackTask& task) {
 }  // namespace
 
 extern "C" void encode_with_feedback(const FeedbackTask* task) {
-  task->trellis ? encode<4, 2>(*task) : encode<1, 1>(*task);
+  task->trellis ? encode<4>(*task) : encode<1>(*task);
 }

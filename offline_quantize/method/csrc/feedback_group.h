@@ -1,4 +1,4 @@
-// Codes of one group of sixteen rows with error feedback; see feedback.cpp.
+// Codes of one group of a few rows with error feedback; see feedback.cpp.
 
 #pragma once
 
@@ -6,32 +6,13 @@
 #include <cmath>
 #include <vector>
 
+#include "feedback_rows.h"
 #include "feedback_task.h"
 #include "lanes.h"
 #include "nearest_entries.h"
 
 constexpr int kBlock = 16;  // columns whose errors are summed up before they move a target
-
-// Sixteen rows.
-struct Rows {
-  std::vector<Floats> weight, target;  // [columns]
-  Floats salient_inverse, salient_scale, salient_offset;
-
-  void load(const FeedbackTask& task, int64_t first, int lanes) {
-    const int64_t stride = int64_t(task.groups) * task.group_size;
-    weight.assign(task.columns, Floats{});
-    salient_inverse = salient_scale = salient_offset = Floats{};
-    for (int l = 0; l < lanes; ++l) {
-      const float* const row = task.weights + (first + l) * stride;
-      for (int64_t k = 0; k < task.columns; ++k) weight[k][l] = row[k];
-      if (!task.salient_scale) continue;
-      salient_inverse[l] = task.salient_inverse[first + l];
-      salient_scale[l] = task.salient_scale[first + l];
-      salient_offset[l] = task.salient_offset[first + l];
-    }
-    target = weight;
-  }
-};
+constexpr int kList = 1;    // paths to each state that are kept
 
 // A code for one column, and what it stands for.
 struct Choice {
@@ -39,11 +20,11 @@ struct Choice {
   Floats value;
 };
 
-// kStates: 4 with a trellis, else 1.  kList: how many paths to each state are kept.
-template <int kStates, int kList>
+// kStates: 4 with a trellis, else 1.
+template <int kStates>
 class Group {
  public:
-  static constexpr int kPaths = kStates * kList;  // path p leads to state p / kList
+  static constexpr int kPaths = kStates > 1 ? kStates * kList : 1;  // p leads to state p / kList
 
   const FeedbackTask& task;
   int size = 0, start = 0;    // columns of this group; the first one
@@ -204,21 +185,6 @@ class Group {
     return distance * distance * task.importance[start + k];
   }
 
-  // The entry of a subset nearest to the integer at `point`, in codebook units.
-  Choice entry(int subset, Ints point) const {
-    const int32_t* const rank = entries_.rank.data() + subset * entries_.width;
-    const float* const value = entries_.value.data() + subset * entries_.width;
-    Choice found;
-    for (int l = 0; l < kLanes; ++l) found.code[l] = rank[point[l]];
-    for (int l = 0; l < kLanes; ++l) found.value[l] = value[point[l]];
-    return found;
-  }
-
-  Ints point_of(Floats scaled) const {
-    const float end = float(task.limit);
-    return to_ints(clamp(round_to_even(scaled), -end, end) + end);
-  }
-
   Choice salient_choice(const Rows& rows, Floats target) const {
     const Floats size = task.salient_sign ? (target < 0.0f ? -target : target) : target;
     Floats m = round_to_even((size - rows.salient_offset) * rows.salient_inverse);
@@ -238,7 +204,8 @@ class Group {
       const Floats rounded = clamp(round_to_even(zero_ + x), 0.0f, float(task.limit));
       found = {to_ints(rounded), rounded - zero_};
     } else {
-      found = entry(0, point_of(x));
+      const Entry entry = entries_.at(0, entries_.point(x));
+      found = {entry.rank, entry.value};
     }
     Floats distance = x - found.value;
     found.value *= step_;
@@ -263,13 +230,11 @@ class Group {
     for (int p = 0; p < kPaths; ++p) {
       const int last = p / kList >> 1, before = p / kList & 1;
       const Floats x = scaled(target[p]);
-      const Ints point = point_of(x);
+      const Ints point = entries_.point(x);
       for (int u = 0; u < 2; ++u) {
-        Choice& found = choice[u][p];
-        found = entry(2 * (u ^ before) + last, point);
-        metrics[u][p] = metric(k, x - found.value);
-        found.code = 2 * found.code + u;
-        found.value *= step_;
+        const Entry entry = entries_.at(2 * (u ^ before) + last, point);
+        metrics[u][p] = metric(k, x - entry.value);
+        choice[u][p] = {2 * entry.rank + u, entry.value * step_};
       }
     }
     if (any_salient_[k]) {

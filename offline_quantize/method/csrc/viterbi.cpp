@@ -1,4 +1,4 @@
-// Viterbi search through the trellis of `format/layout.py`, sixteen groups side by side, one per
+// Viterbi search through the trellis of `format/layout.py`, several groups side by side, one per
 // lane.
 //
 // It does the arithmetic of `trellis.search_torch` in the same order, so both give the same codes.
@@ -14,7 +14,7 @@
 
 namespace {
 
-// Sixteen groups, weight by weight with the lanes side by side.
+// As many groups as there are lanes, weight by weight with the lanes side by side.
 struct Block {
   int size;
   std::vector<Floats> scaled;  // weights in units of codebook entries
@@ -48,20 +48,15 @@ struct Block {
   }
 
   // Fills `survivors`. cost: of the best path to each state after the last weight, [state].
-  void search(const NearestEntries& tables, int limit, Floats* cost) {
-    const float end = float(limit);
+  void search(const NearestEntries& entries, Floats* cost) {
     for (int s = 0; s < 4; ++s) cost[s] = Floats{} + (s ? INFINITY : 0.0f);
     for (int k = 0; k < size; ++k) {
       const Floats x = scaled[k];
       const Ints f = forced[k];
-      const Ints at = to_ints(clamp(round_to_even(x), -end, end) + end);
-      points[k] = at;
+      points[k] = entries.point(x);
       Floats error[4];  // branch metric of each subset
       for (int s = 0; s < 4; ++s) {
-        const float* const value = tables.value.data() + s * tables.width;
-        Floats nearest;
-        for (int l = 0; l < kLanes; ++l) nearest[l] = value[at[l]];
-        const Floats distance = x - nearest;
+        const Floats distance = x - entries.at(s, points[k]).value;
         error[s] = f > 1 ? distance * distance * importance[k] : Floats{};
       }
       // by u[k]: infinite where the low bit is given and is the other one
@@ -81,7 +76,7 @@ struct Block {
   }
 
   // Codes and values along the best paths, from the last weight back to the first.
-  void trace(const NearestEntries& tables, const Floats* cost) {
+  void trace(const NearestEntries& entries, const Floats* cost) {
     Ints state = {};
     Floats least = cost[0];
     for (int s = 1; s < 4; ++s) {
@@ -96,13 +91,9 @@ struct Block {
                           : state == 1 ? survivor[1]
                           : state == 2 ? survivor[2]
                                        : survivor[3];
-      const Ints entry = (2 * (now ^ before) + last) * tables.width + points[k];
-      Ints rank;
-      Floats value;
-      for (int l = 0; l < kLanes; ++l) rank[l] = tables.rank[entry[l]];
-      for (int l = 0; l < kLanes; ++l) value[l] = tables.value[entry[l]];
-      codes[k] = 2 * rank + now;
-      values[k] = value;
+      const Entry entry = entries.at(2 * (now ^ before) + last, points[k]);
+      codes[k] = 2 * entry.rank + now;
+      values[k] = entry.value;
       state = 2 * last + before;
     }
   }
@@ -126,7 +117,7 @@ extern "C" void trellis_search(const float* weights, const float* unit, const ui
                                const float* importance, const int32_t* codebook,
                                int32_t codebook_size, int32_t limit, int64_t groups, int32_t size,
                                uint8_t* codes, float* values) {
-  const NearestEntries tables(codebook, codebook_size, limit, 4);
+  const NearestEntries entries(codebook, codebook_size, limit, 4);
   Block block(size);
   for (int64_t first = 0; first < groups; first += kLanes) {
     const int lanes = int(std::min<int64_t>(kLanes, groups - first));
@@ -134,8 +125,8 @@ extern "C" void trellis_search(const float* weights, const float* unit, const ui
     Floats cost[4];
     block.load(weights + offset, unit + first, forced + offset,
                importance ? importance + offset : nullptr, lanes);
-    block.search(tables, limit, cost);
-    block.trace(tables, cost);
+    block.search(entries, cost);
+    block.trace(entries, cost);
     block.store(codes + offset, values + offset, lanes);
   }
 }

@@ -21,6 +21,7 @@ from offline_quantize.method.encode import (
 )
 from offline_quantize.method.feedback_factor import FeedbackFactor, feedback_factor
 from offline_quantize.method.feedback_task import FeedbackTask, SalientSteps
+from offline_quantize.method.feedback_torch import LIST
 from offline_quantize.method.input_statistics import InputStatistics
 from offline_quantize.method.recipes import RECIPES, Recipe, adjust
 from precalib_kernels.errors import SourceError
@@ -39,7 +40,6 @@ def with_layout(name: str, **changes) -> Recipe:
 NEAREST = {"trellis": False, "codebook": RECIPES["balanced-4"].layout.codebook[::2]}
 KINDS: dict[str, Recipe] = {
     **RECIPES,
-    "balanced-2": adjust(RECIPES["balanced-3"], bits=2),
     "no salient weights": adjust(RECIPES["balanced-4"], alpha=0.0),
     "groups of 32": adjust(RECIPES["balanced-4"], group_size=32, alpha=0.05),
     "groups of 96": adjust(RECIPES["balanced-3"], group_size=96),
@@ -131,7 +131,7 @@ Path = tuple[float, list[int], list[float]]  # loss, codes, errors
 def best_paths(
     weight: list[float], factor: FeedbackFactor, step: float, layout: Layout, forced: dict[int, int]
 ) -> list[int]:
-    """Codes of one group: of the paths to each state the two of least loss so far go on.
+    """Codes of one group: of the paths to each state those of least loss so far go on.
 
     forced: salient columns, and how far their codes are above their values, in whole numbers.
     """
@@ -158,7 +158,7 @@ def best_paths(
                 total = cost + float(importance[k]) * (target - value) ** 2
                 path = (total, [*codes, code], [*errors, w - value])
                 found.setdefault((code & 1, one), []).append(path)
-        paths = [path for ways in found.values() for path in sorted(ways)[:2]]
+        paths = [path for ways in found.values() for path in sorted(ways)[:LIST]]
     return min(paths)[1]
 
 
@@ -251,20 +251,21 @@ def test_compiled_and_torch_agree_bit_for_bit(monkeypatch, weights, recipe, shap
         assert torch.equal(tensor, slow[suffix]), suffix
 
 
-@pytest.mark.skipif(
-    platform.machine() not in ("x86_64", "AMD64"), reason="this processor lacks x86"
-)
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="this processor lacks x86")
 @pytest.mark.parametrize("isa", ["x86-64", "x86-64-v3"])
-@pytest.mark.parametrize("name", ["balanced-3", "paper-4"])
-def test_every_isa_gives_the_same_codes(monkeypatch, weights, name, isa):
-    flags = tuple(f"-march={isa}" if f == "-march=native" else f for f in build.FLAGS)
-    made = build.Library(f"feedback-{isa}", (build.Unit(feedback.SOURCE, flags),))
+def test_every_isa_gives_the_same_codes(monkeypatch, tmp_path, weights, isa):
     weight, inputs = weights(torch.float32)(40, 224), known(correlated(224))
-    native = encode(weight, RECIPES[name], "x", inputs).tensors
-    other = build.load_library(made)
+    names = "balanced-3", "paper-4"
+    native = {name: encode(weight, RECIPES[name], "x", inputs).tensors for name in names}
+    flags = tuple(f"-march={isa}" if f == "-march=native" else f for f in build.FLAGS)
+    library = build.Library("feedback", (build.Unit(feedback.SOURCE, flags),))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    other = build.load_library(library)
     monkeypatch.setattr(feedback, "_native", lambda: other)
-    for suffix, tensor in encode(weight, RECIPES[name], "x", inputs).tensors.items():
-        assert torch.equal(tensor, native[suffix]), suffix
+    for name in names:
+        for suffix, tensor in encode(weight, RECIPES[name], "x", inputs).tensors.items():
+            assert torch.equal(tensor, native[name][suffix]), (name, suffix)
 
 
 @pytest.mark.parametrize("name", ["balanced-3", "paper-4", "rtn-3", "both"])
@@ -299,6 +300,15 @@ def test_many_rows_and_columns_agree_too(monkeypatch, weights, name, shape):
     native, slow = both_ways(monkeypatch, weight, RECIPES[name], known(hessian))
     for suffix, tensor in native.items():
         assert torch.equal(tensor, slow[suffix]), suffix
+
+
+@pytest.mark.parametrize("name", ["balanced-3", "paper-3"])
+def test_every_tensor_is_made_on_the_device_of_the_weight(monkeypatch, weights, name):
+    weight, inputs = weights(torch.float32)(6, 160), known(correlated(160))
+    expected = encode(weight, RECIPES[name], "x", inputs).tensors
+    with torch.device("meta"):  # whatever took its device from there could not be computed with
+        for found in both_ways(monkeypatch, weight, RECIPES[name], inputs):
+            assert all(torch.equal(found[suffix], tensor) for suffix, tensor in expected.items())
 
 
 def test_rows_do_not_depend_on_each_other(weights):
