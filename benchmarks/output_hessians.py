@@ -104,7 +104,7 @@ def decoder_blocks(model: "PreTrainedModel") -> nn.ModuleList:
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return module
-    raise UsageError(f"{type(model).__name__} has no list of {count} blocks; leave out --hessian")
+    raise UsageError(f"{type(model).__name__} has no list of {count} blocks")
 
 
 class _Sums:
