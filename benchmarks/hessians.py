@@ -134,7 +134,7 @@ class Bench:
         """Put the weights that the real encoder makes into the model."""
         start = time.process_time()
         for name, inputs in statistics.items():
-            weight = self.original.get_submodule(name).weight.detach()
+            weight = self.original.get_parameter(f"{name}.weight").detach()
             encoded = encode(weight, recipe, name, inputs)
             self.quantized[name] = reference.dequantize(
                 encoded.tensors, encoded.layout, weight.shape[1]
@@ -168,7 +168,7 @@ class Bench:
     def _put(self, weights: Mapping[str, Tensor]) -> None:
         with torch.no_grad():
             for name, weight in weights.items():
-                self.model.get_submodule(name).weight.copy_(weight)
+                self.model.get_parameter(f"{name}.weight").copy_(weight)
 
     def _own_text(self, count: int) -> list[Tensor]:
         path = self.out / f"text-{self.source.name}-{count}.pt"
