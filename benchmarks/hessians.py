@@ -24,6 +24,7 @@ from offline_quantize.calibration.tune import tune_factors
 from offline_quantize.checkpoint.atomic_files import read_json, write_json
 from offline_quantize.evaluation.begin_token import begin_tokens
 from offline_quantize.evaluation.kl import (
+    WINDOW,
     ReferenceDistributions,
     compare,
     generate_text,
@@ -54,7 +55,9 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True, metavar="FILE")
     parser.add_argument("--tokens", type=int, default=3072, help="of the text")
     parser.add_argument("--begin-token", action="store_true", help="as of precalib eval")
-    parser.add_argument("--windows", type=int, default=8, help="of 512 tokens, for statistics")
+    parser.add_argument(
+        "--windows", type=int, default=8, help=f"of {WINDOW} tokens, for statistics"
+    )
     parser.add_argument("--recipes", nargs="+", default=["balanced-3", "balanced-4"])
     parser.add_argument("--hessians", nargs="+", default=list(KINDS), choices=list(KINDS))
     parser.add_argument("--tune", type=int, nargs="*", default=[], metavar="EPOCHS")
@@ -173,7 +176,7 @@ class Bench:
     def _own_text(self, count: int) -> list[Tensor]:
         path = self.out / f"text-{self.source.name}-{count}.pt"
         if not path.exists():
-            torch.save(generate_text(self.original, 512 * count, 512, SEED), path)
+            torch.save(generate_text(self.original, WINDOW * count, WINDOW, SEED), path)
         return list(torch.load(path))
 
 
