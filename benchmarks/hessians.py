@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from output_hessians import output_hessians
 from torch import Tensor, nn
 
-from offline_quantize.calibration.output_hessians import output_hessians
 from offline_quantize.calibration.tune import tune_factors
 from offline_quantize.checkpoint.atomic_files import read_json, write_json
 from offline_quantize.evaluation.begin_token import begin_tokens
 from offline_quantize.evaluation.kl import (
+    WINDOW,
     ReferenceDistributions,
     compare,
     generate_text,
@@ -54,7 +55,9 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True, metavar="FILE")
     parser.add_argument("--tokens", type=int, default=3072, help="of the text")
     parser.add_argument("--begin-token", action="store_true", help="as of precalib eval")
-    parser.add_argument("--windows", type=int, default=8, help="of 512 tokens, for statistics")
+    parser.add_argument(
+        "--windows", type=int, default=8, help=f"of {WINDOW} tokens, for statistics"
+    )
     parser.add_argument("--recipes", nargs="+", default=["balanced-3", "balanced-4"])
     parser.add_argument("--hessians", nargs="+", default=list(KINDS), choices=list(KINDS))
     parser.add_argument("--tune", type=int, nargs="*", default=[], metavar="EPOCHS")
@@ -134,7 +137,7 @@ class Bench:
         """Put the weights that the real encoder makes into the model."""
         start = time.process_time()
         for name, inputs in statistics.items():
-            weight = self.original.get_submodule(name).weight.detach()
+            weight = self.original.get_parameter(f"{name}.weight").detach()
             encoded = encode(weight, recipe, name, inputs)
             self.quantized[name] = reference.dequantize(
                 encoded.tensors, encoded.layout, weight.shape[1]
@@ -168,12 +171,12 @@ class Bench:
     def _put(self, weights: Mapping[str, Tensor]) -> None:
         with torch.no_grad():
             for name, weight in weights.items():
-                self.model.get_submodule(name).weight.copy_(weight)
+                self.model.get_parameter(f"{name}.weight").copy_(weight)
 
     def _own_text(self, count: int) -> list[Tensor]:
         path = self.out / f"text-{self.source.name}-{count}.pt"
         if not path.exists():
-            torch.save(generate_text(self.original, 512 * count, 512, SEED), path)
+            torch.save(generate_text(self.original, WINDOW * count, WINDOW, SEED), path)
         return list(torch.load(path))
 
 

@@ -76,7 +76,7 @@ def tune_factors(
                 with torch.enable_grad():
                     loss = divergence(original, quantized, tokens)
                     optimizer.zero_grad()
-                    loss.backward()  # type: ignore[no-untyped-call]
+                    loss.backward()
                 optimizer.step()
                 schedule.step()
                 report(epoch * len(windows) + i + 1, steps, float(loss.detach()))
@@ -91,7 +91,7 @@ def divergence(original: "PreTrainedModel", quantized: "PreTrainedModel", tokens
     with torch.no_grad():
         log_p = original(tokens, use_cache=False).logits[:, :-1].float().log_softmax(-1)
     log_q = quantized(tokens, use_cache=False).logits[:, :-1].float().log_softmax(-1)
-    kl = nn.functional.kl_div(log_q, log_p, reduction="sum", log_target=True)
+    kl: Tensor = nn.functional.kl_div(log_q, log_p, reduction="sum", log_target=True)
     return kl / log_q[..., 0].numel()
 
 

@@ -30,7 +30,7 @@ from offline_quantize.method.pack import pack_rows
 from offline_quantize.method.recipes import Recipe
 from offline_quantize.method.salience import SalientWeights, choose_salient, penalty
 from offline_quantize.method.scales import GroupScales, RowScales, group_scales, row_scales
-from offline_quantize.method.sinkhorn import column_scale
+from offline_quantize.method.sinkhorn import column_scale, input_sizes
 from offline_quantize.method.weight_statistics import Statistics
 from precalib_kernels.errors import SourceError, UnfitError
 from precalib_kernels.format.layout import Layout
@@ -60,12 +60,24 @@ class PreparedMatrix:
     penalty:      λ' of the weight, 0 for the rule "group".
     largest:      largest magnitude of the weight.
     factor:       of the Hessian, None where it is unknown.
+    importance:   of an error in each column of W / s: E[x²]·s² over its mean,
+                  float32 [K]; None if E[x²] is unknown.
     """
 
     column_scale: Tensor | None
     penalty: float
     largest: float
     factor: FeedbackFactor | None = None
+    importance: Tensor | None = None
+
+    def objective(self, layout: Layout) -> Objective:
+        """What the codes of whole rows are to make small, where there is no feedback."""
+        if self.importance is None:
+            return SQUARED_ERROR
+        columns = len(self.importance)
+        groups = layout.groups(columns)
+        padded = torch.nn.functional.pad(self.importance, (0, groups * layout.group_size - columns))
+        return Objective(padded.view(groups, layout.group_size))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +133,7 @@ def encode_unchecked(
         block = weight[start : start + step].float()
         prepared = prepare_rows(block, matrix, recipe)
         if matrix.factor is None:
-            encoded = encode_groups(prepared, recipe)
+            encoded = encode_groups(prepared, recipe, matrix.objective(layout))
         else:
             encoded = encode_rows(prepared, recipe, matrix.factor)
         packed = pack_rows(
@@ -155,7 +167,11 @@ def prepare_matrix(
         reach = float((weight if scale is None else weight / scale).abs().max())
         if reach >= 2**24:  # no scale holds it, and products of it would leave float32
             raise _too_large("row_scale" if layout.scale == "log8" else "scales", where)
-    factor = None
+    factor, importance = None, None
+    if inputs and layout.trellis:
+        importance = input_sizes(inputs.mean_square.to(weight.device))
+        importance = importance if scale is None else importance * scale[0].square()
+        importance = importance / importance.mean()
     if inputs and inputs.hessian is not None:
         if not bool(inputs.hessian.isfinite().all()):
             raise SourceError(
@@ -163,7 +179,7 @@ def prepare_matrix(
                 "quantize it without a Hessian, or keep it with --keep"
             )
         factor = feedback_factor(inputs.hessian.to(weight.device), scale)
-    return PreparedMatrix(scale, penalty(weight, recipe), largest, factor)
+    return PreparedMatrix(scale, penalty(weight, recipe), largest, factor, importance)
 
 
 def prepare_rows(block: Tensor, matrix: PreparedMatrix, recipe: Recipe) -> PreparedRows:

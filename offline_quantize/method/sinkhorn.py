@@ -51,8 +51,7 @@ def column_scale(weight: Tensor, iterations: int, mean_square: Tensor | None = N
         column = _inverse(spread / rows, LEAST_COLUMN)
     factor = column.rsqrt()
     if mean_square is not None:
-        least = max(LEAST_INPUT * float(mean_square.mean()), torch.finfo(torch.float32).tiny)
-        size = mean_square.to(device).clamp_min(least)
+        size = input_sizes(mean_square.to(device))
         factor = factor ** (1 - 2 * INPUT_EXPONENT) * size ** (-INPUT_EXPONENT)
     factor /= factor.log().mean().exp()
     factor = factor.clamp(2**-10, 2**10)
@@ -60,6 +59,12 @@ def column_scale(weight: Tensor, iterations: int, mean_square: Tensor | None = N
     if 0 < largest < SMALL:
         factor *= 2.0 ** (math.frexp(largest)[1] // 2)
     return factor.half().clamp_min(2.0**-24).float().unsqueeze(0)
+
+
+def input_sizes(mean_square: Tensor) -> Tensor:
+    """E[x²] of inputs [K], those far below the mean raised to a bound above zero."""
+    least = max(LEAST_INPUT * float(mean_square.mean()), torch.finfo(torch.float32).tiny)
+    return mean_square.clamp_min(least)
 
 
 def _inverse(mean_square: Tensor, least: float) -> Tensor:

@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from offline_quantize.method.encode import encode
+from offline_quantize.method.encode import encode, encode_groups, prepare_matrix, prepare_rows
+from offline_quantize.method.input_statistics import InputStatistics
 from offline_quantize.method.recipes import RECIPES, adjust
 from offline_quantize.method.sinkhorn import column_scale
 from precalib_kernels.errors import SourceError, UnfitError
@@ -229,3 +230,26 @@ def test_a_ruined_column_scale_is_refused(monkeypatch, name, damage):
     monkeypatch.setattr("offline_quantize.method.encode.column_scale", ruined)
     with pytest.raises(UnfitError, match=r"^x: "):
         encode(normal(64, 384), RECIPES[name], "x")
+
+
+@pytest.mark.parametrize("name", [n for n, r in RECIPES.items() if r.layout.trellis])
+def test_errors_count_by_the_size_of_the_inputs_where_it_is_known(name):
+    recipe, size = RECIPES[name], RECIPES[name].layout.group_size
+    weight = torch.randn(64, 2 * size + 32)  # a ragged last group
+    mean_square = torch.randn(weight.shape[1]).mul(2).exp()
+    mean_square[5] = 0  # a dead input
+    inputs = InputStatistics(mean_square)
+    matrix = prepare_matrix(weight, recipe, "test", inputs)
+    rows = prepare_rows(weight, matrix, recipe)
+    plain = encode_groups(rows, recipe).codes.values
+    encoded = encode(weight, recipe, "test", inputs)
+    weighed = reference.dequantize(encoded.tensors, recipe.layout, weight.shape[1])
+
+    def loss(values):  # of each row and group, by definition: what the error adds to the output
+        part = mean_square * (weight - values).square()
+        return torch.nn.functional.pad(part, (0, size - 32)).view(64, 3, size).sum(-1)
+
+    before = loss(plain.flatten(1)[:, : weight.shape[1]] * matrix.column_scale)
+    after = loss(weighed)
+    assert (after <= before * 1.0001).all()  # every group is searched for its own best path
+    assert after.sum() < 0.95 * before.sum()

@@ -5,10 +5,14 @@ import torch
 from tiny_models import random_llama
 from torch.nn.functional import cross_entropy
 
-from offline_quantize.calibration.output_hessians import gradient_products, output_hessians
 from precalib_kernels.errors import UsageError
 
 SIZES = {"vocab_size": 50, "hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 4}
+
+
+@pytest.fixture
+def hessians(load):
+    return load("output_hessians")
 
 
 @pytest.fixture
@@ -48,7 +52,9 @@ def scaled(hessian, mean_square):
 
 
 @pytest.mark.parametrize(("batch", "lengths"), [(1, (9, 9, 12)), (2, (9, 9, 9)), (3, (9, 9, 12))])
-def test_whole_windows_give_the_products_of_each_samples_weight_gradients(model, batch, lengths):
+def test_whole_windows_give_the_products_of_each_samples_weight_gradients(
+    hessians, model, batch, lengths
+):
     windows = text(*lengths)
     expected = dict.fromkeys(linear_layers(model), 0.0)
     for window in windows:
@@ -60,7 +66,7 @@ def test_whole_windows_give_the_products_of_each_samples_weight_gradients(model,
         {name: x.square().sum(0) for name, (x, _) in observed(model, window).items()}
         for window in windows
     ]
-    found = dict(output_hessians(model, windows, batch=batch))
+    found = dict(hessians.output_hessians(model, windows, batch=batch))
     assert found.keys() == expected.keys()
     for name, statistics in found.items():
         mean_square = sum(square[name] for square in squares) / sum(lengths)
@@ -72,9 +78,9 @@ def test_whole_windows_give_the_products_of_each_samples_weight_gradients(model,
 
 
 @pytest.mark.parametrize("piece", [1, 4])
-def test_pieces_treat_their_tokens_alone_as_dependent(model, piece):
+def test_pieces_treat_their_tokens_alone_as_dependent(hessians, model, piece):
     windows = text(10, 10)
-    found = dict(output_hessians(model, windows, piece=piece, batch=2))
+    found = dict(hessians.output_hessians(model, windows, piece=piece, batch=2))
     seen = [observed(model, window) for window in windows]
     for name, statistics in found.items():
         expected = 0
@@ -91,9 +97,9 @@ def test_pieces_treat_their_tokens_alone_as_dependent(model, piece):
         )
 
 
-def test_one_token_pieces_are_inputs_weighted_by_their_gradient(model):
+def test_one_token_pieces_are_inputs_weighted_by_their_gradient(hessians, model):
     (window,) = text(12)
-    found = dict(output_hessians(model, [window], piece=1))
+    found = dict(hessians.output_hessians(model, [window], piece=1))
     for name, (x, d) in observed(model, window).items():
         expected = x.T @ d.square().sum(1).diag() @ x
         wanted = scaled(expected, found[name].mean_square)
@@ -102,7 +108,7 @@ def test_one_token_pieces_are_inputs_weighted_by_their_gradient(model):
         )
 
 
-def test_labels_of_the_model_are_drawn_from_its_distribution(model):
+def test_labels_of_the_model_are_drawn_from_its_distribution(hessians, model):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter *= 8  # a distribution that is far from even
@@ -114,34 +120,35 @@ def test_labels_of_the_model_are_drawn_from_its_distribution(model):
     for token, p in enumerate(log_p.exp().detach()):
         (gradient,) = torch.autograd.grad(-log_p[token], module.weight, retain_graph=True)
         expected = expected + p * gradient.T @ gradient
-    found = dict(output_hessians(model, [window] * 3000, labels="model", batch=500))[name]
-    of_text = dict(output_hessians(model, [window]))[name].hessian
+    found = dict(hessians.output_hessians(model, [window] * 3000, labels="model", batch=500))[name]
+    of_text = dict(hessians.output_hessians(model, [window]))[name].hessian
     wanted = scaled(expected, found.mean_square)
     error = (found.hessian - wanted).norm() / wanted.norm()
     assert error < 0.05
     assert (of_text - wanted).norm() / wanted.norm() > 2 * error
-    again = dict(output_hessians(model, [window] * 3000, labels="model", batch=500))[name]
+    again = dict(hessians.output_hessians(model, [window] * 3000, labels="model", batch=500))[name]
     assert torch.equal(again.hessian, found.hessian)
-    other = dict(output_hessians(model, [window] * 3000, labels="model", batch=500, seed=1))[name]
+    other = dict(
+        hessians.output_hessians(model, [window] * 3000, labels="model", batch=500, seed=1)
+    )[name]
     assert not torch.equal(other.hessian, found.hessian)
 
 
 @pytest.mark.parametrize("outputs", [3, 60])
 @pytest.mark.parametrize("piece", [None, 1, 5, 16, 100])
-def test_both_ways_to_compute_the_products_are_the_definition(outputs, piece):
+def test_both_ways_to_compute_the_products_are_the_definition(hessians, outputs, piece):
     x, d = torch.randn(17, 11).double(), torch.randn(17, outputs).double()
     size = piece or 17
     gradients = [a.T @ b for a, b in zip(d.split(size), x.split(size), strict=True)]
     expected = sum(gradient.T @ gradient for gradient in gradients)
-    found = gradient_products(x.float(), d.float(), piece)
+    found = hessians.gradient_products(x.float(), d.float(), piece)
     torch.testing.assert_close(found, expected.float(), rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("size", [1e-24, 1e24])
-def test_gradients_of_any_size_give_the_same_hessian(model, size):
-    """The head's last norm scales every gradient before it and no input."""
+def test_gradients_of_any_size_give_the_same_hessian(hessians, model, size):
     windows = text(9)
-    expected = dict(output_hessians(model, windows))
+    expected = dict(hessians.output_hessians(model, windows))
     original = torch.nn.functional.cross_entropy
 
     def sized(*arguments, **keywords):
@@ -149,15 +156,15 @@ def test_gradients_of_any_size_give_the_same_hessian(model, size):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.nn.functional, "cross_entropy", sized)
-        found = dict(output_hessians(model, windows))
+        found = dict(hessians.output_hessians(model, windows))
     for name, statistics in found.items():
         torch.testing.assert_close(statistics.hessian, expected[name].hessian, rtol=1e-3, atol=1e-6)
 
 
-def test_the_last_block_comes_first_and_the_model_stays_as_it_was(model):
+def test_the_last_block_comes_first_and_the_model_stays_as_it_was(hessians, model):
     model.model.norm.weight.requires_grad_(False)
     before = {name: (p.requires_grad, p.clone()) for name, p in model.named_parameters()}
-    names = [name for name, _ in output_hessians(model, text(6))]
+    names = [name for name, _ in hessians.output_hessians(model, text(6))]
     assert [name.split(".")[2] for name in names] == ["1"] * 7 + ["0"] * 7
     for name, parameter in model.named_parameters():
         assert parameter.requires_grad == before[name][0]
@@ -166,38 +173,35 @@ def test_the_last_block_comes_first_and_the_model_stays_as_it_was(model):
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-def test_a_layer_without_gradient_gets_its_inputs_sizes(model):
+def test_a_layer_without_gradient_gets_its_inputs_sizes(hessians, model):
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight.zero_()
-    found = dict(output_hessians(model, text(8)))["model.layers.1.mlp.gate_proj"]
+    found = dict(hessians.output_hessians(model, text(8)))["model.layers.1.mlp.gate_proj"]
     assert torch.equal(found.hessian, found.mean_square.diag())
     assert float(found.mean_square.min()) > 0
 
 
-def test_a_model_in_float16_is_refused(model):
+def test_a_model_in_float16_is_refused(hessians, model):
     with pytest.raises(UsageError, match="float16 underflow; load it in bfloat16"):
-        next(output_hessians(model.half(), text(6)))
+        next(hessians.output_hessians(model.half(), text(6)))
 
 
-def test_a_layer_that_does_not_see_windows_needs_batches_of_one(model):
+def test_a_layer_that_does_not_see_windows_needs_batches_of_one(hessians, model):
     class Flat(torch.nn.Module):
-        def __init__(self, inner):
+        def __init__(self):
             super().__init__()
-            self.inner = inner
+            self.inner = torch.nn.Linear(40, 24)
 
         def forward(self, x):
-            return self.inner(x.flatten(0, 1)).view(x.shape)
+            return self.inner(x.flatten(0, 1)).view(*x.shape[:2], -1)
 
-    model.model.layers[1].mlp.down_proj = Flat(torch.nn.Linear(40, 24))
-    model.model.layers[1].mlp.down_proj.forward = lambda x: (
-        model.model.layers[1].mlp.down_proj.inner(x.flatten(0, 1)).view(*x.shape[:2], -1)
-    )
+    model.model.layers[1].mlp.down_proj = Flat()
     with pytest.raises(UsageError, match=r"down_proj\.inner: .* use a batch of 1"):
-        next(output_hessians(model, text(6, 6), batch=2))
-    assert len(dict(output_hessians(model, text(6, 6)))) == 14
+        next(hessians.output_hessians(model, text(6, 6), batch=2))
+    assert len(dict(hessians.output_hessians(model, text(6, 6)))) == 14
 
 
-def test_a_model_without_a_list_of_blocks_is_refused(model):
+def test_a_model_without_a_list_of_blocks_is_refused(hessians, model):
     model.model.layers.append(torch.nn.Identity())
     with pytest.raises(UsageError, match="LlamaForCausalLM has no list of 2 blocks"):
-        next(output_hessians(model, text(6)))
+        next(hessians.output_hessians(model, text(6)))

@@ -104,7 +104,7 @@ def decoder_blocks(model: "PreTrainedModel") -> nn.ModuleList:
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return module
-    raise UsageError(f"{type(model).__name__} has no list of {count} blocks; leave out --hessian")
+    raise UsageError(f"{type(model).__name__} has no list of {count} blocks")
 
 
 class _Sums:
@@ -141,10 +141,11 @@ class _Sums:
     def statistics(self) -> InputStatistics:
         """Means over the tokens, H with the trace of E[x·xᵀ]."""
         mean_square = torch.as_tensor(self.square).float() / max(self.tokens, 1)
-        trace = float(torch.as_tensor(self.hessian).trace()) if self.unit is not None else 0.0
+        hessian = torch.as_tensor(self.hessian)
+        trace = float(hessian.trace()) if self.unit is not None else 0.0
         if not trace:
             return InputStatistics(mean_square, mean_square.diag())
-        return InputStatistics(mean_square, self.hessian * (float(mean_square.sum()) / trace))
+        return InputStatistics(mean_square, hessian * (float(mean_square.sum()) / trace))
 
 
 def gradient_products(x: Tensor, d: Tensor, piece: int | None) -> Tensor:
