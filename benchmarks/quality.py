@@ -120,7 +120,8 @@ def run(arguments: argparse.Namespace, work: Path) -> None:
             flush=True,
         )
         write_json(path, {"source": arguments.source.name, "rows": rows})
-    texts = [file.stem for file in arguments.text]
+    measured = {text for row in rows for text in row["texts"]}
+    texts = [file.stem for file in arguments.text if file.stem in measured]
     rows = [row for row in rows if set(texts) & set(row["texts"])]
     if rows:
         insert_table(tables(rows, texts), path.with_suffix(".md"))

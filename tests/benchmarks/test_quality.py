@@ -116,6 +116,14 @@ def test_a_new_text(run: Any, texts: list[Path], tmp_path: Path) -> None:
     assert sum(cell.strip() != "" for cell in lines[5].split("|")) == 3 + 2 * 3
 
 
+def test_a_text_that_nothing_was_measured_on_is_left_out(run: Any, tmp_path: Path) -> None:
+    run("--only", "NF4")
+    run("--only", "--text", tmp_path / "unread.txt", tmp_path / "letters.txt")
+    head = (tmp_path / "quality.md").read_text().splitlines()[1]
+    assert "letters: KL" in head
+    assert "unread" not in head
+
+
 def test_other_parameters_are_put_back(load: Load, source: Path, texts: list[Path]) -> None:
     def spoil(weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, int]]:
         yield "model.norm.weight", torch.full((128,), 3.0), 0
