@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 
     from offline_quantize.method.recipes import Recipe
 
-TARGETS = (3.3, 3.85, 4.3, 4.8)
+TARGETS = (2.3, 3.3, 3.85, 4.3, 4.8)
 OUTSIDE = Path(__file__).with_name("outside_peers.py")
 Text = tuple[Sequence[Tensor], ReferenceDistributions]
 Choices = tuple[
