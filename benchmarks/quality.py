@@ -202,7 +202,7 @@ class Bench:
         self, method: Method, texts: Sequence[str], tasks: Sequence[str] = ()
     ) -> dict[str, Any]:
         """Quantize by the method and measure; other parameters are put back after."""
-        start, stored, others = time.perf_counter(), 0, {}
+        start, began, stored, others = time.perf_counter(), time.process_time(), 0, {}
         missing = set(self.weights)
         with torch.inference_mode():
             for name, values, bits in method.quantize(self.weights):
@@ -219,6 +219,7 @@ class Bench:
                 left = sorted(missing)[0]
                 raise SourceError(f"{method.name} left out {left}; it must quantize every weight")
             seconds = time.perf_counter() - start
+            cpu_seconds = method.cpu_seconds(time.process_time() - began)
             measured = {
                 text: compare(self.texts[text][1], self.model, self.texts[text][0])
                 .summary(text)
@@ -232,6 +233,7 @@ class Bench:
         return method.facts() | {
             "bits": stored / total,
             "seconds": seconds,
+            "cpu_seconds": cpu_seconds,
             "dtype": str(self.dtype).removeprefix("torch."),
             "texts": measured,
             "tasks": answered,

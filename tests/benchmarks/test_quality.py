@@ -157,6 +157,7 @@ def test_tasks_and_another_name(run: Any, load: Load, source: Path, tmp_path: Pa
     (row,) = json.loads((tmp_path / "quality.json").read_text())["rows"]
     assert set(row["texts"]) == {"prose", "letters"}
     assert row["dtype"] in ("bfloat16", "float32")
+    assert row["cpu_seconds"] > 0
     task = row["tasks"]["quiz"]
     assert task["questions"] == 5
     assert 5 * task["accuracy"] == pytest.approx(round(5 * task["accuracy"]))
@@ -217,6 +218,7 @@ def test_peers_of_another_interpreter(load: Load, tmp_path: Path, texts: list[Pa
     for _ in range(2):  # the second time from the folder
         made = {name: bits for name, _, bits in found[0].quantize({})}
         assert made == {"a.weight": 12, "norm.weight": 0}
+        assert found[0].cpu_seconds(99) is None  # this program did not say
         (tmp_path / "peers.py").write_text("raise SystemExit('made twice')")
     (tmp_path / "peers.py").write_text(PEERS)
     with pytest.raises(SourceError, match="Broken v failed: no such thing"):
