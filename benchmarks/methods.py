@@ -29,6 +29,7 @@ class Method:
     name, variant: of its line in the plot, and of its point there.
     calibration:   the text it learnt from, none for a data-free method.
     note:          why its figures say less than they seem to.
+    made:          file of weights that another program makes, with the CPU seconds that it took.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Method:
     quantize: Quantize
     calibration: str = ""
     note: str = ""
+    made: Path | None = None
 
     @property
     def key(self) -> tuple[str, str]:
@@ -46,6 +48,14 @@ class Method:
         """What a row says of the method."""
         facts = {"method": self.name, "variant": self.variant}
         return facts | {"calibration": self.calibration, "note": self.note}
+
+    def cpu_seconds(self, own: float) -> float | None:
+        """What it took on all cores together, None if unknown; `own`: this process'."""
+        if self.made is None:
+            return own
+        with safe_open(self.made, framework="pt") as file:
+            found = file.metadata().get("cpu_seconds")
+        return None if found is None else float(found)
 
 
 def each(peer: Peer) -> Quantize:
@@ -102,15 +112,15 @@ def outside(
             label = f"{facts['method']}, {file.stem}" if file else facts["method"]
             folder = work / f"{label} {facts['variant']}".replace("/", "-")
             words = (str(source), str(folder), facts["method"], facts["variant"])
-            make = _making(program, folder, (*words, str(file)) if file else words)
+            made = folder / "weights.safetensors"
+            make = _making(program, made, (*words, str(file)) if file else words)
             text = file.stem if file else ""
-            found.append(Method(label, facts["variant"], make, text, facts["note"]))
+            found.append(Method(label, facts["variant"], make, text, facts["note"], made))
     return found
 
 
-def _making(program: Sequence[str], folder: Path, words: Sequence[str]) -> Quantize:
+def _making(program: Sequence[str], made: Path, words: Sequence[str]) -> Quantize:
     def quantize(_: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, int]]:
-        made = folder / "weights.safetensors"
         if not made.exists():
             _ask(program, *words)
         with safe_open(made, framework="pt") as file:

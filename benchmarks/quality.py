@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 
     from offline_quantize.method.recipes import Recipe
 
-TARGETS = (3.3, 3.85, 4.3, 4.8)
+TARGETS = (2.3, 3.3, 3.85, 4.3, 4.8)
 OUTSIDE = Path(__file__).with_name("outside_peers.py")
 Text = tuple[Sequence[Tensor], ReferenceDistributions]
 Choices = tuple[
@@ -120,7 +120,8 @@ def run(arguments: argparse.Namespace, work: Path) -> None:
             flush=True,
         )
         write_json(path, {"source": arguments.source.name, "rows": rows})
-    texts = [file.stem for file in arguments.text]
+    measured = {text for row in rows for text in row["texts"]}
+    texts = [file.stem for file in arguments.text if file.stem in measured]
     rows = [row for row in rows if set(texts) & set(row["texts"])]
     if rows:
         insert_table(tables(rows, texts), path.with_suffix(".md"))
@@ -201,7 +202,7 @@ class Bench:
         self, method: Method, texts: Sequence[str], tasks: Sequence[str] = ()
     ) -> dict[str, Any]:
         """Quantize by the method and measure; other parameters are put back after."""
-        start, stored, others = time.perf_counter(), 0, {}
+        start, began, stored, others = time.perf_counter(), time.process_time(), 0, {}
         missing = set(self.weights)
         with torch.inference_mode():
             for name, values, bits in method.quantize(self.weights):
@@ -218,6 +219,7 @@ class Bench:
                 left = sorted(missing)[0]
                 raise SourceError(f"{method.name} left out {left}; it must quantize every weight")
             seconds = time.perf_counter() - start
+            cpu_seconds = method.cpu_seconds(time.process_time() - began)
             measured = {
                 text: compare(self.texts[text][1], self.model, self.texts[text][0])
                 .summary(text)
@@ -231,6 +233,7 @@ class Bench:
         return method.facts() | {
             "bits": stored / total,
             "seconds": seconds,
+            "cpu_seconds": cpu_seconds,
             "dtype": str(self.dtype).removeprefix("torch."),
             "texts": measured,
             "tasks": answered,

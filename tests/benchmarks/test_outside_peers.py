@@ -49,11 +49,14 @@ def test_nothing_of_that_name(load: Load, monkeypatch: Any) -> None:
 
 
 def test_written_whole(load: Load, tmp_path: Path) -> None:
-    load("outside_peers").write({"a": torch.ones(2)}, {"a": 3}, tmp_path / "new")
+    load("outside_peers").write({"a": torch.ones(2)}, {"a": 3}, 12.34, tmp_path / "new")
     (file,) = (tmp_path / "new").iterdir()
     assert file.name == "weights.safetensors"
     with safe_open(file, framework="pt") as opened:
         assert json.loads(opened.metadata()["stored_bits"]) == {"a": 3}
+    method = load("methods").Method("m", "v", lambda _: (), made=file)
+    assert method.cpu_seconds(99) == 12.3
+    assert load("methods").Method("m", "v", lambda _: ()).cpu_seconds(99) == 99
 
 
 @pytest.mark.parametrize("shuffled", [False, True])

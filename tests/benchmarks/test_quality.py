@@ -67,7 +67,8 @@ def test_recipes_go_through_the_format(load: Load) -> None:
 
 def test_target_sizes_that_the_model_cannot_have_are_left_out(run: Any) -> None:
     rows = run("--only", "target-bits")
-    assert [row["variant"] for row in rows] == ["3.85", "4.3", "4.8"]  # small rows cost more
+    variants = [row["variant"] for row in rows]
+    assert variants == ["3.3", "3.85", "4.3", "4.8"]  # small rows cost more
     for row in rows:
         assert float(row["variant"]) - 0.3 < row["bits"] <= float(row["variant"])
     kl = [row["texts"]["prose"]["kl"] for row in rows]
@@ -116,6 +117,14 @@ def test_a_new_text(run: Any, texts: list[Path], tmp_path: Path) -> None:
     assert sum(cell.strip() != "" for cell in lines[5].split("|")) == 3 + 2 * 3
 
 
+def test_a_text_that_nothing_was_measured_on_is_left_out(run: Any, tmp_path: Path) -> None:
+    run("--only", "NF4")
+    run("--only", "--text", tmp_path / "unread.txt", tmp_path / "letters.txt")
+    head = (tmp_path / "quality.md").read_text().splitlines()[1]
+    assert "letters: KL" in head
+    assert "unread" not in head
+
+
 def test_other_parameters_are_put_back(load: Load, source: Path, texts: list[Path]) -> None:
     def spoil(weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, int]]:
         yield "model.norm.weight", torch.full((128,), 3.0), 0
@@ -148,6 +157,7 @@ def test_tasks_and_another_name(run: Any, load: Load, source: Path, tmp_path: Pa
     (row,) = json.loads((tmp_path / "quality.json").read_text())["rows"]
     assert set(row["texts"]) == {"prose", "letters"}
     assert row["dtype"] in ("bfloat16", "float32")
+    assert row["cpu_seconds"] > 0
     task = row["tasks"]["quiz"]
     assert task["questions"] == 5
     assert 5 * task["accuracy"] == pytest.approx(round(5 * task["accuracy"]))
@@ -208,6 +218,7 @@ def test_peers_of_another_interpreter(load: Load, tmp_path: Path, texts: list[Pa
     for _ in range(2):  # the second time from the folder
         made = {name: bits for name, _, bits in found[0].quantize({})}
         assert made == {"a.weight": 12, "norm.weight": 0}
+        assert found[0].cpu_seconds(99) is None  # this program did not say
         (tmp_path / "peers.py").write_text("raise SystemExit('made twice')")
     (tmp_path / "peers.py").write_text(PEERS)
     with pytest.raises(SourceError, match="Broken v failed: no such thing"):
