@@ -92,7 +92,8 @@ def divergence(original: "PreTrainedModel", quantized: "PreTrainedModel", tokens
         log_p = original(tokens, use_cache=False).logits[:, :-1].float().log_softmax(-1)
     log_q = quantized(tokens, use_cache=False).logits[:, :-1].float().log_softmax(-1)
     kl: Tensor = nn.functional.kl_div(log_q, log_p, reduction="sum", log_target=True)
-    return kl / log_q[..., 0].numel()
+    mean: Tensor = kl / log_q[..., 0].numel()
+    return mean
 
 
 def _rate(step: int, steps: int) -> float:
