@@ -24,7 +24,6 @@ from offline_quantize.checkpoint.source import open_checkpoint
 from offline_quantize.cli import console, evaluation_tables
 from offline_quantize.cli import doctor as diagnosis
 from offline_quantize.cli.device import check_device
-from offline_quantize.cli.tune import tune
 from offline_quantize.commands.dequantize import dequantize as run_dequantize
 from offline_quantize.commands.quantize import quantize as run_quantize
 from offline_quantize.commands.quantize import run_of
@@ -299,9 +298,6 @@ def evaluate(
     evaluation_tables.show(result)
     if json is not None:
         write_json(json, result.to_json())
-
-
-app.command()(tune)
 
 
 @app.command()
