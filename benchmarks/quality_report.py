@@ -51,9 +51,13 @@ def point(row: Row, text: str) -> tuple[float, float]:
 
 
 def tables(rows: Sequence[Row], texts: Sequence[str]) -> str:
-    """All tables of the page: KL of every row, the domain shift, and tasks, as far as measured."""
+    """All tables of the page: KL of every row, the domain shift, and tasks, as far as measured.
+
+    texts: of the first table; the domain shift is shown on all that were measured.
+    """
     found = [table(rows, texts)]
-    if shift := shift_table(rows, texts):
+    others = sorted({text for row in rows for text in row["texts"]} - set(texts))
+    if shift := shift_table(rows, [*texts, *others]):
         found.append(f"## Calibrated on one kind of text, measured on another\n\n{shift}")
     if tasks := task_table(rows):
         found.append(f"## Multiple choice\n\n{tasks}")
@@ -63,7 +67,7 @@ def tables(rows: Sequence[Row], texts: Sequence[str]) -> str:
 def shift_table(rows: Sequence[Row], texts: Sequence[str]) -> str:
     """Methods that were calibrated on several texts: KL, and KL relative to the best of the texts.
 
-    Empty if there is none. Our own rows stand beside them, which are alike on every text.
+    Empty if there is none. Our own rows that were measured on all texts stand beside them.
     """
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
@@ -78,7 +82,7 @@ def shift_table(rows: Sequence[Row], texts: Sequence[str]) -> str:
         f"| method | variant | calibrated on | effective bits | {heads} |",
         "|---|---|---|--:" + "|--:" * 2 * len(texts) + "|",
     ]
-    ours = [row for row in rows if _ours(row)]
+    ours = [row for row in rows if _ours(row) and set(texts) <= set(row["texts"])]
     for (method, variant), group in [(("", ""), ours), *groups.items()]:
         for row in group:
             where = row["calibration"] or "nothing"
