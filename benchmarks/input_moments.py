@@ -1,47 +1,44 @@
-"""What the open questions need to know of a model's inputs, from text that it writes itself."""
+"""What the open questions need to know of a model's inputs, and of what errors there cost."""
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from offline_quantize.calibration.activations import linear_layers, observe
 from offline_quantize.method.input_statistics import InputStatistics
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-@dataclasses.dataclass(frozen=True)
-class Moments:
-    """Of one linear layer y = x·Wᵀ with W [N, K].
-
-    inputs:  E[x²] over the tokens.
-    hessian: E[x·xᵀ], float32 [K, K].
-    fisher:  E[g²·x²] for every weight, float32 [N, K]; g is the gradient, with respect to y, of the
-             loss of a label that the model draws itself. Tokens' gradients count as independent.
-    """
-
-    inputs: InputStatistics
-    hessian: Tensor
-    fisher: Tensor
-
-
-def moments(
+def input_moments(
     model: "PreTrainedModel", weights: Mapping[str, Tensor], windows: Sequence[Tensor]
-) -> dict[str, Moments]:
-    """Moments of the layers that own `weights`, by their names; one backward pass a window."""
+) -> dict[str, InputStatistics]:
+    """E[x²] and E[x·xᵀ] of the layers that own `weights`, by their names; one forward pass."""
+    layers = linear_layers(model, {name: weight.shape for name, weight in weights.items()})
+    found: dict[str, InputStatistics] = {}
+    for _, of_block in observe(model, windows, layers, hessians=True):
+        found |= of_block
+    return found
+
+
+def fisher_diagonals(
+    model: "PreTrainedModel", weights: Mapping[str, Tensor], windows: Sequence[Tensor]
+) -> dict[str, Tensor]:
+    """E[g²·x²] for every weight, float32 [N, K] by name; one backward pass a window.
+
+    g is the gradient, with respect to the layer's outputs, of the loss of a label that the model
+    draws itself. Gradients of different tokens count as independent.
+    """
     model.requires_grad_(False)
     tokens = sum(len(window) for window in windows)
-    products = {name: torch.zeros(2 * weight.shape[1:]) for name, weight in weights.items()}
-    fisher = {name: torch.zeros(weight.shape) for name, weight in weights.items()}
-    handles = []
-    for name in weights:
-        hook = _recorder(products[name], fisher[name])
-        handles.append(
-            model.get_submodule(name.removesuffix(".weight")).register_forward_hook(hook)
-        )
+    sums = {name: torch.zeros(weight.shape) for name, weight in weights.items()}
+    handles = [
+        model.get_submodule(name.removesuffix(".weight")).register_forward_hook(_recorder(total))
+        for name, total in sums.items()
+    ]
     generator = torch.Generator(model.device).manual_seed(0)
     try:
         for window in windows:
@@ -49,14 +46,7 @@ def moments(
     finally:
         for handle in handles:
             handle.remove()
-    return {
-        name: Moments(
-            InputStatistics(products[name].diagonal() / tokens),
-            products[name] / tokens,
-            fisher[name] / tokens,
-        )
-        for name in weights
-    }
+    return {name: total / tokens for name, total in sums.items()}
 
 
 def _drawn_loss(model: "PreTrainedModel", window: Tensor, generator: torch.Generator) -> Tensor:
@@ -67,17 +57,15 @@ def _drawn_loss(model: "PreTrainedModel", window: Tensor, generator: torch.Gener
     return torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
 
 
-def _recorder(products: Tensor, fisher: Tensor) -> Callable[..., None]:
-    """A forward hook that adds Σ x·xᵀ to `products`; Σ g²·x² to `fisher` in the backward pass."""
+def _recorder(total: Tensor) -> Callable[..., None]:
+    """A forward hook that has the backward pass add Σ g²·x² to `total`."""
 
     def record(_: Any, given: tuple[Tensor], out: Tensor) -> None:
-        x = given[0].detach().flatten(0, -2).float()
-        products.add_((x.T @ x).cpu())
-        squares = x.square()
+        squares = given[0].detach().flatten(0, -2).float().square()
 
         def add(gradient: Tensor) -> None:
             g = gradient.flatten(0, -2).float().square()
-            fisher.add_((g.T @ squares).cpu())
+            total.add_((g.T @ squares).cpu())
 
         out.register_hook(add)
 

@@ -5,12 +5,12 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from input_moments import Moments
 from salience_rules import magnitude, quantize_by_score, to_groups
 from torch import Tensor
 
 from offline_quantize import list_recipes
 from offline_quantize.method.encode import prepare_matrix
+from offline_quantize.method.input_statistics import InputStatistics
 from offline_quantize.method.recipes import Recipe, adjust
 
 COUNTS = (0, 1, 2, 3, 4, 6, 8, 10, 12, 15, 19)  # of 128
@@ -21,13 +21,13 @@ LARGE = 4096, 4096  # a shape whose size is that of long rows
 
 
 def best_shares(
-    weights: Mapping[str, Tensor], moments: Mapping[str, Moments]
+    weights: Mapping[str, Tensor], inputs: Mapping[str, InputStatistics]
 ) -> Iterator[dict[str, Any]]:
     """Facts about the weights of every third layer, a dictionary each."""
     for name, weight in weights.items():
         layer = LAYER.search(name)
         if layer and int(layer[1]) % EVERY == 0:
-            yield facts(name, weight.float(), moments[name].inputs.mean_square)
+            yield facts(name, weight.float(), inputs[name].mean_square)
 
 
 def facts(name: str, weight: Tensor, mean_square: Tensor) -> dict[str, Any]:
