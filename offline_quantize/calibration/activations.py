@@ -6,6 +6,7 @@ after it (`models.load_for_pass`). What is known of a block's inputs is handed o
 block is through, and the pass waits meanwhile: the Hessians of one block are all that exist.
 """
 
+import collections
 import queue
 import threading
 from collections.abc import Generator, Mapping, Sequence
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from offline_quantize.evaluation.models import input_device
 from offline_quantize.method.input_statistics import InputStatistics
 from offline_quantize.planning.selection import LAYER
 
@@ -34,6 +36,7 @@ def observe(
     *,
     head: str | None = None,
     hessians: bool = False,
+    threads: int = 1,
 ) -> Generator[Block]:
     """Each block's name, and the input statistics of its weights by name, in the model's order.
 
@@ -41,6 +44,7 @@ def observe(
     layers:   of the wanted weights: the model's module of each, by name (`linear_layers`).
     head:     name of the output head's weight, if it is wanted, too; a block of its own, the last.
     hessians: whether E[x·xᵀ] is wanted, too.
+    threads:  of the processor for the pass; while a block is looked at, torch is set to one.
 
     The statistics are float32, on the device of the layer. The pass stands still while a block is
     looked at, and ends when the iterator is closed.
@@ -50,23 +54,24 @@ def observe(
     recorder = _Recorder(hessians)
     hooks = []
     stopped = threading.Event()
-    threads = torch.get_num_threads()
 
-    def hand_over(block: str) -> None:
-        found.put((block, recorder.take()))
+    def hand_over(block: str, statistics: Mapping[str, InputStatistics]) -> None:
+        torch.set_num_threads(1)  # new threads of the consumer's pool take it over
+        found.put((block, statistics))
         resume.acquire()
         if stopped.is_set():
             raise _Stopped
-        torch.set_num_threads(threads)  # the consumer's workers may have changed it
+        torch.set_num_threads(threads)
 
     def run() -> None:
+        torch.set_num_threads(threads)
         try:
             with torch.inference_mode():
-                tokens = torch.stack(list(windows)).to(model.device)
+                tokens = torch.stack(list(windows)).to(input_device(model))
                 hidden = model.base_model(tokens, use_cache=False).last_hidden_state
                 if head is not None:
-                    found.put(("head", {head: input_statistics(hidden, hessians)}))
-                    resume.acquire()
+                    hand_over("head", {head: input_statistics(hidden, hessians)})
+            torch.set_num_threads(1)
             found.put(None)
         except _Stopped:
             pass
@@ -77,7 +82,9 @@ def observe(
         for name, layer in inside.items():
             hooks.append(layer.register_forward_pre_hook(recorder.hook(name)))
         module = model.get_submodule(block)
-        hooks.append(module.register_forward_hook(lambda *_, block=block: hand_over(block)))
+        hooks.append(
+            module.register_forward_hook(lambda *_, block=block: hand_over(block, recorder.take()))
+        )
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     try:
@@ -101,19 +108,25 @@ def linear_layers(model: torch.nn.Module, shapes: Mapping[str, Sequence[int]]) -
 
     A module is that of a weight if their names agree from the layer's number on, and their shapes:
     transformers and a checkpoint may differ in what comes before. Weights that fit several modules
-    or none are left out.
+    or none are left out, and so are several weights that fit one module, but for its namesake.
     """
     modules: dict[tuple[str, tuple[int, ...]], list[str]] = {}
     for name, module in model.named_modules():
         if (tail := _tail(f"{name}.weight")) and isinstance(module, torch.nn.Linear):
             modules.setdefault((tail, tuple(module.weight.shape)), []).append(name)
-    found = {}
+    found, exact = {}, set()
     for name, shape in shapes.items():
         fitting = modules.get((_tail(name) or "", tuple(shape)), [])
         same = [module for module in fitting if f"{module}.weight" == name]
+        exact.update(same)
         if len(chosen := same or fitting) == 1:
             found[name] = chosen[0]
-    return found
+    claims = collections.Counter(found.values())
+    return {
+        name: module
+        for name, module in found.items()
+        if f"{module}.weight" == name or (claims[module] == 1 and module not in exact)
+    }
 
 
 class _Recorder:

@@ -42,7 +42,7 @@ def choose_activations(
         gains = any(weight.recipe.layout.column_scale for weight in plan.weight_plans.values())
         reason = why_not(plan) if gains or feedback else None
         if feedback and reason is not None:
-            raise UsageError(f"--feedback: {reason}")
+            raise UsageError(f"--feedback: {reason}; leave out --feedback")
         if (gains or feedback) and reason is None:
             text = "self" if feedback else "random"
         else:
@@ -73,10 +73,10 @@ def why_not(plan: Plan) -> str | None:
     shapes = {name: weight.entry.shape for name, weight in plan.weight_plans.items()}
     inside = [name for name in shapes if LAYER.search(name)]
     found = linear_layers(model, shapes)
-    if unknown := [name for name in inside if name not in found]:
+    if inside and not found:
         return (
-            f"{plan.source.root}: transformers' {type(model).__name__} has no linear layer for "
-            f"{len(unknown)} of {len(inside)} weights, such as '{unknown[0]}'"
+            f"{plan.source.root}: transformers' {type(model).__name__} has no linear layer of the "
+            f"name and shape of '{inside[0]}' or any other weight; does config.json belong to it?"
         )
     if missing := _missing(model, list(plan.source.locations)):
         return f"{plan.source.root}: transformers wants a tensor '{missing}'"
@@ -84,10 +84,15 @@ def why_not(plan: Plan) -> str | None:
 
 
 def _missing(model: "PreTrainedModel", names: Sequence[str]) -> str | None:
-    """A parameter of a decoder layer for which the checkpoint has no tensor."""
-    there = {name[match.start(1) :] for name in names if (match := LAYER.search(name))}
+    """A parameter for which the checkpoint has no tensor."""
+    there = {_tail(name) for name in names}
     for name, _ in model.named_parameters():
-        match = LAYER.search(name)
-        if match and name.endswith((".weight", ".bias")) and name[match.start(1) :] not in there:
+        if name.endswith((".weight", ".bias")) and _tail(name) not in there:
             return name
     return None
+
+
+def _tail(name: str) -> str:
+    """A name from its layer's number on; of others the last two parts, as "norm.weight"."""
+    match = LAYER.search(name)
+    return name[match.start(1) :] if match else ".".join(name.split(".")[-2:])

@@ -6,6 +6,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from offline_quantize.calibration.activations import Block, linear_layers, observe
@@ -16,11 +17,10 @@ from offline_quantize.checkpoint.source import Checkpoint
 from offline_quantize.method.input_statistics import InputStatistics
 from offline_quantize.planning.activation_options import ActivationOptions
 from offline_quantize.planning.selection import HEAD, LAYER, module_of
-from precalib_kernels.errors import SourceError
+from precalib_kernels.errors import PrecalibError, SourceError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
 
 REMEDY = "quantize with --activations none"
 
@@ -29,12 +29,15 @@ REMEDY = "quantize with --activations none"
 class Observation:
     """A model and a text, ready for the pass.
 
+    root:    folder of the checkpoint, for errors.
     windows: token ids, int64 [n], all of one length.
     layers:  the model's module of each weight whose inputs will be known, by name.
     head:    name of the output head's weight if it is to be quantized, too.
     unknown: names of the others in decoder layers.
+    threads: for the pass.
     """
 
+    root: Path
     model: "PreTrainedModel"
     windows: Sequence[Tensor]
     layers: Mapping[str, str]
@@ -42,19 +45,45 @@ class Observation:
     unknown: Sequence[str]
     options: ActivationOptions
     progress: Progress
+    threads: int
 
     def blocks(self) -> Generator[Block]:
-        """The input statistics of each block in turn."""
-        hessians = self.options.feedback
-        blocks = observe(self.model, self.windows, self.layers, head=self.head, hessians=hessians)
-        with contextlib.closing(blocks):
-            for block in blocks:
+        """The input statistics of each block in turn.
+
+        Raises SourceError when the model fails or its inputs are not finite.
+        """
+        observed = observe(
+            self.model,
+            self.windows,
+            self.layers,
+            head=self.head,
+            hessians=self.options.feedback,
+            threads=self.threads,
+        )
+        with contextlib.closing(observed) as blocks:
+            while True:
+                with _errors_of_the_model(self.root):
+                    block = next(blocks, None)
+                if block is None:
+                    return
                 self.progress.begin(f"inputs of {block[0]}")
+                self._check_finite(block[1])
                 yield block
 
     def inputs(self) -> Mapping[str, InputStatistics]:
         """The input statistics of all blocks together."""
-        return {name: found for _, block in self.blocks() for name, found in block.items()}
+        try:
+            return {name: found for _, block in self.blocks() for name, found in block.items()}
+        finally:
+            torch.set_num_threads(self.threads)
+
+    def _check_finite(self, block: Mapping[str, InputStatistics]) -> None:
+        for name, found in block.items():
+            if not bool(found.mean_square.isfinite().all()):
+                raise SourceError(
+                    f"{self.root}: the inputs of '{name}' are not finite when the model runs; a "
+                    f"tensor before it is damaged: download the checkpoint again, or {REMEDY}"
+                )
 
 
 @contextlib.contextmanager
@@ -69,31 +98,47 @@ def observation(
 
     shapes: of the weights that are to be quantized, by name.
 
-    Raises SourceError when transformers cannot load the model or its layers have other names than
-    all these weights, and what making the text raises.
+    Raises SourceError when transformers cannot load or run the model or its layers have other names
+    than all these weights, and what reading a text raises.
     """
+    threads = torch.get_num_threads()
     with contextlib.ExitStack() as stack:
         progress.begin("model for a forward pass")
         try:
             model = stack.enter_context(model_for_pass(source.root, device))
         except SourceError as error:
-            raise SourceError(f"{error}; {REMEDY}") from error
+            raise SourceError(f"{str(error).rstrip('?')}; {REMEDY}") from error
         layers = linear_layers(model, shapes)
         if not layers:
             raise SourceError(
                 f"{source.root}: transformers' {type(model).__name__} has no layer for "
                 f"'{next(iter(shapes))}' or any other weight; {REMEDY}"
             )
-        unknown = [name for name in shapes if name not in layers and LAYER.search(name)]
         progress.begin("text for the model")
-        windows = _text(model, source.root, options)
+        with _errors_of_the_model(source.root):
+            windows = _text(model, source.root, options)
         head = next((name for name in shapes if HEAD.search(module_of(name))), None)
-        yield Observation(model, windows, layers, head, unknown, options, progress)
+        unknown = [name for name in shapes if name not in layers and LAYER.search(name)]
+        yield Observation(
+            source.root, model, windows, layers, head, unknown, options, progress, threads
+        )
+
+
+@contextlib.contextmanager
+def _errors_of_the_model(root: Path) -> Iterator[None]:
+    """Whatever a model class raises, as one sentence."""
+    try:
+        yield
+    except PrecalibError:
+        raise
+    except Exception as error:  # of any model class: all the same here
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise SourceError(f"{root}: the model cannot be run ({reason}); {REMEDY}") from error
 
 
 def _text(model: "PreTrainedModel", root: Path, options: ActivationOptions) -> list[Tensor]:
-    if options.text == "random":
-        return random_tokens(model, options.tokens)
+    if options.file is not None:
+        return text_of_file(model, root, options.file, options.tokens)
     if options.text == "self":
         return own_text(model, options.tokens)
-    return text_of_file(model, root, Path(options.text), options.tokens)
+    return random_tokens(model, options.tokens)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from offline_quantize.evaluation.kl import WINDOW, generate_text, text_windows
 from offline_quantize.evaluation.models import load_tokenizer
-from precalib_kernels.errors import InputError
+from precalib_kernels.errors import InputError, UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,7 +38,13 @@ def own_text(model: "PreTrainedModel", count: int, seed: int = SEED) -> list[Ten
 
     Raises UsageError when the model names no token to begin with.
     """
-    return generate_text(model, count, min(OWN_WINDOW, _window(model, count)), seed)
+    try:
+        return generate_text(model, count, min(OWN_WINDOW, _window(model, count)), seed)
+    except UsageError as error:
+        raise UsageError(
+            "the model has neither bos_token_id nor eos_token_id to begin a text with; give one "
+            "with --activations FILE"
+        ) from error
 
 
 def text_of_file(model: "PreTrainedModel", source: Path, file: Path, count: int) -> list[Tensor]:

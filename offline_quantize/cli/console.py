@@ -128,7 +128,7 @@ def show_activations(plan: Plan, reason: str | None, unknown: Sequence[str] = ()
     unknown: weights of which the inputs stay unknown all the same.
     """
     if reason:
-        out.print(f"Note: quantized without a forward pass, with a larger error. {reason}")
+        out.print(f"Note: quantized without a forward pass, so outputs will differ more. {reason}")
     if plan.options.activations is None:
         return
     out.print(f"Inputs of layers: known from {describe(plan.options.activations.to_json())}.")

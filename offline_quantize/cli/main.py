@@ -41,7 +41,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Quantize language models to 3–4 bits without data, for vLLM.",
+    help="Quantize language models to 2–5 bits without data, for vLLM.",
 )
 
 
@@ -115,8 +115,8 @@ def quantize(
         typer.Option(
             metavar="auto|none|random|self|FILE",
             help="What goes through the model first, to know the inputs of its layers: random "
-            "tokens, text that it writes itself, or a text file; auto: random tokens if "
-            "transformers can run the model.",
+            "tokens, text that it writes itself, or a text file; auto: random tokens, with "
+            "--feedback text of its own, and nothing if transformers cannot run the model.",
         ),
     ] = "auto",
     activation_tokens: Annotated[
@@ -147,7 +147,7 @@ def quantize(
         typer.Option("--report", metavar="FILE", help="Also write a report, an HTML page, here."),
     ] = None,
 ) -> None:
-    """Quantize a checkpoint. No data, no model class: tensors are chosen by name."""
+    """Quantize a checkpoint, without data. Tensors are chosen by name."""
     changes: dict[str, Any] = {
         "bits": bits,
         "group_size": group_size,

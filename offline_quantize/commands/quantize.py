@@ -31,7 +31,7 @@ from offline_quantize.method.encode import encode
 from offline_quantize.method.input_statistics import InputStatistics
 from offline_quantize.planning import selection
 from offline_quantize.planning.plan import Plan, WeightPlan
-from precalib_kernels.errors import UnfitError
+from precalib_kernels.errors import PrecalibError, UnfitError
 from precalib_kernels.format.layout import FORMAT_VERSION, eq13_bits
 
 if TYPE_CHECKING:
@@ -70,12 +70,18 @@ def quantize(
     """
     start = time.monotonic()
     run = run_of(plan, target, device)
-    if run.state(resume) is State.FINISHED:
+    state = run.state(resume)
+    if state is State.FINISHED:
         run.clean_up()
         return Outcome(read_manifest(target), None)
     with contextlib.ExitStack() as stack:
-        batches, unknown = _batches(run, plan, device, progress, stack)
         stack.enter_context(run.begin())
+        try:
+            batches, unknown = _batches(run, plan, device, progress, stack)
+        except PrecalibError:
+            if state is State.NEW:
+                run.discard()
+            raise
         try:
             reports = write_shards(run, batches, jobs, progress)
         except UnfitError as error:

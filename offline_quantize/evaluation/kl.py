@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from offline_quantize.evaluation.bootstrap import BLOCK, mean_interval
-from offline_quantize.evaluation.models import bos_tokens
+from offline_quantize.evaluation.models import bos_tokens, input_device
 from offline_quantize.evaluation.result import TextResult
 from precalib_kernels.errors import InputError, UsageError
 
@@ -146,7 +146,7 @@ def generate_text(
     tokens = torch.full((rows, 1), begin)
     past = None
     for _ in range(window - 1):
-        out = model(tokens[:, -1:].to(model.device), past_key_values=past, use_cache=True)
+        out = model(tokens[:, -1:].to(input_device(model)), past_key_values=past, use_cache=True)
         past = out.past_key_values
         p = out.logits[:, -1].float().softmax(-1).cpu()
         tokens = torch.cat((tokens, torch.multinomial(p, 1, generator=generator)), 1)

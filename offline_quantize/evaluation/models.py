@@ -7,8 +7,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from offline_quantize.checkpoint.atomic_files import read_json
 from offline_quantize.checkpoint.packed import open_packed
-from offline_quantize.checkpoint.source import check_suitable, open_checkpoint
+from offline_quantize.checkpoint.source import (
+    CONFIG,
+    DOWNLOAD_REMEDY,
+    check_suitable,
+    open_checkpoint,
+)
 from precalib_kernels.errors import PrecalibError, SourceError, UsageError
 
 if TYPE_CHECKING:
@@ -62,15 +68,36 @@ def empty_model(directory: Path) -> "PreTrainedModel":
     from transformers import AutoConfig, AutoModelForCausalLM
 
     auto_model: Any = AutoModelForCausalLM
+    _refuse_hub_kernels(directory, read_json(directory / CONFIG, SourceError, DOWNLOAD_REMEDY))
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         with torch.device("meta"):
-            model: PreTrainedModel = auto_model.from_config(config)
+            model: PreTrainedModel = auto_model.from_config(config, trust_remote_code=False)
         return model
+    except KeyError as error:
+        raise SourceError(f"{directory}: transformers has no model type {error}") from error
     except Exception as error:  # of any model class: all the same here
         raise SourceError(f"{directory}: transformers cannot load it ({_line(error)})") from error
+
+
+def input_device(model: "PreTrainedModel") -> torch.device:
+    """Where a model takes its tokens; the CPU for one whose embeddings are read from disk."""
+    device = model.device
+    return torch.device("cpu") if device.type == "meta" else device
+
+
+def _refuse_hub_kernels(directory: Path, config: Mapping[str, Any]) -> None:
+    """Raise SourceError for code of the hub that transformers would load as a kernel."""
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            _refuse_hub_kernels(directory, value)
+        elif name.endswith("_implementation") and isinstance(value, str) and "/" in value:
+            raise SourceError(
+                f"{directory / CONFIG}: asks for code of the hub ({name} is '{value}'), which is "
+                "not run; remove that entry"
+            )
 
 
 def load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
@@ -82,7 +109,7 @@ def load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(directory)
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # of any tokenizer library: all the same here
         raise SourceError(f"{directory}: no tokenizer can be loaded ({_line(error)})") from error
 

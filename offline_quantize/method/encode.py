@@ -176,7 +176,7 @@ def prepare_matrix(
         if not bool(inputs.hessian.isfinite().all()):
             raise SourceError(
                 f"{where}: the Hessian of its inputs has values that are not finite; "
-                "quantize it without a Hessian, or keep it with --keep"
+                "quantize without --feedback"
             )
         factor = feedback_factor(inputs.hessian.to(weight.device), scale)
     return PreparedMatrix(scale, penalty(weight, recipe), largest, factor, importance)

@@ -41,19 +41,23 @@ class ActivationOptions:
         values = dataclasses.asdict(self)
         if self.file is not None:
             try:
-                digest = hashlib.sha256(self.file.read_bytes()).hexdigest()
+                with self.file.open("rb") as opened:
+                    digest = hashlib.file_digest(opened, "sha256").hexdigest()
             except OSError as error:
                 raise InputError(
                     f"{self.file}: cannot be read ({error.strerror}); give a text file to "
                     "--activations, or one of none, random, self"
                 ) from error
-            values |= {"text": self.file.name, "sha256": digest}
+            values |= {"text": "file", "file": self.file.name, "sha256": digest}
         return values
 
 
 def describe(activations: Mapping[str, Any]) -> str:
     """What went through the model, in a few words, from the record of a run."""
-    of = {"random": "random tokens", "self": "tokens that the model wrote"}
-    text = of.get(activations["text"], f"tokens of {activations['text']}")
-    feedback = " and error feedback" if activations["feedback"] else ""
-    return f"{activations['tokens']:,} {text}{feedback}"
+    tokens = f"{activations['tokens']:,}"
+    text = {
+        "random": f"{tokens} random tokens",
+        "self": f"{tokens} tokens that the model wrote",
+        "file": f"at most {tokens} tokens of {activations.get('file')}",
+    }[activations["text"]]
+    return f"{text} and error feedback" if activations["feedback"] else text

@@ -86,5 +86,9 @@ def test_smollm2_has_the_same_likeliest_tokens_in_bfloat16(smollm2, tmp_path):
     # bf16 products in another order move logits by about 1 %; the twentieth place can tie
     assert min(shared) >= 16
     assert sum(shared) / len(shared) >= 18.5
-    same = [ours["token"] == theirs["token"] for ours, theirs in steps]
-    assert sum(same) / len(same) >= 0.9
+    # where the first token differs, transformers finds vLLM's nearly as likely as its own
+    behind = [
+        max(theirs["logprobs"].values()) - theirs["logprobs"].get(str(ours["token"]), float("-inf"))
+        for ours, theirs in steps
+    ]
+    assert max(behind) < 0.1, behind

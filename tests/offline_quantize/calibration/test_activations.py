@@ -151,3 +151,43 @@ def test_the_head_comes_last_with_what_the_blocks_give_it(model, windows):
     expected = torch.einsum("tj,tk->jk", x, x) / (4 * 11)
     found = last[1]["lm_head.weight"]
     torch.testing.assert_close(found.hessian.double(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_pass_ends_when_nobody_wants_the_head(model, windows):
+    layers = linear_layers(model, shapes(model))
+    blocks = observe(model, windows, layers, head="lm_head.weight")
+    for name, _ in blocks:
+        if name == "head":
+            break
+    blocks.close()  # a pass that waits for ever would hang here
+    again = observe(model, windows, layers, head="lm_head.weight")
+    for name, _ in again:
+        if name == "model.layers.2":
+            break
+    again.close()
+
+
+def test_the_pass_has_its_threads_and_the_others_have_one(model, windows):
+    inside = []
+    hook = model.model.layers[1].register_forward_pre_hook(
+        lambda *_: inside.append(torch.get_num_threads())
+    )
+    before = torch.get_num_threads()
+    try:
+        outside = [
+            torch.get_num_threads()
+            for _ in observe(model, windows, linear_layers(model, shapes(model)), threads=2)
+        ]
+    finally:
+        hook.remove()
+        torch.set_num_threads(before)
+    assert inside == [2]
+    assert len(outside) == 3
+
+
+def test_several_weights_never_share_a_module(model):
+    wanted = {f"{tower}.layers.0.mlp.up_proj.weight": (96, 64) for tower in ("encoder", "decoder")}
+    assert linear_layers(model, wanted) == {}
+    namesake = "model.layers.0.mlp.up_proj.weight"
+    wanted |= {namesake: (96, 64)}
+    assert linear_layers(model, wanted) == {namesake: "model.layers.0.mlp.up_proj"}

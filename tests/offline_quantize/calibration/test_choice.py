@@ -1,15 +1,18 @@
 """Whether a pass is made, as it follows from the checkpoint and from what the user wrote."""
 
+import contextlib
 import json
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from offline_quantize.calibration.choice import choose_activations, why_not
 from offline_quantize.checkpoint.source import open_checkpoint
+from offline_quantize.evaluation.models import load_tokenizer
 from offline_quantize.planning.activation_options import ActivationOptions
 from offline_quantize.planning.options import Options
 from offline_quantize.planning.plan import make_plan
-from precalib_kernels.errors import InputError, UsageError
+from precalib_kernels.errors import InputError, SourceError, UsageError
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +43,8 @@ def test_auto_is_nothing_for_recipes_that_gain_nothing(source):
     ("change", "said"),
     [
         ({"model_type": "newest"}, "transformers cannot load it"),
-        ({"hidden_size": 64, "head_dim": 64}, "no linear layer for 14 of 14 weights, such as"),
+        ({"attn_implementation": "someone/kernel"}, "asks for code of the hub"),
+        ({"hidden_size": 64, "head_dim": 64}, "no linear layer of the name and shape of"),
         ({"num_hidden_layers": 1}, None),  # layers past the last are not quantized
         ({"attention_bias": True}, "wants a tensor 'model.layers.0.self_attn.q_proj.bias'"),
     ],
@@ -95,7 +99,32 @@ def test_a_run_is_known_by_its_text(source, tmp_path):
     assert record(one) == record(other)
     other.write_text("another text")
     assert record(one) != record(other)
-    assert record(one)["text"] == "my.txt"
+    assert (record(one)["text"], record(one)["file"]) == ("file", "my.txt")
     with pytest.raises(InputError, match=r"none\.txt: cannot be read .* one of none, random, self"):
         record(tmp_path / "none.txt")
     assert plan(source).fingerprint("cpu")["activations"] is None
+
+
+def test_a_checkpoint_without_a_head_is_no_model_to_run(byte_llama):
+    """As embedding models are stored: names without "model.", no head that is tied to nothing."""
+    root = byte_llama(hidden_size=128, intermediate_size=160)
+    tensors = load_file(root / "model.safetensors")
+    del tensors["lm_head.weight"]
+    renamed = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    save_file(renamed, root / "model.safetensors", metadata={"format": "pt"})
+    assert why_not(plan(root)).endswith("transformers wants a tensor 'lm_head.weight'")
+
+
+def test_code_of_a_checkpoint_is_never_run(byte_llama, monkeypatch):
+    root = byte_llama(hidden_size=128, intermediate_size=160)
+    (root / "evil.py").write_text("raise SystemExit('foreign code ran')")
+    config = json.loads((root / "config.json").read_text())
+    config |= {"model_type": "clip", "auto_map": {"AutoModelForCausalLM": "evil.Model"}}
+    (root / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asks whether to run code"))
+    assert why_not(plan(root)) is not None
+    tokenizer = json.loads((root / "tokenizer_config.json").read_text())
+    tokenizer |= {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", None]}}
+    (root / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    with contextlib.suppress(SourceError):
+        load_tokenizer(root)

@@ -115,8 +115,8 @@ def test_what_is_left_out_is_told(checkpoint, precalib, tmp_path):
         (["--group-size", "33"], "group_size must be a positive multiple of 32"),
         (["--clip", "0.9"], "clip applies to min-max grids"),
         (["--keep", "up_proj"], "vLLM computes these as one layer"),
-        (["--device", "meta"], "--device meta: there are cpu, cuda and"),
-        (["--device", "warp:9"], "--device warp:9: there are cpu, cuda and"),
+        (["--device", "meta"], "--device meta: give cpu, cuda or cuda:N"),
+        (["--device", "warp:9"], "--device warp:9: give cpu, cuda or cuda:N"),
     ],
 )
 def test_bad_options_are_one_sentence(checkpoint, precalib, tmp_path, options, text):
