@@ -31,7 +31,13 @@ def frontier(rows: Sequence[Row], path: Path) -> None:
 
     models = _models(rows)
     figure, panels = pyplot.subplots(
-        1, len(models), figsize=(1 + SIZE * len(models), SIZE), dpi=DPI, sharey=True, squeeze=False
+        1,
+        len(models),
+        figsize=(1 + SIZE * len(models), SIZE),
+        dpi=DPI,
+        sharex=True,
+        sharey=True,
+        squeeze=False,
     )
     colors = {name: pyplot.get_cmap("tab10")(i) for i, name in enumerate(RECIPES)}
     for model, axes in zip(models, panels[0], strict=True):
@@ -105,7 +111,13 @@ def bars(rows: Sequence[Row], path: Path) -> None:
 
     models = _models(rows)
     figure, panels = pyplot.subplots(
-        1, len(models), figsize=(1 + SIZE * len(models), 4), dpi=DPI, sharey=True, squeeze=False
+        1,
+        len(models),
+        figsize=(1 + SIZE * len(models), 4),
+        dpi=DPI,
+        sharex=True,
+        sharey=True,
+        squeeze=False,
     )
     for model, axes in zip(models, panels[0], strict=True):
         own = [row for row in rows if row["model"] == model][::-1]
