@@ -17,7 +17,8 @@ def plots(rows: Sequence[Row], out: Path) -> None:
     for question, draw, name in (
         ("alpha", frontier, "open-questions-alpha.png"),
         ("shape", shapes, "open-questions-shape.png"),
-        ("rules", rules, "open-questions-rules.png"),
+        ("rules", bars, "open-questions-rules.png"),
+        ("inputs", bars, "open-questions-inputs.png"),
     ):
         own = [row for row in rows if row["question"] == question]
         if own:
@@ -30,7 +31,13 @@ def frontier(rows: Sequence[Row], path: Path) -> None:
 
     models = _models(rows)
     figure, panels = pyplot.subplots(
-        1, len(models), figsize=(1 + SIZE * len(models), SIZE), dpi=DPI, sharey=True, squeeze=False
+        1,
+        len(models),
+        figsize=(1 + SIZE * len(models), SIZE),
+        dpi=DPI,
+        sharex=True,
+        sharey=True,
+        squeeze=False,
     )
     colors = {name: pyplot.get_cmap("tab10")(i) for i, name in enumerate(RECIPES)}
     for model, axes in zip(models, panels[0], strict=True):
@@ -98,19 +105,25 @@ def shapes(rows: Sequence[Row], path: Path) -> None:
     _save(figure, path)
 
 
-def rules(rows: Sequence[Row], path: Path) -> None:
-    """KL of each rule of salience as a bar, a panel per model."""
+def bars(rows: Sequence[Row], path: Path) -> None:
+    """KL of each row as a bar, a panel per model."""
     from matplotlib import pyplot
 
     models = _models(rows)
     figure, panels = pyplot.subplots(
-        1, len(models), figsize=(1 + SIZE * len(models), 4), dpi=DPI, sharey=True, squeeze=False
+        1,
+        len(models),
+        figsize=(1 + SIZE * len(models), 4),
+        dpi=DPI,
+        sharex=True,
+        sharey=True,
+        squeeze=False,
     )
     for model, axes in zip(models, panels[0], strict=True):
         own = [row for row in rows if row["model"] == model][::-1]
         names = [f"{row['variant']}, {row['method']}" for row in own]
-        bars = axes.barh(names, [row["kl"] for row in own])
-        axes.bar_label(bars, [f"{row['kl']:.3f}" for row in own], padding=3, fontsize=8)
+        drawn = axes.barh(names, [row["kl"] for row in own])
+        axes.bar_label(drawn, [f"{row['kl']:.3f}" for row in own], padding=3, fontsize=8)
         axes.margins(x=0.15)
         axes.set_xlabel("KL(original ‖ quantized), nats per token")
         axes.set_title(model)

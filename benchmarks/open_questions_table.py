@@ -17,13 +17,13 @@ def tables(rows: Sequence[Row]) -> str:
 
 def _measured(rows: Sequence[Row]) -> list[str]:
     lines = [
-        "| model | question | method | variant | effective bits | KL | 95 % | perplexity |",
-        "|---|---|---|---|--:|--:|--:|--:|",
+        "| model | question | method | variant | text | effective bits | KL | 95 % | perplexity |",
+        "|---|---|---|---|---|--:|--:|--:|--:|",
     ]
     for row in sorted(rows, key=lambda row: (row["model"], row["question"], row["method"])):
         low, high = row["kl_interval"]
         cells = [row["model"], row["question"], row["method"], row["variant"].replace("|", "\\|")]
-        cells += [f"{row['bits']:.3f}", f"{row['kl']:.4f}", f"{low:.4f}–{high:.4f}"]
+        cells += [row["text"], f"{row['bits']:.3f}", f"{row['kl']:.4f}", f"{low:.4f}–{high:.4f}"]
         lines.append("| " + " | ".join([*cells, f"{row['perplexity']:.2f}"]) + " |")
     return lines
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from offline_quantize import dequantize_weight, list_recipes, quantize_weight
+from offline_quantize.evaluation.models import load_original
 
 pytestmark = pytest.mark.slow
 
@@ -39,25 +40,41 @@ class Toy(torch.nn.Module):
         return SimpleNamespace(logits=self.head(self.inner(inputs_embeds).tanh()))
 
 
-def test_moments_are_means_over_tokens(load: Load) -> None:
+def test_moments_are_means_over_tokens(load: Load, source: Path) -> None:
+    model = load_original(source, torch.float32, "cpu")
+    name = "model.layers.0.mlp.down_proj"
+    weights = {f"{name}.weight": model.get_submodule(name).weight}
+    windows = [torch.tensor([3, 1, 4, 1]), torch.tensor([5, 9, 2, 6])]
+    (found,) = load("input_moments").input_moments(model, weights, windows).values()
+    seen: list[Tensor] = []
+    hook = model.get_submodule(name).register_forward_pre_hook(
+        lambda _, given: seen.extend(given[0].detach().flatten(0, -2))
+    )
+    for window in windows:
+        model(window[None])
+    hook.remove()
+    assert len(seen) == 8
+    expected = torch.stack([x.outer(x) for x in seen]).mean(0)
+    assert torch.allclose(found.hessian, expected, rtol=1e-3, atol=1e-6 * float(expected.max()))
+    assert torch.allclose(found.mean_square, expected.diagonal(), rtol=1e-3)
+
+
+def test_fisher_is_the_mean_square_of_tokens_gradients(load: Load) -> None:
     model, window = Toy(), torch.tensor([3, 1, 4, 1, 5, 9, 2, 6])
     weight = model.inner.weight
-    (found,) = load("input_moments").moments(model, {"inner.weight": weight}, [window]).values()
+    moments = load("input_moments")
+    (found,) = moments.fisher_diagonals(model, {"inner.weight": weight}, [window]).values()
     x = model.embedding(window)
-    assert torch.allclose(found.inputs.mean_square, x.square().mean(0))
-    assert torch.allclose(found.hessian, torch.stack([v.outer(v) for v in x]).mean(0), atol=1e-6)
-
     weight.requires_grad_()
-    loss = load("input_moments")._drawn_loss
     generator = torch.Generator().manual_seed(0)
     logits = model(inputs_embeds=x[None]).logits[0]
     labels = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
-    total = loss(model, window, torch.Generator().manual_seed(0))
+    total = moments._drawn_loss(model, window, torch.Generator().manual_seed(0))
     each = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
     assert float(total.detach()) == pytest.approx(float(each.detach().sum()))
     gradients = [torch.autograd.grad(one, weight, retain_graph=True)[0] for one in each]
     expected = torch.stack(gradients).square().mean(0)
-    assert torch.allclose(found.fisher, expected, rtol=1e-4)
+    assert torch.allclose(found, expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize("columns", [256, 160])
@@ -137,9 +154,12 @@ def test_rows_are_measured_once(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     text = tmp_path / "prose.txt"
     text.write_text("Some questions stay open. " * 20)
+    code = tmp_path / "code.txt"
+    code.write_text("if question in answers:\n    return answers[question]\n" * 40)
 
     def run(*words: str) -> list[dict[str, Any]]:
-        command = ["x", source, "--text", text, "--tokens", 200, "--self-tokens", 128]
+        command = ["x", source, "--text", text, code, "--domains", code]
+        command += ["--tokens", 200, "--input-tokens", 128]
         monkeypatch.setattr(sys, "argv", [str(w) for w in (*command, "--out", tmp_path, *words)])
         load("open_questions").main()
         rows: list[dict[str, Any]] = json.loads((tmp_path / "open-questions.json").read_text())[
@@ -147,25 +167,38 @@ def test_rows_are_measured_once(
         ]
         return rows
 
-    first = run("--only", "paper-4", "shape")
+    first = run("--only", "alpha paper-4", "shape")
     assert [row["variant"] for row in first if row["question"] == "alpha"] == [
-        "3 %", "5 %", "8 %", "15 %",
+        "3 %", "5 %", "8 %", "12 %", "15 %",
     ]  # fmt: skip
     assert {row["kind"] for row in first if row["question"] == "shape"} == {
         *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     }
-    both = run("--only", "paper-4", "shape", "rules", "inputs")
+    both = run("--only", "paper-4", "shape", "rules", "inputs", "domain")
     assert both[: len(first)] == first
-    assert [row["question"] for row in both].count("rules") == 8
-    by_variant = {row["variant"]: row for row in both if row["question"] == "inputs"}
-    assert len(by_variant) == 6
-    own = next(row for row in both if row.get("variant") == "|w| / column scale")
-    assert own["kl"] == pytest.approx(by_variant["column scale"]["kl"], rel=1e-3)
-    assert own["bits"] == by_variant["in both"]["bits"]
-    for name in ("alpha", "shape", "rules"):
+    assert [row["question"] for row in both].count("rules") == 10
+    found = {(row["method"], row["variant"]): row for row in both if row["question"] == "inputs"}
+    assert len(found) == 7
+    own = [row for row in both if row.get("variant") == "|w| / column scale"]
+    for row, method, variant in (
+        (own[0], "X·Xᵀ = b·I", "column scale"),
+        (own[2], "X·Xᵀ = diag(E[x²])", "in both"),  # the encoder's own way
+    ):
+        assert row["kl"] == pytest.approx(found[method, variant]["kl"], rel=1e-3)
+        assert row["bits"] == found[method, variant]["bits"]
+    domain = {(row["variant"], row["text"]): row for row in both if row["question"] == "domain"}
+    assert set(domain) == {(a, b) for a in ("own text", "code") for b in ("prose", "code")}
+    fed_back = found["X·Xᵀ whole", "column scale"]
+    assert domain["own text", "prose"]["kl"] == fed_back["kl"]
+    assert {row["text"] for row in both if row["question"] == "inputs"} == {"prose"}
+    calibrated = next(row for row in both if row["question"] == "calibration")
+    assert (calibrated["method"], calibrated["variant"]) == ("paper-4", "error feedback")
+    assert calibrated["kl"] != first[2]["kl"]
+    assert calibrated["bits"] == first[2]["bits"]
+    for name in ("alpha", "shape", "rules", "inputs"):
         assert (tmp_path / f"open-questions-{name}.png").stat().st_size > 10_000
     page = (tmp_path / "open-questions.md").read_text()
-    assert page.count("| source | rules |") == 8
-    assert page.count("| source | alpha | paper-4 |") == 4
+    assert page.count("| source | rules |") == 10
+    assert page.count("| source | alpha | paper-4 |") == 5
     assert "| source | down_proj | 128 × 160 |" in page
     assert run("--plot-only") == both
