@@ -176,6 +176,12 @@ def plot(rows: Sequence[Row], texts: Sequence[str], path: Path) -> None:
         1, len(texts), figsize=size, dpi=150, sharey=True, squeeze=False
     )
     methods = {row["method"]: row for row in rows}
+    smallest = min(
+        point(row, text)[1]
+        for text in texts
+        for row in rows
+        if text in row["texts"] and not row["note"]
+    )
     for text, axes in zip(texts, panels[0], strict=True):
         for index, (method, first) in enumerate(methods.items()):
             points = curve(method, rows, text)
@@ -191,8 +197,6 @@ def plot(rows: Sequence[Row], texts: Sequence[str], path: Path) -> None:
                 color=pyplot.get_cmap("tab20")(index % 20),
             )
         axes.set_yscale("log")
-        honest = [row for row in rows if text in row["texts"] and not row["note"]]
-        smallest = min(point(row, text)[1] for row in honest)
         axes.set_ylim(bottom=smallest / 1.5)  # a found grid has no error at all
         axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
