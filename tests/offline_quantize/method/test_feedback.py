@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from hessians import correlated
+from random_hessians import correlated
 from torch import Tensor
 
 from offline_quantize.method import feedback

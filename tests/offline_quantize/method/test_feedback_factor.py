@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hessians import correlated
+from random_hessians import correlated
 from torch import Tensor
 
 from offline_quantize.method.feedback_factor import feedback_factor
