@@ -69,6 +69,9 @@ def write_shards(
     journal = Journal(run.target / JOURNAL)
     shards = {file: _Shard(run.target / file, layout) for file, layout in run.files.shards.items()}
     try:
+        for shard in shards.values():
+            if not shard.missing:  # it holds no tensor, so no job would open it
+                shard.open()
         with worker_pool(workers) as pool:
             for batch in batches:
                 _write_batch(batch, shards, pool, journal, unfit, progress)

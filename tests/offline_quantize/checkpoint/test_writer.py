@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from killed_runs import Recorder, run
+from safetensors.torch import load_file, save_file
 
+from offline_quantize import verify_checkpoint
 from offline_quantize.checkpoint.atomic_files import partial
 from offline_quantize.checkpoint.packed import open_packed
 from offline_quantize.checkpoint.progress import NullProgress
@@ -178,3 +180,12 @@ def test_progress_counts_every_byte(source, tmp_path):
 
 def test_partial_names():
     assert partial(Path("a/b.json")) == Path("a/b.json.partial")
+
+
+def test_a_file_without_tensors_is_written_too(checkpoint, tmp_path):
+    source = checkpoint()
+    save_file({}, source / "extra.safetensors", metadata={"format": "pt"})
+    (source / "model.safetensors").rename(source / "weights.safetensors")  # both are found then
+    run(source, tmp_path / "packed")
+    assert load_file(tmp_path / "packed" / "extra.safetensors") == {}
+    assert verify_checkpoint(tmp_path / "packed", against=source) == []
