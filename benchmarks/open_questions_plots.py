@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from quality_report import KL_LABEL, kl_axes
+
 Row = Mapping[str, Any]
 SIZE, DPI = 6, 130
 RECIPES = ("paper-3", "paper-4", "balanced-2", "balanced-3", "balanced-4")
@@ -27,7 +29,7 @@ def plots(rows: Sequence[Row], out: Path) -> None:
 
 def frontier(rows: Sequence[Row], path: Path) -> None:
     """Effective bits against KL, a line per recipe along its shares, a panel per model."""
-    from matplotlib import pyplot, ticker
+    from matplotlib import pyplot
 
     models = _models(rows)
     figure, panels = pyplot.subplots(
@@ -61,14 +63,8 @@ def frontier(rows: Sequence[Row], path: Path) -> None:
                     xytext=(3, 4),
                     fontsize=6,
                 )
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
-        axes.yaxis.set_minor_formatter(ticker.NullFormatter())
-        axes.set_xlabel("effective bits per weight; at the points: α in %")
-        axes.set_title(model)
-        axes.grid(alpha=0.3)
-    panels[0][0].set_ylabel("KL(original ‖ quantized), nats per token")
+        kl_axes(axes, model, "effective bits per weight; at the points: α in %")
+    panels[0][0].set_ylabel(KL_LABEL)
     panels[0][-1].legend(fontsize="small")
     _save(figure, path)
 
@@ -125,7 +121,7 @@ def bars(rows: Sequence[Row], path: Path) -> None:
         drawn = axes.barh(names, [row["kl"] for row in own])
         axes.bar_label(drawn, [f"{row['kl']:.3f}" for row in own], padding=3, fontsize=8)
         axes.margins(x=0.15)
-        axes.set_xlabel("KL(original ‖ quantized), nats per token")
+        axes.set_xlabel(KL_LABEL)
         axes.set_title(model)
     _save(figure, path)
 

@@ -10,6 +10,7 @@ from precalib_kernels.errors import SourceError
 Row = Mapping[str, Any]
 BEGIN, END = "<!-- table -->", "<!-- end of table -->"
 OURS = "precalib"
+KL_LABEL = "KL(original ‖ quantized), nats per token"
 FIRST = "precalib balanced"
 REACH = 0.05  # bits; a method of the same size may miss ours by a few hundredths
 
@@ -169,7 +170,7 @@ def plot(rows: Sequence[Row], texts: Sequence[str], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot, ticker
+    from matplotlib import pyplot
 
     size = (1 + 6 * len(texts), 6)
     figure, panels = pyplot.subplots(
@@ -196,19 +197,26 @@ def plot(rows: Sequence[Row], texts: Sequence[str], path: Path) -> None:
                 markersize=7 if ours else 5,
                 color=pyplot.get_cmap("tab20")(index % 20),
             )
-        axes.set_yscale("log")
+        kl_axes(axes, text, "effective bits per weight")
         axes.set_ylim(bottom=smallest / 1.5)  # a found grid has no error at all
-        axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
-        axes.yaxis.set_minor_formatter(ticker.NullFormatter())
-        axes.set_xlabel("effective bits per weight")
-        axes.set_title(text)
-        axes.grid(alpha=0.3)
-    panels[0][0].set_ylabel("KL(original ‖ quantized), nats per token")
+    panels[0][0].set_ylabel(KL_LABEL)
     panels[0][-1].legend(fontsize="small")
     figure.tight_layout()
     figure.savefig(path)
     pyplot.close(figure)
+
+
+def kl_axes(axes: Any, title: str, horizontal: str) -> None:
+    """A panel of KL on a logarithmic scale with plain numbers; `horizontal` names the other one."""
+    from matplotlib import ticker
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+    axes.yaxis.set_minor_formatter(ticker.NullFormatter())
+    axes.set_xlabel(horizontal)
+    axes.set_title(title)
+    axes.grid(alpha=0.3)
 
 
 def _ours(row: Row) -> bool:

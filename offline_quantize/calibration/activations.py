@@ -2,7 +2,7 @@
 
 All windows of the text go through the model as one batch, so each block is needed once. A model
 that is larger than memory has its blocks read from the checkpoint when their turn comes and dropped
-after it (`models.load_for_pass`). What is known of a block's inputs is handed over as soon as the
+after it (`model.model_for_pass`). What is known of a block's inputs is handed over as soon as the
 block is through, and the pass waits meanwhile: the Hessians of one block are all that exist.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from offline_quantize.evaluation.models import input_device
 from offline_quantize.method.input_statistics import InputStatistics
-from offline_quantize.planning.selection import LAYER
+from offline_quantize.planning.selection import LAYER, within_decoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -112,11 +112,11 @@ def linear_layers(model: torch.nn.Module, shapes: Mapping[str, Sequence[int]]) -
     """
     modules: dict[tuple[str, tuple[int, ...]], list[str]] = {}
     for name, module in model.named_modules():
-        if (tail := _tail(f"{name}.weight")) and isinstance(module, torch.nn.Linear):
+        if (tail := within_decoder(f"{name}.weight")) and isinstance(module, torch.nn.Linear):
             modules.setdefault((tail, tuple(module.weight.shape)), []).append(name)
     found, exact = {}, set()
     for name, shape in shapes.items():
-        fitting = modules.get((_tail(name) or "", tuple(shape)), [])
+        fitting = modules.get((within_decoder(name) or "", tuple(shape)), [])
         same = [module for module in fitting if f"{module}.weight" == name]
         exact.update(same)
         if len(chosen := same or fitting) == 1:
@@ -170,9 +170,3 @@ def _by_block(
         block = module[: match.end() - 1]
         blocks.setdefault(block, {})[name] = model.get_submodule(module)
     return blocks
-
-
-def _tail(name: str) -> str | None:
-    """A name from its layer's number on, "3.mlp.up_proj.weight"; None outside of layers."""
-    match = LAYER.search(name)
-    return name[match.start(1) :] if match else None

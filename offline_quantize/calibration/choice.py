@@ -12,7 +12,7 @@ from offline_quantize.planning.activation_options import (
     ActivationOptions,
 )
 from offline_quantize.planning.plan import Plan
-from offline_quantize.planning.selection import LAYER
+from offline_quantize.planning.selection import within_decoder
 from precalib_kernels.errors import PrecalibError, UsageError
 
 if TYPE_CHECKING:
@@ -39,14 +39,13 @@ def choose_activations(
             )
         return plan, "A transform changes the inputs of output projections."
     if text == "auto":
-        gains = any(weight.recipe.layout.column_scale for weight in plan.weight_plans.values())
-        reason = why_not(plan) if gains or feedback else None
+        gains = feedback or any(
+            weight.recipe.layout.column_scale for weight in plan.weight_plans.values()
+        )
+        reason = why_not(plan) if gains else None
         if feedback and reason is not None:
             raise UsageError(f"--feedback: {reason}; leave out --feedback")
-        if (gains or feedback) and reason is None:
-            text = "self" if feedback else "random"
-        else:
-            text = "none"
+        text = "self" if feedback else "random" if gains and reason is None else "none"
     if text == "none":
         if feedback:
             raise UsageError(
@@ -71,7 +70,7 @@ def why_not(plan: Plan) -> str | None:
     except PrecalibError as error:
         return str(error)
     shapes = {name: weight.entry.shape for name, weight in plan.weight_plans.items()}
-    inside = [name for name in shapes if LAYER.search(name)]
+    inside = [name for name in shapes if within_decoder(name)]
     found = linear_layers(model, shapes)
     if inside and not found:
         return (
@@ -94,5 +93,4 @@ def _missing(model: "PreTrainedModel", names: Sequence[str]) -> str | None:
 
 def _tail(name: str) -> str:
     """A name from its layer's number on; of others the last two parts, as "norm.weight"."""
-    match = LAYER.search(name)
-    return name[match.start(1) :] if match else ".".join(name.split(".")[-2:])
+    return within_decoder(name) or ".".join(name.split(".")[-2:])

@@ -6,7 +6,7 @@ import functools
 import math
 import re
 import time
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -111,17 +111,15 @@ def _batches(
     opened = observation(plan.source, shapes, options, device, progress)
     if options.feedback:
         seen = stack.enter_context(opened)
-        return _by_block(plan, device, seen.blocks(), stack), seen.unknown
+        blocks = stack.enter_context(contextlib.closing(seen.blocks()))
+        return _by_block(plan, device, blocks), seen.unknown
     with opened as seen:
         inputs = seen.inputs()
     return by_file(run, _write_jobs(plan, device, inputs)), seen.unknown
 
 
-def _by_block(
-    plan: Plan, device: str, blocks: "Generator[Block]", stack: contextlib.ExitStack
-) -> Iterator[list[WriteJob]]:
+def _by_block(plan: Plan, device: str, blocks: "Iterable[Block]") -> Iterator[list[WriteJob]]:
     """A batch for each block that went through the model, and one for all the rest."""
-    stack.enter_context(contextlib.closing(blocks))
     done: set[str] = set()
     for _, inputs in blocks:
         weights = [plan.weight_plans[name] for name in inputs]

@@ -1,4 +1,4 @@
-"""Models of transformers for evaluation: an original checkpoint, and a packed one."""
+"""Models of transformers: an original checkpoint, and a packed one."""
 
 from collections.abc import Mapping
 from pathlib import Path

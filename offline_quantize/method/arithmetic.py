@@ -1,4 +1,4 @@
-"""Arithmetic that several stages share: factors that round nothing, and divisions by zero."""
+"""Arithmetic that several stages share: exact factors, divisions by zero, groups of columns."""
 
 import math
 
@@ -17,3 +17,10 @@ def power_of_two(largest: float) -> float:
 def reciprocal(scale: Tensor) -> Tensor:
     """1 / scale, and 0 for a scale of 0."""
     return torch.where(scale > 0, 1 / scale, 0)
+
+
+def in_groups(weight: Tensor, size: int) -> Tensor:
+    """Weights [N, K] as [N, G, size], a ragged last group filled up with zeros."""
+    padding = -weight.shape[1] % size
+    padded = torch.nn.functional.pad(weight, (0, padding)) if padding else weight
+    return padded.reshape(len(weight), -1, size)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from offline_quantize.method.arithmetic import reciprocal
 from offline_quantize.method.salience import SalientWeights
+from offline_quantize.method.salient_steps import SalientSteps
 from offline_quantize.method.scales import GroupScales, RowScales
 from offline_quantize.method.trellis import FREE, trellis_search
 from precalib_kernels.format.layout import Layout
@@ -86,23 +87,9 @@ def _salient_codes(
     """Codes, uint8 [R, G, m], of the salient weights on their row's grid."""
     if not layout.salient_count:
         return torch.empty(salient.positions.shape, dtype=torch.uint8, device=target.device)
-    values, top = salient.gather(target).flatten(1), 2**layout.salient_bits - 1
-    codes: Tensor
-    if layout.salient_grid == "row":
-        steps = (top // 2) * reciprocal(rows.tensors["row_scale"].float())
-        codes = (values * steps).round_().clamp_(-(top // 2), top // 2) + (top // 2 + 1)
-    elif layout.salient_grid == "min-max":
-        codes = _grid_steps(values, rows).clamp_(0, top)
-    else:
-        magnitude = _grid_steps(values.abs(), rows).clamp_(0, top // 2)
-        codes = torch.where(values < 0, magnitude + top // 2 + 1, magnitude)
-    return codes.to(torch.uint8).view(salient.positions.shape)
-
-
-def _grid_steps(values: Tensor, rows: RowScales) -> Tensor:
-    """Values [R, any] as whole numbers of steps above `salient_offset`."""
-    inverse = reciprocal(rows.tensors["salient_scale"].float())
-    return ((values - rows.tensors["salient_offset"].float()) * inverse).round_()
+    values = salient.gather(target).flatten(1)
+    codes, _ = SalientSteps.of(rows, layout).nearest(values.T)
+    return codes.T.to(torch.uint8).reshape(salient.positions.shape)
 
 
 def _uniform_codes(target: Tensor, groups: GroupScales, layout: Layout) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ import math
 import torch
 from torch import Tensor
 
-from offline_quantize.method.arithmetic import power_of_two
+from offline_quantize.method.arithmetic import in_groups, power_of_two
 from offline_quantize.method.codes import SQUARED_ERROR, Codes, Objective, find_codes
 from offline_quantize.method.feedback import find_codes_with_feedback
 from offline_quantize.method.feedback_factor import FeedbackFactor, feedback_factor
@@ -60,24 +60,14 @@ class PreparedMatrix:
     penalty:      λ' of the weight, 0 for the rule "group".
     largest:      largest magnitude of the weight.
     factor:       of the Hessian, None where it is unknown.
-    importance:   of an error in each column of W / s: E[x²]·s² over its mean,
-                  float32 [K]; None if E[x²] is unknown.
+    objective:    what the codes of whole rows are to make small, where there is no factor.
     """
 
     column_scale: Tensor | None
     penalty: float
     largest: float
     factor: FeedbackFactor | None = None
-    importance: Tensor | None = None
-
-    def objective(self, layout: Layout) -> Objective:
-        """What the codes of whole rows are to make small, where there is no feedback."""
-        if self.importance is None:
-            return SQUARED_ERROR
-        columns = len(self.importance)
-        groups = layout.groups(columns)
-        padded = torch.nn.functional.pad(self.importance, (0, groups * layout.group_size - columns))
-        return Objective(padded.view(groups, layout.group_size))
+    objective: Objective = SQUARED_ERROR
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +123,7 @@ def encode_unchecked(
         block = weight[start : start + step].float()
         prepared = prepare_rows(block, matrix, recipe)
         if matrix.factor is None:
-            encoded = encode_groups(prepared, recipe, matrix.objective(layout))
+            encoded = encode_groups(prepared, recipe, matrix.objective)
         else:
             encoded = encode_rows(prepared, recipe, matrix.factor)
         packed = pack_rows(
@@ -167,11 +157,7 @@ def prepare_matrix(
         reach = float((weight if scale is None else weight / scale).abs().max())
         if reach >= 2**24:  # no scale holds it, and products of it would leave float32
             raise _too_large("row_scale" if layout.scale == "log8" else "scales", where)
-    factor, importance = None, None
-    if inputs and layout.trellis:
-        importance = input_sizes(inputs.mean_square.to(weight.device))
-        importance = importance if scale is None else importance * scale[0].square()
-        importance = importance / importance.mean()
+    factor, objective = None, SQUARED_ERROR
     if inputs and inputs.hessian is not None:
         if not bool(inputs.hessian.isfinite().all()):
             raise SourceError(
@@ -179,17 +165,24 @@ def prepare_matrix(
                 "quantize without --feedback"
             )
         factor = feedback_factor(inputs.hessian.to(weight.device), scale)
-    return PreparedMatrix(scale, penalty(weight, recipe), largest, factor, importance)
+    elif inputs and layout.trellis:
+        objective = _output_error(inputs.mean_square.to(weight.device), scale, layout)
+    return PreparedMatrix(scale, penalty(weight, recipe), largest, factor, objective)
+
+
+def _output_error(mean_square: Tensor, scale: Tensor | None, layout: Layout) -> Objective:
+    """The error of x·Wᵀ for uncorrelated inputs: E[x²]·s² over its mean counts in each column."""
+    importance = input_sizes(mean_square)
+    importance = importance if scale is None else importance * scale[0].square()
+    return Objective(in_groups((importance / importance.mean())[None], layout.group_size)[0])
 
 
 def prepare_rows(block: Tensor, matrix: PreparedMatrix, recipe: Recipe) -> PreparedRows:
     """Choose the salient weights of rows [R, K], float32, and find the scales of the rows."""
-    layout, (rows, columns) = recipe.layout, block.shape
-    groups = layout.groups(columns)
-    padding = groups * layout.group_size - columns
+    layout, columns = recipe.layout, block.shape[1]
     target = block if matrix.column_scale is None else block / matrix.column_scale
-    target = torch.nn.functional.pad(target, (0, padding)) if padding else target
-    target = target.reshape(rows, groups, layout.group_size)
+    target = in_groups(target, layout.group_size)
+    padding = -columns % layout.group_size
     salient = choose_salient(target, recipe, matrix.penalty)
     return PreparedRows(target, salient, row_scales(target, salient, recipe), padding)
 

@@ -22,9 +22,10 @@ from torch import Tensor
 from offline_quantize.method.arithmetic import reciprocal
 from offline_quantize.method.codes import Codes
 from offline_quantize.method.feedback_factor import FeedbackFactor
-from offline_quantize.method.feedback_task import FeedbackTask, Found, SalientSteps
+from offline_quantize.method.feedback_task import FeedbackTask, Found
 from offline_quantize.method.feedback_torch import encode_torch
 from offline_quantize.method.salience import SalientWeights
+from offline_quantize.method.salient_steps import SalientSteps
 from offline_quantize.method.scales import GroupScales, RowScales, choose_scales
 from precalib_kernels.format.layout import Layout
 from precalib_kernels.toolchain import compile as build
@@ -61,7 +62,7 @@ def find_codes_with_feedback(
         unit=torch.stack([_units(groups, layout) for groups in candidates]),
         step=torch.stack([groups.step for groups in candidates]),
         zero=torch.stack(zeros) if zeros else None,
-        grid=_salient_steps(rows, layout) if layout.salient_count else None,
+        grid=SalientSteps.of(rows, layout) if layout.salient_count else None,
         layout=layout,
     )
     native = _native() if target.device.type == "cpu" else None
@@ -123,19 +124,6 @@ def _units(groups: GroupScales, layout: Layout) -> Tensor:
     if layout.trellis:
         return torch.where(groups.scale > 0, layout.codebook_limit / groups.scale, 0)
     return layout.codebook_limit * reciprocal(groups.scale)
-
-
-def _salient_steps(rows: RowScales, layout: Layout) -> SalientSteps:
-    top = 2**layout.salient_bits - 1
-    if layout.salient_grid == "row":
-        scale, half = rows.tensors["row_scale"].float().view(-1), top // 2
-        inverse = half * reciprocal(scale)
-        return SalientSteps(inverse, scale / half, torch.zeros_like(scale), -half, half, half + 1)
-    scale = rows.tensors["salient_scale"].float().view(-1)
-    offset = rows.tensors["salient_offset"].float().view(-1)
-    if layout.salient_grid == "min-max":
-        return SalientSteps(reciprocal(scale), scale, offset, 0, top)
-    return SalientSteps(reciprocal(scale), scale, offset, 0, top // 2, sign=top // 2 + 1)
 
 
 @functools.cache

@@ -5,26 +5,8 @@ import dataclasses
 from torch import Tensor
 
 from offline_quantize.method.feedback_factor import FeedbackFactor
+from offline_quantize.method.salient_steps import SalientSteps
 from precalib_kernels.format.layout import Layout
-
-
-@dataclasses.dataclass(frozen=True)
-class SalientSteps:
-    """A row's grid of salient values: offset + scale * m, low <= m <= high, with code m + bias.
-
-    If `sign` is not 0, m stands for the magnitude and `sign` is added to the code of a negative
-    value.
-
-    inverse, scale, offset: float32 [R]; inverse is steps per weight unit.
-    """
-
-    inverse: Tensor
-    scale: Tensor
-    offset: Tensor
-    low: int
-    high: int
-    bias: int = 0
-    sign: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 from offline_quantize.method.feedback_task import FeedbackTask, Found
 
 BLOCK = 16  # csrc/feedback_group.h has the same number
-LIST = 1  # paths to each state that are kept; csrc/feedback_group.h has the same number
+STATES = 4  # of a trellis: 2 * u[k] + u[k-1]; each keeps the best path to it
 
 
 def encode_torch(task: FeedbackTask) -> Found:
@@ -55,10 +55,7 @@ def _best_scale(
 
 
 class _Group:
-    """One group of all rows with one of its scales.
-
-    With a trellis there are four states, 2 * u[k] + u[k-1], and path p leads to state p // LIST.
-    """
+    """One group of all rows with one of its scales."""
 
     def __init__(self, task: FeedbackTask, group: int, candidate: int) -> None:
         size = task.layout.group_size
@@ -79,16 +76,14 @@ class _Group:
             self.rank = torch.stack([(points - entries).abs().argmin(1) for entries in parts])
             pairs = zip(parts, self.rank, strict=True)
             self.value = torch.stack([entries[rank] for entries, rank in pairs]).float()
-        paths = torch.arange(4 * LIST, device=device)
-        self.last, self.before = paths // LIST >> 1, paths // LIST & 1  # u[k-1], u[k-2]
-        ways = torch.arange(2 * LIST, device=device)
-        states = torch.arange(4, device=device)
-        self.ways = 2 * LIST * (states & 1)[:, None] + ways  # [4, 2 * LIST]: paths before
+        states = torch.arange(STATES, device=device)
+        self.last, self.before = states >> 1, states & 1  # u[k-1], u[k-2]
+        self.way = 2 * self.before  # the first of the two states before each; the other is next
 
     def search(self, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Codes and values [columns, R] for targets and weights [columns, R], and the loss [R]."""
         size, rows = weight.shape
-        paths, device = 4 * LIST if self.layout.trellis else 1, weight.device
+        paths, device = STATES if self.layout.trellis else 1, weight.device
         moved = target.expand(paths, size, rows).clone()  # by all finished blocks
         total = torch.zeros_like(moved)  # what the unfinished block adds
         cost = torch.full((paths, rows), torch.inf, device=device)
@@ -132,8 +127,8 @@ class _Group:
             code, value = rounded.long(), rounded - self.zero
         distance = scaled - value
         value = value * self.step
-        if self.any_salient[k]:
-            wide, wide_value = self._salient(target)
+        if self.grid is not None and self.any_salient[k]:
+            wide, wide_value = self.grid.nearest(target)
             distance = torch.where(self.mask[k], (target - wide_value) * self.unit, distance)
             code = torch.where(self.mask[k], wide, code)
             value = torch.where(self.mask[k], wide_value, value)
@@ -154,8 +149,8 @@ class _Group:
         value = self.value[subset, point]
         metric = (scaled - value).square_() * self.importance[k]
         value = value * self.step
-        if self.any_salient[k]:
-            wide, wide_value = self._salient(target)
+        if self.grid is not None and self.any_salient[k]:
+            wide, wide_value = self.grid.nearest(target)
             extra = ((target - wide_value) * self.unit).square_() * self.importance[k]
             least = extra.amin(0)
             self.common += torch.where(self.mask[k], least, 0)
@@ -164,27 +159,14 @@ class _Group:
             metric = torch.where(self.mask[k], fits, metric)
             code = torch.where(self.mask[k], wide, code)
             value = torch.where(self.mask[k], wide_value, value)
-        ways, u = self.ways, self.last[::LIST, None]  # of the new states, u[k] = state >> 1
-        costs = (cost + metric)[u, ways]  # [4, 2 * LIST, R]
-        best, way = (part[:, :LIST] for part in costs.sort(stable=True, dim=1))
-        way = way.masked_fill(best == torch.inf, 0)
-        code, value = (part[u, ways].gather(1, way).flatten(0, 1) for part in (code, value))
-        before = (ways[:, :1, None] + way).flatten(0, 1)
-        return best.flatten(0, 1), code, value, before
+        u, way = self.last, self.way  # of the new states, u[k] = state >> 1
+        costs = cost + metric
+        second = costs[u, way + 1] < costs[u, way]
+        best, code, value = (
+            torch.where(second, part[u, way + 1], part[u, way]) for part in (costs, code, value)
+        )
+        return best, code, value, way[:, None] + second
 
     def _points(self, scaled: Tensor) -> Tensor:
         limit = self.layout.codebook_limit
         return scaled.round().clamp_(-limit, limit).add_(limit).long()
-
-    def _salient(self, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Code and value of the nearest salient value of each row's grid."""
-        assert self.grid is not None
-        grid = self.grid
-        size = target.abs() if grid.sign else target
-        steps = ((size - grid.offset) * grid.inverse).round_()
-        steps = steps.nan_to_num(0.0, torch.inf, -torch.inf).clamp_(grid.low, grid.high)
-        value, code = grid.offset + grid.scale * steps, steps.long() + grid.bias
-        if not grid.sign:
-            return code, value
-        negative = target < 0
-        return code + negative * grid.sign, torch.where(negative, -value, value)

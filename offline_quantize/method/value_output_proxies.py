@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from offline_quantize.method.arithmetic import in_groups
 from offline_quantize.method.recipes import Recipe
 from offline_quantize.method.value_output import output_heads
 
@@ -51,7 +52,7 @@ class LogSumExp:
     def __call__(self, value: Tensor, output: Tensor, heads: int) -> Tensor:  # noqa: ARG002
         """The measure, in root mean squares."""
         largest = [
-            _groups(weight, self.group_size).abs().amax(-1).flatten() / unit
+            in_groups(weight, self.group_size).abs().amax(-1).flatten() / unit
             for weight, unit in zip((value, output), self.units, strict=True)
         ]
         return (self.temperature * torch.cat(largest)).logsumexp(0) / self.temperature
@@ -106,7 +107,7 @@ class ExpectedErrors:
         if layout.column_scale:
             scale = _column_scale(weight, recipe.sinkhorn_iterations)
             weight = weight / scale
-        grouped = _groups(weight, size)
+        grouped = in_groups(weight, size)
         if layout.uniform:
             span = grouped.amax(-1).clamp_min(0) - grouped.amin(-1).clamp_max(0)
             step = span / 2
@@ -116,7 +117,7 @@ class ExpectedErrors:
 
     def of_rows(self, importance: Tensor) -> Tensor:
         """Sum over each row [N], columns weighted by `importance` [K]."""
-        return self.variance @ _groups((self.scale * importance)[None], self.group_size)[0].sum(1)
+        return self.variance @ in_groups((self.scale * importance)[None], self.group_size)[0].sum(1)
 
     def of_columns(self) -> Tensor:
         """Sum over each column [K]."""
@@ -133,9 +134,3 @@ def _column_scale(weight: Tensor, iterations: int) -> Tensor:
         column = 1 / (row @ square / square.shape[0]).clamp_min(LEAST)
     factor = column.rsqrt()
     return factor / factor.log().mean().exp()
-
-
-def _groups(weight: Tensor, size: int) -> Tensor:
-    """Weights [N, K] as [N, G, size], a ragged last group filled up with zeros."""
-    padded = torch.nn.functional.pad(weight, (0, -weight.shape[1] % size))
-    return padded.reshape(len(weight), -1, size)

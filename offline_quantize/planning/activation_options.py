@@ -1,6 +1,7 @@
 """How the inputs of layers become known, as the user asked for it."""
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -40,16 +41,20 @@ class ActivationOptions:
         """
         values = dataclasses.asdict(self)
         if self.file is not None:
-            try:
-                with self.file.open("rb") as opened:
-                    digest = hashlib.file_digest(opened, "sha256").hexdigest()
-            except OSError as error:
-                raise InputError(
-                    f"{self.file}: cannot be read ({error.strerror}); give a text file to "
-                    "--activations, or one of none, random, self"
-                ) from error
-            values |= {"text": "file", "file": self.file.name, "sha256": digest}
+            values |= {"text": "file", "file": self.file.name, "sha256": self._digest}
         return values
+
+    @functools.cached_property
+    def _digest(self) -> str:
+        assert self.file is not None
+        try:
+            with self.file.open("rb") as opened:
+                return hashlib.file_digest(opened, "sha256").hexdigest()
+        except OSError as error:
+            raise InputError(
+                f"{self.file}: cannot be read ({error.strerror}); give a text file to "
+                "--activations, or one of none, random, self"
+            ) from error
 
 
 def describe(activations: Mapping[str, Any]) -> str:

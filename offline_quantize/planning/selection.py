@@ -78,6 +78,12 @@ def decoder_depth(*configs: Mapping[str, Any]) -> int | None:
     return None
 
 
+def within_decoder(name: str) -> str | None:
+    """A name from its layer's number on, "3.mlp.up_proj.weight"; None outside of layers."""
+    match = LAYER.search(name)
+    return name[match.start(1) :] if match else None
+
+
 def module_of(name: str) -> str:
     """Name of the module that owns a tensor."""
     return name.rpartition(".")[0]

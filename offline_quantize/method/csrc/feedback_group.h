@@ -12,7 +12,6 @@
 #include "nearest_entries.h"
 
 constexpr int kBlock = 16;  // columns whose errors are summed up before they move a target
-constexpr int kList = 1;    // paths to each state that are kept
 
 // A code for one column, and what it stands for.
 struct Choice {
@@ -20,12 +19,10 @@ struct Choice {
   Floats value;
 };
 
-// kStates: 4 with a trellis, else 1.
+// kStates: 4 with a trellis, else 1. Each state keeps the best path to it.
 template <int kStates>
 class Group {
  public:
-  static constexpr int kPaths = kStates > 1 ? kStates * kList : 1;  // p leads to state p / kList
-
   const FeedbackTask& task;
   int size = 0, start = 0;    // columns of this group; the first one
   std::vector<Ints> code;     // [size], of the best path
@@ -43,10 +40,10 @@ class Group {
         salient_(task.group_size),
         any_salient_(task.group_size),
         moved_(task.group_size),
-        history_(size_t(task.group_size) * kPaths),
-        origin_(size_t(task.group_size / kBlock + 1) * kPaths),
-        codes_(size_t(task.group_size) * kPaths),
-        values_(size_t(task.group_size) * kPaths) {}
+        history_(size_t(task.group_size) * kStates),
+        origin_(size_t(task.group_size / kBlock + 1) * kStates),
+        codes_(size_t(task.group_size) * kStates),
+        values_(size_t(task.group_size) * kStates) {}
 
   // What all rows share.
   void begin(int group) {
@@ -70,8 +67,8 @@ class Group {
       least = better ? loss : least;
       chosen = better ? Ints{} + c : chosen;
       for (int k = 0; k < size; ++k) {
-        code[k] = better ? codes_[size_t(k) * kPaths] : code[k];
-        value[k] = better ? values_[size_t(k) * kPaths] : value[k];
+        code[k] = better ? codes_[size_t(k) * kStates] : code[k];
+        value[k] = better ? values_[size_t(k) * kStates] : value[k];
       }
     }
     for (int k = 0; k < size; ++k) error[k] = rows.weight[start + k] - value[k];
@@ -86,12 +83,12 @@ class Group {
   std::vector<uint8_t> any_salient_;
   std::vector<Floats> moved_;  // [size], targets, moved by what all paths have in common
   std::vector<Floats>
-      history_;                 // [size][kPaths], errors of each path; in a finished block those of
+      history_;                 // [size][kStates], errors of each path; in a finished block those of
                                 // the paths at its end
-  std::vector<Ints> origin_;    // [blocks][kPaths], the path at the end of a finished block that
+  std::vector<Ints> origin_;    // [blocks][kStates], the path at the end of a finished block that
                                 // each path continues
-  std::vector<Ints> codes_;     // [size][kPaths]: code, and 256 * which way the path came
-  std::vector<Floats> values_;  // [size][kPaths]
+  std::vector<Ints> codes_;     // [size][kStates]: code, and 256 * which way the path came
+  std::vector<Floats> values_;  // [size][kStates]
 
   void load_salient(int64_t first, int lanes) {
     const int64_t stride = int64_t(task.groups) * task.group_size;
@@ -116,17 +113,17 @@ class Group {
   // Leaves codes and values of the best path at the places of path 0; the loss in codebook units.
   Floats search(const Rows& rows) {
     std::copy_n(rows.target.begin() + start, size, moved_.begin());
-    Floats cost[kPaths], common = {};
-    for (int p = 0; p < kPaths; ++p) cost[p] = splat(p ? INFINITY : 0.0f);
+    Floats cost[kStates], common = {};
+    for (int p = 0; p < kStates; ++p) cost[p] = splat(p ? INFINITY : 0.0f);
     int merged = 0;
     for (int k = 0; k < size; ++k) {
       if (k && k % kBlock == 0) {
         const int b = k / kBlock - 1;
-        for (int p = 0; p < kPaths; ++p) origin_[size_t(b) * kPaths + p] = Ints{} + p;
+        for (int p = 0; p < kStates; ++p) origin_[size_t(b) * kStates + p] = Ints{} + p;
         merged = merge(merged, b + 1);
       }
-      Floats target[kPaths];
-      for (int p = 0; p < kPaths; ++p) target[p] = moved_[k];
+      Floats target[kStates];
+      for (int p = 0; p < kStates; ++p) target[p] = moved_[k];
       add_errors(k, merged, target);
       const Floats weight = rows.weight[start + k];
       if constexpr (kStates > 1) advance(rows, k, merged, target, weight, cost, common);
@@ -142,32 +139,32 @@ class Group {
     const float* const effect = effects_.data() + size_t(k) * size;
     const int block = k / kBlock;
     for (int b = merged; b <= block; ++b) {
-      Floats sum[kPaths] = {};
+      Floats sum[kStates] = {};
       const int end = std::min(k, (b + 1) * kBlock);
       for (int j = b * kBlock; j < end; ++j)
-        for (int p = 0; p < kPaths; ++p) sum[p] += history_[size_t(j) * kPaths + p] * effect[j];
-      for (int p = 0; p < kPaths; ++p)
-        target[p] += b < block ? pick<kPaths>(sum, origin_[size_t(b) * kPaths + p]) : sum[p];
+        for (int p = 0; p < kStates; ++p) sum[p] += history_[size_t(j) * kStates + p] * effect[j];
+      for (int p = 0; p < kStates; ++p)
+        target[p] += b < block ? pick(sum, origin_[size_t(b) * kStates + p]) : sum[p];
     }
   }
 
-  template <int kCount, typename T>
+  template <typename T>
   static T pick(const T* of, Ints index) {
     T found = of[0];
-    for (int i = 1; i < kCount; ++i) found = index == i ? of[i] : found;
+    for (int i = 1; i < kStates; ++i) found = index == i ? of[i] : found;
     return found;
   }
 
   // Finished blocks whose errors are the same on all paths move the targets of the group at once.
   int merge(int merged, int finished) {
     for (; merged < finished; ++merged) {
-      const Ints* const of = &origin_[size_t(merged) * kPaths];
+      const Ints* const of = &origin_[size_t(merged) * kStates];
       Ints differs = {};
-      for (int p = 1; p < kPaths; ++p) differs |= of[p] != of[0];
+      for (int p = 1; p < kStates; ++p) differs |= of[p] != of[0];
       if (any(differs)) break;
       Floats known[kBlock];
       for (int j = 0; j < kBlock; ++j)
-        known[j] = pick<kPaths>(&history_[size_t(merged * kBlock + j) * kPaths], of[0]);
+        known[j] = pick(&history_[size_t(merged * kBlock + j) * kStates], of[0]);
       for (int k = finished * kBlock; k < size; ++k) {
         const float* const effect = effects_.data() + size_t(k) * size + merged * kBlock;
         Floats sum = {};
@@ -225,10 +222,10 @@ class Group {
   // common: collects what salient weights cost on all paths; it would only round costs off.
   void advance(const Rows& rows, int k, int merged, const Floats* target, Floats weight,
                Floats* cost, Floats& common) {
-    Floats metrics[2][kPaths];  // [u[k]][path before]
-    Choice choice[2][kPaths];
-    for (int p = 0; p < kPaths; ++p) {
-      const int last = p / kList >> 1, before = p / kList & 1;
+    Floats metrics[2][kStates];  // [u[k]][path before]
+    Choice choice[2][kStates];
+    for (int p = 0; p < kStates; ++p) {
+      const int last = p >> 1, before = p & 1;
       const Floats x = scaled(target[p]);
       const Ints point = entries_.point(x);
       for (int u = 0; u < 2; ++u) {
@@ -238,16 +235,16 @@ class Group {
       }
     }
     if (any_salient_[k]) {
-      Choice wide[kPaths];
-      Floats extra[kPaths];
-      for (int p = 0; p < kPaths; ++p) {
+      Choice wide[kStates];
+      Floats extra[kStates];
+      for (int p = 0; p < kStates; ++p) {
         wide[p] = salient_choice(rows, target[p]);
         extra[p] = metric(k, (target[p] - wide[p].value) * unit_);
       }
       Floats least = extra[0];
-      for (int p = 1; p < kPaths; ++p) least = extra[p] < least ? extra[p] : least;
+      for (int p = 1; p < kStates; ++p) least = extra[p] < least ? extra[p] : least;
       common += salient_[k] ? least : Floats{};
-      for (int p = 0; p < kPaths; ++p)
+      for (int p = 0; p < kStates; ++p)
         for (int u = 0; u < 2; ++u) {
           const Floats fits = (wide[p].code & 1) == u ? or_zero(extra[p] - least) : splat(INFINITY);
           metrics[u][p] = salient_[k] ? fits : metrics[u][p];
@@ -255,69 +252,51 @@ class Group {
           choice[u][p].value = salient_[k] ? wide[p].value : choice[u][p].value;
         }
     }
-    Floats next[kPaths];
-    Ints came[kPaths];  // which of the ways to its state each path took
+    Floats next[kStates];
+    Ints came[kStates];  // all bits set where the second of the two ways to a state was taken
     for (int s = 0; s < 4; ++s) {
-      const int u = s >> 1, before = ways(s);
-      Floats* const best = next + s * kList;
-      Ints* const way = came + s * kList;
-      for (int i = 0; i < kList; ++i) best[i] = splat(INFINITY), way[i] = Ints{};
-      for (int w = 0; w < 2 * kList; ++w) {  // insert it, behind those that are as good
-        Floats x = cost[before + w] + metrics[u][before + w];
-        Ints id = Ints{} + w;
-        for (int i = 0; i < kList; ++i) {
-          const Ints better = x < best[i];
-          const Floats worse = better ? best[i] : x;
-          const Ints worse_id = better ? way[i] : id;
-          best[i] = better ? x : best[i];
-          way[i] = better ? id : way[i];
-          x = worse;
-          id = worse_id;
-        }
-      }
-      for (int i = 0; i < kList; ++i) {
-        Choice taken = choice[u][before];
-        for (int w = 1; w < 2 * kList; ++w) {
-          taken.code = way[i] == w ? choice[u][before + w].code : taken.code;
-          taken.value = way[i] == w ? choice[u][before + w].value : taken.value;
-        }
-        const size_t at = size_t(k) * kPaths + s * kList + i;
-        codes_[at] = taken.code + 256 * way[i];
-        values_[at] = taken.value;
-        history_[at] = weight - taken.value;
-      }
+      const int u = s >> 1, before = way(s);
+      const Floats first = cost[before] + metrics[u][before];
+      const Floats second = cost[before + 1] + metrics[u][before + 1];
+      came[s] = second < first;
+      next[s] = came[s] ? second : first;
+      const Choice *const one = &choice[u][before], *const other = one + 1;
+      const size_t at = size_t(k) * kStates + s;
+      codes_[at] = (came[s] ? other->code : one->code) + (256 & came[s]);
+      values_[at] = came[s] ? other->value : one->value;
+      history_[at] = weight - values_[at];
     }
-    std::copy_n(next, kPaths, cost);
-    for (int j = k / kBlock * kBlock; j < k; ++j) inherit(&history_[size_t(j) * kPaths], came);
-    for (int b = merged; b < k / kBlock; ++b) inherit(&origin_[size_t(b) * kPaths], came);
+    std::copy_n(next, kStates, cost);
+    for (int j = k / kBlock * kBlock; j < k; ++j) inherit(&history_[size_t(j) * kStates], came);
+    for (int b = merged; b < k / kBlock; ++b) inherit(&origin_[size_t(b) * kStates], came);
   }
 
-  // The first of the 2 * kList paths that lead to state s next.
-  static int ways(int s) { return 2 * (s & 1) * kList; }
+  // The first of the two states before state s.
+  static int way(int s) { return 2 * (s & 1); }
 
   // To each path, what the path had that it continues.
   template <typename T>
   static void inherit(T* paths, const Ints* came) {
-    T was[kPaths];
-    std::copy_n(paths, kPaths, was);
-    for (int p = 0; p < kPaths; ++p) paths[p] = pick<2 * kList>(was + ways(p / kList), came[p]);
+    T was[kStates];
+    std::copy_n(paths, kStates, was);
+    for (int p = 0; p < kStates; ++p) paths[p] = came[p] ? was[way(p) + 1] : was[way(p)];
   }
 
   // Codes and values along the best path, from the last column back to the first, and its cost.
   Floats trace(const Floats* cost) {
     Ints path = {};
     Floats least = cost[0];
-    for (int p = 1; p < kPaths; ++p) {
+    for (int p = 1; p < kStates; ++p) {
       const Ints better = cost[p] < least;
       path = better ? Ints{} + p : path;
       least = better ? cost[p] : least;
     }
     for (int k = size - 1; k >= 0; --k) {
-      const size_t at = size_t(k) * kPaths;
-      const Ints c = pick<kPaths>(&codes_[at], path);
-      values_[at] = pick<kPaths>(&values_[at], path);
+      const size_t at = size_t(k) * kStates;
+      const Ints c = pick(&codes_[at], path);
+      values_[at] = pick(&values_[at], path);
       codes_[at] = c & 255;
-      path = 2 * kList * (path / kList & 1) + (c >> 8);
+      path = 2 * (path & 1) + (c >> 8);
     }
     return least;
   }

@@ -9,6 +9,7 @@ import torch
 from killed_runs import Disk, Killed, run
 from quantized_output import load, unpack
 from safetensors.torch import load_file, save_file
+from tiny_models import GROUPED_QUERY_CONFIG
 
 from offline_quantize import quantize_checkpoint
 from offline_quantize.checkpoint.manifest import read_manifest
@@ -19,13 +20,6 @@ from offline_quantize.commands.verify import verify
 from offline_quantize.method.value_output_learning import learn
 from precalib_kernels.errors import OutputError, SourceError
 
-CONFIG = {
-    "model_type": "llama",
-    "num_hidden_layers": 2,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 16,
-}
 ATTENTION, SIZE, QUERIES = "model.layers.{}.self_attn", 16, 2
 OPTIONS = ("--transform", "value-output")
 FILE = "precalib.transforms"
@@ -48,13 +42,13 @@ def tensors(weights):
 
 @pytest.fixture
 def source(checkpoint, tensors):
-    return checkpoint(tensors=tensors, config=CONFIG, shards=2)
+    return checkpoint(tensors=tensors, config=GROUPED_QUERY_CONFIG, shards=2)
 
 
 def products(value, output):
     """W_o·W_v of each query head; columns of `value` may also be a bias."""
     found = []
-    for head in range(CONFIG["num_attention_heads"]):
+    for head in range(GROUPED_QUERY_CONFIG["num_attention_heads"]):
         rows = value[head // QUERIES * SIZE : (head // QUERIES + 1) * SIZE].double()
         found.append(output[:, head * SIZE : (head + 1) * SIZE].double() @ rows)
     return torch.stack(found)
@@ -131,7 +125,9 @@ def test_verify_finds_another_source(checkpoint, source, tensors, quantize):
     name = ATTENTION.format(0)
     tensors[f"{name}.v_proj.bias"] = -tensors[f"{name}.v_proj.bias"]
     tensors[f"{name}.o_proj.weight"] = tensors[f"{name}.o_proj.weight"].flip(0)
-    found = "\n".join(faults(target, checkpoint("other", tensors, config=CONFIG, shards=2)))
+    found = "\n".join(
+        faults(target, checkpoint("other", tensors, config=GROUPED_QUERY_CONFIG, shards=2))
+    )
     assert f"tensor '{name}.v_proj.bias' is not the source's" in found
     assert f"{name}.o_proj: relative error" in found
     assert len(found.splitlines()) == 2
@@ -238,7 +234,7 @@ def test_a_report_compares_with_the_transformed_source(source, quantize, precali
 def test_weights_that_are_not_finite_are_named(checkpoint, tensors, tmp_path):
     name = f"{ATTENTION.format(1)}.v_proj.weight"
     tensors[name][2, 5] = float("nan")
-    source = checkpoint(tensors=tensors, config=CONFIG)
+    source = checkpoint(tensors=tensors, config=GROUPED_QUERY_CONFIG)
     with pytest.raises(SourceError, match=rf"'{name}': weight \[2, 5\] is nan"):
         run(source, tmp_path / "target", transform="value-output")
     assert not (tmp_path / "target").exists()

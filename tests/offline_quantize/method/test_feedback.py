@@ -20,10 +20,10 @@ from offline_quantize.method.encode import (
     prepare_rows,
 )
 from offline_quantize.method.feedback_factor import FeedbackFactor, feedback_factor
-from offline_quantize.method.feedback_task import FeedbackTask, SalientSteps
-from offline_quantize.method.feedback_torch import LIST
+from offline_quantize.method.feedback_task import FeedbackTask
 from offline_quantize.method.input_statistics import InputStatistics
 from offline_quantize.method.recipes import RECIPES, Recipe, adjust
+from offline_quantize.method.salient_steps import SalientSteps
 from precalib_kernels.errors import SourceError
 from precalib_kernels.format import reference
 from precalib_kernels.format.layout import Layout
@@ -158,7 +158,7 @@ def best_paths(
                 total = cost + float(importance[k]) * (target - value) ** 2
                 path = (total, [*codes, code], [*errors, w - value])
                 found.setdefault((code & 1, one), []).append(path)
-        paths = [path for ways in found.values() for path in sorted(ways)[:LIST]]
+        paths = [path for ways in found.values() for path in sorted(ways)[:1]]
     return min(paths)[1]
 
 

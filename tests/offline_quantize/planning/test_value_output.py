@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from tiny_models import GROUPED_QUERY_CONFIG
 
 from offline_quantize.checkpoint.source import open_checkpoint
 from offline_quantize.method.value_output import (
@@ -17,13 +18,6 @@ from offline_quantize.planning.value_output import LINEAR_MODELS
 from precalib_kernels.errors import RecipeError
 
 ATTENTION = "model.layers.0.self_attn"
-CONFIG = {
-    "model_type": "llama",
-    "num_hidden_layers": 2,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 16,
-}
 
 
 def plan(source, transform="value-output", **options):
@@ -33,7 +27,7 @@ def plan(source, transform="value-output", **options):
 @pytest.fixture
 def source(checkpoint):
     def write(tensors=None, **changes):
-        return checkpoint(tensors=tensors, config=CONFIG | changes)
+        return checkpoint(tensors=tensors, config=GROUPED_QUERY_CONFIG | changes)
 
     return write
 
@@ -53,7 +47,7 @@ def test_a_bias_of_the_values_belongs_to_the_pair(source, weights):
 
 
 def test_the_file_of_matrices_is_written_first_and_in_no_index(checkpoint):
-    made = plan(checkpoint(config=CONFIG, shards=2))
+    made = plan(checkpoint(config=GROUPED_QUERY_CONFIG, shards=2))
     assert next(iter(made.files.shards)) == "precalib.transforms"
     entries = made.files.shards["precalib.transforms"].entries
     assert entries.keys() == {f"model.layers.{i}.self_attn.value_output" for i in (0, 1)}
