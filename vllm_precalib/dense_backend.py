@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from precalib_kernels.backends.base import Backend, LinearSpec
-from precalib_kernels.backends.reference import unpacked_rows
+from precalib_kernels.backends.reference import unpacked_weight
 from vllm_precalib.compat import vllm_names
 
 with vllm_names():
@@ -24,11 +24,7 @@ class DenseBackend(Backend):
 
     def prepare(self, tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
         """The weight [N, K] in the type of the activations."""
-        shape = self.spec.output_size, self.spec.input_size
-        weight = torch.empty(shape, dtype=self.spec.dtype, device=tensors["qweight"].device)
-        for rows, values in unpacked_rows(tensors, self.spec, where):
-            weight[rows] = values
-        return {"weight": weight}
+        return {"weight": unpacked_weight(tensors, self.spec, where)}
 
     def finish(self, layer: torch.nn.Module) -> None:
         """Let vLLM lay the weight out for this machine."""

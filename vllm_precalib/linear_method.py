@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from precalib_kernels.backends.base import LinearSpec
+from precalib_kernels.backends.reference import unpacked_weight
 from precalib_kernels.backends.registry import BackendChoice, BackendRegistry
 from precalib_kernels.errors import ServingError
 from precalib_kernels.format.layout import COLUMN_UNIT
@@ -106,20 +107,30 @@ class PrecalibLinearMethod(LinearMethodBase):
 
         Raises ServingError for missing or non-finite tensors, FormatError for bad positions.
         """
-        tensors = {name: getattr(layer, name).data for name in self.names}
-        if self.dummy and not self.guard.filled:
-            # random bytes may be no salient weights at all, and no 4-bit zero points
-            for name in tensors.keys() & {"salient", "zeros"}:
-                tensors[name].zero_()
-        else:
-            self.guard.finish(self.names)
-            self.guard.check_finite(tensors)
-        prepared = self.backend.prepare(tensors, self.prefix)
+        prepared = self.backend.prepare(self._loaded(layer), self.prefix)
         for name in self.names:
             delattr(layer, name)
         for name, tensor in prepared.items():
             layer.register_parameter(name, Parameter(tensor, requires_grad=False))
         self.backend.finish(layer)
+
+    def dequantize_weight(self, layer: torch.nn.Module) -> Tensor:
+        """Ŵ [N, K] of this rank in the type of the activations; the packed tensors stay.
+
+        vLLM asks for it in place of `process_weights_after_loading` where it is to quantize the
+        layer again, into a format of its own.
+
+        Raises ServingError if tensors are missing, not finite or already given to a backend,
+        FormatError for bad positions.
+        """
+        if not all(hasattr(layer, name) for name in self.names):
+            raise ServingError(
+                f"{self.prefix} cannot be quantized again by vLLM: its packed tensors were given "
+                "to a backend and are gone; load the model anew"
+            )
+        weight = unpacked_weight(self._loaded(layer), self.spec, self.prefix)
+        self.choices.pop(self.prefix, None)  # no backend of ours computes the layer
+        return weight
 
     def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x·Ŵᵀ + bias by the chosen backend: x [..., K] to [..., N of this rank]."""
@@ -131,6 +142,18 @@ class PrecalibLinearMethod(LinearMethodBase):
             f"{self.prefix} is packed, but this model shares it with its embeddings; "
             f"quantize the model again with --keep '{self.prefix.rpartition('.')[2]}'"
         )
+
+    def _loaded(self, layer: torch.nn.Module) -> dict[str, Tensor]:
+        """The packed tensors by name, once all of them are known to be there and finite."""
+        tensors = {name: getattr(layer, name).data for name in self.names}
+        if self.dummy and not self.guard.filled:
+            # random bytes may be no salient weights at all, and no 4-bit zero points
+            for name in tensors.keys() & {"salient", "zeros"}:
+                tensors[name].zero_()
+        else:
+            self.guard.finish(self.names)
+            self.guard.check_finite(tensors)
+        return tensors
 
     def _register_packed(
         self,

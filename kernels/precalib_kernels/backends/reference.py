@@ -73,6 +73,15 @@ def unpacked_rows(
             yield rows, reference.dequantize(chunk, spec.layout, spec.input_size, where=where)
 
 
+def unpacked_weight(tensors: Mapping[str, Tensor], spec: LinearSpec, where: str) -> Tensor:
+    """Ŵ [N, K] in the type of the activations; arguments and errors as of `unpacked_rows`."""
+    shape = spec.output_size, spec.input_size
+    weight = torch.empty(shape, dtype=spec.dtype, device=tensors["qweight"].device)
+    for rows, values in unpacked_rows(tensors, spec, where):
+        weight[rows] = values
+    return weight
+
+
 def _linear(
     x: Tensor, packed: list[Tensor], bias: Tensor | None, shard_sizes: list[int], layout: str
 ) -> Tensor:
