@@ -108,7 +108,17 @@ kernels-report: $(STAMP) ## compile every GPU kernel for every chip, fail on new
 gpu-acceptance: ## tests, times and tuning of the GPU kernels on a machine with torch, Triton, pytest and a GPU
 	@$(PYTHON) benchmarks/gpu/acceptance.py --out build/gpu-acceptance
 
-.PHONY: docs gpu-acceptance
+VLLM ?= 0.33.*
+VLLM_WHEEL = build/vllm-wheel
+vllm-contract: $(STAMP) ## the plugin against the Python files of another vLLM's CUDA wheel (0.4 GB): make vllm-contract [VLLM=0.33.*]
+	@rm -rf $(VLLM_WHEEL) && mkdir -p $(VLLM_WHEEL)
+	@$(BIN)/pip download -q --no-deps --only-binary=:all: --python-version 3.12 --abi abi3 \
+	  $(addprefix --platform manylinux_2_,28_x86_64 31_x86_64 35_x86_64) -d $(VLLM_WHEEL) 'vllm==$(VLLM)'
+	@$(BIN)/python deploy/vllm_contract.py $(VLLM_WHEEL)/*.whl --unpack $(VLLM_WHEEL)/unpacked
+	@PYTHONPATH=$(CURDIR)/$(VLLM_WHEEL)/unpacked OMP_NUM_THREADS=1 $(BIN)/pytest -m 'not engine' tests/vllm_precalib \
+	  -k 'not dense-dtype0' # needs a compiled operator
+
+.PHONY: docs gpu-acceptance vllm-contract
 docs: .venv-docs/.installed ## the documentation site, in build/docs; links are checked
 	@.venv-docs/bin/python docs/check_links.py
 	@NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
