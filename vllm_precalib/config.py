@@ -19,6 +19,9 @@ with vllm_names():
     )
 
 
+WEIGHT = ".weight"
+
+
 class PrecalibConfig(QuantizationConfig):
     """vLLM's view of a checkpoint's quantization_config.
 
@@ -71,7 +74,11 @@ class PrecalibConfig(QuantizationConfig):
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Rename the modules of the checkpoint to what this model class calls them."""
-        modules = hf_to_vllm_mapper.apply_dict(dict(self.checkpoint.modules))
+        modules = {}
+        for module, layout_name in self.checkpoint.modules.items():
+            name = hf_to_vllm_mapper.map_name(f"{module}{WEIGHT}")  # patterns are of whole names
+            if name is not None and name.endswith(WEIGHT):
+                modules[name.removesuffix(WEIGHT)] = layout_name
         self.checkpoint = dataclasses.replace(self.checkpoint, modules=modules)
 
     def packed_module(self, prefix: str) -> PackedModule | None:
@@ -88,6 +95,7 @@ class PrecalibConfig(QuantizationConfig):
         """
         # imported here so that a vLLM without these names can still serve other models
         from vllm_precalib import linear_method as methods
+        from vllm_precalib.undecided_linear_method import UndecidedLinearMethod
 
         kind = methods.layer_kind(layer)
         if kind == "experts":
@@ -98,8 +106,10 @@ class PrecalibConfig(QuantizationConfig):
                 )
             return None
         module = self.packed_module(prefix) if kind else None
+        if module is None and kind == "linear":
+            return UndecidedLinearMethod(prefix, self.checkpoint, self.registry, self.choices)
         if module is None:
-            return methods.CheckedUnquantizedLinearMethod(prefix) if kind == "linear" else None
+            return None
         if kind == "embedding":
             raise ServingError(
                 f"{prefix}: this precalib cannot serve packed embeddings; "

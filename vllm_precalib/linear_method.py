@@ -17,6 +17,7 @@ from vllm_precalib.compat import vllm_names
 from vllm_precalib.load_guard import WeightLoadGuard
 from vllm_precalib.packed_module import PackedModule
 from vllm_precalib.parameters import packed_parameter
+from vllm_precalib.row_order import rotary_heads
 
 with vllm_names():
     from vllm.config import get_current_vllm_config
@@ -24,7 +25,6 @@ with vllm_names():
     from vllm.model_executor.layers.linear import (
         LinearBase,
         LinearMethodBase,
-        UnquantizedLinearMethod,
         register_weight_loader_v2_supported_method,
     )
     from vllm.model_executor.layers.vocab_parallel_embedding import (
@@ -71,6 +71,7 @@ class PrecalibLinearMethod(LinearMethodBase):
         config = get_current_vllm_config()
         self.options = Options.parse(config.additional_config)
         self.dummy = config.load_config.load_format == "dummy"
+        self.heads = rotary_heads(getattr(config.model_config, "hf_text_config", None))
 
     def create_weights(
         self,
@@ -164,7 +165,9 @@ class PrecalibLinearMethod(LinearMethodBase):
     ) -> None:
         """A parameter for every packed tensor, whose loading the guard watches."""
         shard_sizes = self.spec.shard_sizes
-        self.guard = WeightLoadGuard(self.prefix, self.module, input_size, output_size, shard_sizes)
+        self.guard = WeightLoadGuard(
+            self.prefix, self.module, input_size, output_size, shard_sizes, self.heads
+        )
         specs = self.module.layout.tensors(self.spec.output_size, self.spec.input_size)
         self.names = tuple(specs)
         for name, spec in specs.items():
@@ -185,47 +188,3 @@ class PrecalibLinearMethod(LinearMethodBase):
             f"{input_size // slice_size} slices of {slice_size}; use a tensor-parallel size of "
             f"{' or '.join(fitting)}{again}"
         )
-
-
-@register_weight_loader_v2_supported_method
-class CheckedUnquantizedLinearMethod(UnquantizedLinearMethod):
-    """A linear layer that was not packed, with a guard: vLLM has none in a quantized model.
-
-    It catches modules whose names vLLM and the checkpoint do not agree about. A weight that is
-    still not-a-number in the whole first row of a shard was never loaded: unlike a wrapped loader,
-    that mark works for every loader of vLLM's, and a weight of numbers cannot carry it.
-    """
-
-    def __init__(self, prefix: str) -> None:
-        super().__init__()
-        self.prefix = prefix
-
-    def create_weights(
-        self,
-        layer: torch.nn.Module,
-        input_size_per_partition: int,
-        output_partition_sizes: list[int],
-        *args: Any,
-        **kwargs: Any,
-    ) -> None:
-        """As vLLM does, with not-a-number in the first row of every fused shard."""
-        super().create_weights(
-            layer, input_size_per_partition, output_partition_sizes, *args, **kwargs
-        )
-        self.shard_sizes = output_partition_sizes
-        for shard in self._shards(layer):
-            shard[0] = torch.nan
-
-    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        """As vLLM does. Raises ServingError if a shard was never loaded."""
-        for shard in self._shards(layer):
-            if bool(shard[0].isnan().all()):
-                raise ServingError(
-                    f"{self.prefix}.weight was not in the checkpoint, or only in part, and "
-                    "config.json does not list the layer as packed; copy the checkpoint again or "
-                    "quantize the model again"
-                )
-        super().process_weights_after_loading(layer)
-
-    def _shards(self, layer: torch.nn.Module) -> tuple[Tensor, ...]:
-        return torch.split(layer.get_parameter("weight").data, self.shard_sizes)

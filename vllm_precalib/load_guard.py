@@ -8,7 +8,7 @@ import bisect
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from types import MethodType
+from types import MappingProxyType, MethodType
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from precalib_kernels.errors import ServingError
 from vllm_precalib.packed_module import PackedModule
+from vllm_precalib.row_order import halves_apart
 
 QKV_SHARDS = {"q": 0, "k": 1, "v": 2}
 
@@ -28,6 +29,7 @@ class WeightLoadGuard:
     input_size:  K of the whole layer.
     output_size: N of the whole layer, as vLLM gives it to create_weights.
     shard_sizes: rows of every fused shard on this rank.
+    heads:       in each shard whose rows have to be reordered, see `row_order`.
     """
 
     def __init__(
@@ -37,10 +39,12 @@ class WeightLoadGuard:
         input_size: int,
         output_size: int,
         shard_sizes: Sequence[int],
+        heads: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
         self.prefix = prefix
         self.module = module
         self.input_size = input_size
+        self.heads = heads
         self.shard_sizes = shard_sizes
         self.ranks = output_size // sum(shard_sizes)  # that share the rows
         self.filled: dict[str, set[int]] = defaultdict(set)
@@ -63,6 +67,8 @@ class WeightLoadGuard:
             shards = self._shards(name, loaded_shard_id)
             self._check_stored(name, loaded_weight, shards, layer)
             shard_id = () if loaded_shard_id is None else (loaded_shard_id,)
+            if name != "column_scale" and loaded_shard_id in self.heads:
+                loaded_weight = halves_apart(loaded_weight, self.heads[loaded_shard_id])
             load_shard(layer, param, loaded_weight, *shard_id)
             self.filled[name].update(shards)
 

@@ -15,8 +15,9 @@ from vllm.model_executor.models.utils import WeightsMapper
 from precalib_kernels.errors import FormatError, ServingError
 from precalib_kernels.format.checkpoint_config import CheckpointConfig
 from vllm_precalib.config import PrecalibConfig
-from vllm_precalib.linear_method import CheckedUnquantizedLinearMethod, PrecalibLinearMethod
+from vllm_precalib.linear_method import PrecalibLinearMethod
 from vllm_precalib.packed_module import PackedModule
+from vllm_precalib.undecided_linear_method import UndecidedLinearMethod
 
 FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 
@@ -125,7 +126,7 @@ def test_methods_of_layers(config, rank):
         fc = ReplicatedLinear(160, 32, quant_config=packed, prefix="a.fc")
         other = ReplicatedLinear(160, 32, quant_config=packed, prefix="a.other")
         assert isinstance(fc.quant_method, PrecalibLinearMethod)
-        assert isinstance(other.quant_method, CheckedUnquantizedLinearMethod)
+        assert isinstance(other.quant_method, UndecidedLinearMethod)
         assert packed.get_quant_method(torch.nn.Identity(), "a.attn") is None
         embedding = VocabParallelEmbedding(64, 160, quant_config=packed, prefix="embed")
         assert packed.get_quant_method(embedding, "embed") is None

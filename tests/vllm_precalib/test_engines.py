@@ -38,7 +38,10 @@ def assert_same(pair, tolerance=LOGPROB_TOLERANCE):
             assert abs(logprob - true_logprob) <= tolerance
 
 
-@pytest.mark.parametrize("name", ["llama", "llama_dense", "llama_reference", "qwen2", "phi3"])
+MODELS = ["llama", "llama_dense", "llama_reference", "qwen2", "phi3", "stablelm", "llama4"]
+
+
+@pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("weights", ["first", "reloaded"])
 def test_answers_are_those_of_transformers(case, name, weights):
     assert_same(case("eager", name)[weights])
@@ -57,7 +60,7 @@ PACKED = {  # how vLLM fuses what `engines_suite.llama` packs
 } - {"model.layers.1.mlp.down_proj"}
 
 
-@pytest.mark.parametrize("name", ["llama", "llama_dense", "llama_reference"])
+@pytest.mark.parametrize("name", ["llama", "llama_dense", "llama_reference", "stablelm"])
 def test_every_layer_is_computed_by_the_backend_that_is_meant(case, name):
     backend = name.partition("_")[2]
     choices = case("eager", name)["choices"]

@@ -36,6 +36,13 @@ TRELLIS = Layout(
 )
 LAYOUTS = {"row": ROW, "sign": SIGN, "min-max": MIN_MAX, "plain": PLAIN, "trellis": TRELLIS}
 LAYOUTS |= {name: packed_tensors.RECIPE_LAYOUTS[name] for name in ("balanced-2", "balanced-3")}
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+    "stablelm": "StableLmForCausalLM",
+    "llama4_text": "Llama4ForCausalLM",
+}
 WEIGHT_SIZE = 0.1  # root mean square; large enough for logits to differ
 
 
@@ -74,6 +81,8 @@ def model_config(kind: str, **changes: Any) -> transformers.PreTrainedConfig:
         "llama": transformers.LlamaConfig,
         "qwen2": transformers.Qwen2Config,
         "phi3": transformers.Phi3Config,
+        "stablelm": transformers.StableLmConfig,
+        "llama4": transformers.Llama4TextConfig,
     }
     sizes = {
         "vocab_size": 200,
@@ -147,14 +156,9 @@ def _write(
 ) -> None:
     folder.mkdir(parents=True)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    architectures = {
-        "llama": "LlamaForCausalLM",
-        "qwen2": "Qwen2ForCausalLM",
-        "phi3": "Phi3ForCausalLM",
-    }
     fields = {
         **config.to_dict(),
-        "architectures": [architectures[config.model_type]],
+        "architectures": [ARCHITECTURES[config.model_type]],
         "dtype": str(dtype).removeprefix("torch."),
         **more,
     }
