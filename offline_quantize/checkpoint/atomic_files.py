@@ -5,13 +5,14 @@ import os
 from pathlib import Path
 from typing import Any
 
-from precalib_kernels.errors import PrecalibError
+from precalib_kernels.errors import OutputError, PrecalibError
 
 MANIFEST = "precalib.json"
 JOB = "precalib.job.json"
 JOURNAL = "precalib.journal.jsonl"
 TRANSFORMS = "precalib.transforms"
 PARTIAL = ".partial"
+MAX_JSON_BYTES = 256 << 20  # an index of a million tensors has 150 MB
 
 
 def partial(path: Path) -> Path:
@@ -47,6 +48,12 @@ def write_bytes(path: Path, data: bytes) -> None:
     publish(path)
 
 
+def check_folder(path: Path, option: str) -> None:
+    """Raise OutputError if the folder of a file to write is missing; long work may lie between."""
+    if not path.parent.is_dir():
+        raise OutputError(f"{option} {path}: there is no folder {path.parent}; make it first")
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write JSON, whole or not at all; equal values give equal bytes."""
     write_bytes(path, json_bytes(value))
@@ -59,14 +66,40 @@ def json_bytes(value: Any) -> bytes:
 
 def read_json(path: Path, error: type[PrecalibError], remedy: str) -> dict[str, Any]:
     """The JSON object in a file; raises `error` with the remedy if there is none."""
+    value = parse_json(path, error, remedy)
+    if not isinstance(value, dict):
+        raise error(f"{path}: not a JSON object; {remedy}")
+    return value
+
+
+def parse_json(path: Path, error: type[PrecalibError], remedy: str) -> Any:
+    """The JSON value in a file of at most MAX_JSON_BYTES.
+
+    Raises `error` with the remedy for anything else, also where a key of an object stands twice
+    with different values: readers would not agree on one.
+    """
     try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise error(f"{path}: the file is missing; {remedy}") from None
+        if not path.is_file():
+            missing = "not a file" if path.exists() else "the file is missing"
+            raise error(f"{path}: {missing}; {remedy}")
+        if (size := path.stat().st_size) > MAX_JSON_BYTES:
+            raise error(f"{path}: {size:,} bytes are too many for this file; {remedy}")
+        return loads_json(path.read_bytes())
     except OSError as cause:
         raise error(f"{path}: cannot be read ({cause.strerror}); {remedy}") from cause
     except (ValueError, RecursionError) as cause:
         raise error(f"{path}: not valid JSON ({cause}); {remedy}") from cause
-    if not isinstance(value, dict):
-        raise error(f"{path}: not a JSON object; {remedy}")
+
+
+def loads_json(data: bytes) -> Any:
+    """The JSON value of a text. Raises ValueError or RecursionError."""
+    return json.loads(data, object_pairs_hook=_unambiguous)
+
+
+def _unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        for key, there in pairs:
+            if there != value[key]:
+                raise ValueError(f"key {key[:80]!r} stands twice with different values")
     return value

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from offline_quantize.checkpoint.file_patterns import FOREIGN_WEIGHTS
+from offline_quantize.checkpoint.file_patterns import DOWNLOADED, NOT_DOWNLOADED
 from precalib_kernels.errors import SourceError
 
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
@@ -20,7 +20,8 @@ def locate(source: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(source, ignore_patterns=list(FOREIGN_WEIGHTS)))
+        taken, left = list(DOWNLOADED), list(NOT_DOWNLOADED)
+        return Path(snapshot_download(source, allow_patterns=taken, ignore_patterns=left))
     except Exception as error:  # of the hub, its HTTP client or the system: all the same here
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise SourceError(

@@ -1,6 +1,7 @@
 """The manifest of a packed checkpoint, precalib.json: what was made, from what, and how well."""
 
 import hashlib
+import math
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -9,7 +10,7 @@ from pydantic import ConfigDict, Field, SerializerFunctionWrapHandler, Strict, m
 from offline_quantize.checkpoint.atomic_files import MANIFEST
 from offline_quantize.checkpoint.progress import Progress
 from offline_quantize.checkpoint.records import FileName, Record, read_record
-from offline_quantize.checkpoint.safetensors_file import read_pieces
+from offline_quantize.checkpoint.safetensors_file import TORCH_DTYPES, read_pieces
 from precalib_kernels.errors import FormatError
 
 REQUANTIZE_REMEDY = "quantize the model again"
@@ -124,6 +125,20 @@ class Manifest(Record):
     skipped_files: list[FileName] = Field(
         validation_alias="left_out", serialization_alias="left_out"
     )
+
+    @property
+    def bytes_before(self) -> int:
+        """Size of all tensors in the source; a head that was made of embeddings is none of them."""
+        return self.totals.unquantized_bytes + sum(
+            math.prod(weight.shape) * TORCH_DTYPES[weight.dtype].itemsize
+            for module, weight in self.tensors.items()
+            if weight.dtype in TORCH_DTYPES and self.origin_of(module) == f"{module}.weight"
+        )
+
+    @property
+    def bytes_after(self) -> int:
+        """Size of all tensors that were written."""
+        return self.totals.unquantized_bytes + self.totals.stored_bytes
 
     def origin_of(self, module: str) -> str:
         """The tensor of the source that a packed module was made from."""

@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from offline_quantize.checkpoint.atomic_files import loads_json
 from precalib_kernels.errors import SourceError
 
 COPY_BYTES = 16 << 20
@@ -89,7 +90,7 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
         ) from error
     with _reading(path) as file:
         length = int.from_bytes(file.read(8), "little")
-        header: dict[str, Any] = json.loads(file.read(length))
+        header = _parse_header(path, file.read(length))
     metadata = header.pop("__metadata__", None) or {}
     start = 8 + length
     entries = {
@@ -102,6 +103,15 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
         for name, fields in header.items()
     }
     return dict(sorted(entries.items(), key=lambda item: (item[1].begin, item[0]))), metadata
+
+
+def _parse_header(path: Path, data: bytes) -> dict[str, Any]:
+    """The header's JSON, which the library has parsed before. Raises SourceError."""
+    try:
+        header: dict[str, Any] = loads_json(data)
+    except (ValueError, RecursionError) as error:  # a name twice, or changed meanwhile
+        raise SourceError(f"{path}: its header is damaged ({error}); download it again") from error
+    return header
 
 
 @contextlib.contextmanager

@@ -7,26 +7,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from offline_quantize.checkpoint import adapters
 from offline_quantize.checkpoint.atomic_files import json_bytes, read_json
-from offline_quantize.checkpoint.file_patterns import PICKLED_WEIGHTS, is_skipped
-from offline_quantize.checkpoint.safetensors_file import (
-    Entry,
-    FileLayout,
-    TensorLocation,
-    read_header,
-)
+from offline_quantize.checkpoint.file_patterns import is_carried, is_carried_in_module
+from offline_quantize.checkpoint.modules import module_folders
+from offline_quantize.checkpoint.safetensors_file import Entry, FileLayout, TensorLocation
+from offline_quantize.checkpoint.weight_files import DOWNLOAD_REMEDY as DOWNLOAD_REMEDY
+from offline_quantize.checkpoint.weight_files import INDEX as INDEX
+from offline_quantize.checkpoint.weight_files import WeightFiles, read_weight_files
 from precalib_kernels.errors import SourceError
 
 CONFIG = "config.json"
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 # GPT-2's Conv1D stores [inputs, outputs], which no tensor name tells
 TRANSPOSED_MODELS = ("gpt2", "gpt-sw3", "imagegpt", "decision_transformer", "openai-gpt")
 # names that quantizers give to packed weights
 PACKED_SUFFIXES = (".qweight", ".weight_packed")
 # where models of several kinds of input keep the configuration of their language model
 TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "thinker_config")
-DOWNLOAD_REMEDY = "download the checkpoint again"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,10 +32,11 @@ class Checkpoint:
 
     shards:        entries of every weight file, by file name, in the order of their bytes.
     metadata:      metadata of every weight file.
-    index:         the parsed index file, None for a single unsharded file.
+    index:         the parsed index file, None where none is used.
     config:        the parsed config.json.
     sidecar_files: files to copy unchanged, relative to `root`.
     skipped_files: files that are not copied (`file_patterns`), relative to `root`.
+    notes:         what was decided where files contradict each other, a sentence each.
     """
 
     root: Path
@@ -48,6 +46,7 @@ class Checkpoint:
     config: Mapping[str, Any]
     sidecar_files: tuple[str, ...]
     skipped_files: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -91,33 +90,29 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     """Read the headers of a checkpoint.
 
     Raises SourceError for a directory without safetensors weights, with missing, damaged or
-    contradictory shards, or without a config.json.
+    contradictory shards, or without a config.json; and for the folder of an adapter.
     """
+    if directory.is_file():
+        raise SourceError(f"{directory}: is a file; give the folder of the checkpoint it is in")
     if not directory.is_dir():
         raise SourceError(f"{directory}: no such directory; give the folder of a checkpoint")
+    if adapters.holds_only_adapter(directory):
+        raise adapters.refusal(directory)
     config = read_json(directory / CONFIG, SourceError, "give the folder of a whole checkpoint")
-    index = _read_index(directory / INDEX) if (directory / INDEX).exists() else None
-    files = _weight_files(directory) if index is None else sorted(set(index["weight_map"].values()))
-    shards: dict[str, dict[str, Entry]] = {}
-    metadata: dict[str, dict[str, str]] = {}
-    owner: dict[str, str] = {}
-    for name in files:
-        shards[name], metadata[name] = read_header(directory / name)
-        for tensor in shards[name]:
-            if tensor in owner:
-                raise SourceError(
-                    f"{directory}: tensor '{tensor}' is both in {owner[tensor]} and in {name}; "
-                    "remove the file that does not belong to the checkpoint"
-                )
-            owner[tensor] = name
-    for tensor, name in index["weight_map"].items() if index else ():
-        if owner.get(tensor) != name:
-            raise SourceError(
-                f"{directory / name}: tensor '{tensor}' is named by {INDEX} but is not in the "
-                f"file; {DOWNLOAD_REMEDY}"
-            )
-    sidecar_files, skipped_files = _other_files(directory, set(files))
-    return Checkpoint(directory, shards, metadata, index, config, sidecar_files, skipped_files)
+    weights = read_weight_files(directory)
+    if adapters.are_adapter_tensors(name for shard in weights.shards.values() for name in shard):
+        raise adapters.refusal(directory)
+    sidecar_files, skipped_files = _other_files(directory, weights)
+    return Checkpoint(
+        directory,
+        weights.shards,
+        weights.metadata,
+        weights.index,
+        config,
+        sidecar_files,
+        skipped_files,
+        weights.notes,
+    )
 
 
 def index_of(shards: Mapping[str, FileLayout], source: Mapping[str, Any]) -> dict[str, Any]:
@@ -156,53 +151,22 @@ def check_suitable(source: Checkpoint) -> None:
         )
 
 
-def _read_index(path: Path) -> dict[str, Any]:
-    index = read_json(path, SourceError, DOWNLOAD_REMEDY)
-    weight_map = index.get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise SourceError(f"{path}: has no weight_map; {DOWNLOAD_REMEDY}")
-    for tensor, name in weight_map.items():
-        plain = isinstance(name, str) and Path(name).name == name and "\0" not in name
-        if not plain or name in ("", ".."):
-            raise SourceError(
-                f"{path}: tensor '{tensor}' is said to be in {name!r}, which is not a file of this "
-                f"folder; {DOWNLOAD_REMEDY}"
-            )
-        if not name.endswith(".safetensors"):
-            raise SourceError(f"{path.parent / name}: {_NOT_SAFETENSORS}")
-    return index
-
-
-def _weight_files(directory: Path) -> list[str]:
-    """Names of the weight files where there is no index: the usual one, else all there are."""
-    if (directory / SINGLE).exists():
-        return [SINGLE]
-    found = sorted(path.name for path in directory.glob("*.safetensors"))
-    if found:
-        return found
-    for pattern in PICKLED_WEIGHTS:
-        if pickled := sorted(directory.glob(pattern)):
-            raise SourceError(f"{pickled[0]}: {_NOT_SAFETENSORS}")
-    raise SourceError(
-        f"{directory}: holds no *.safetensors weights; download or convert the checkpoint to them"
-    )
-
-
-_NOT_SAFETENSORS = (
-    "weights in a pickle format can run code when they are read and are refused; convert the "
-    "checkpoint to safetensors (save_pretrained does)"
-)
-
-
-def _other_files(directory: Path, weights: set[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _other_files(directory: Path, weights: WeightFiles) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Files to copy beside the weights, and those that are left out."""
+    folders = module_folders(directory)
+    used = {*weights.shards, CONFIG, *((INDEX,) if weights.index is not None else ())}
     sidecar_files: list[str] = []
     skipped_files: list[str] = []
     for path in sorted(directory.rglob("*")):
-        name = path.relative_to(directory).as_posix()
-        hidden = any(part.startswith(".") for part in path.relative_to(directory).parts)
-        if hidden or path.is_dir() or name in weights or name in (CONFIG, INDEX):
+        relative = path.relative_to(directory)
+        name = relative.as_posix()
+        if any(part.startswith(".") for part in relative.parts) or path.is_dir() or name in used:
             continue
-        if is_skipped(path.name):
+        if any(name.startswith(f"{folder}/") for folder in folders):
+            carried = is_carried_in_module(name)
+        else:
+            carried = is_carried(name)
+        if not carried:
             skipped_files.append(name)
         elif path.is_file():
             sidecar_files.append(name)

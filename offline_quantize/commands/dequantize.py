@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from offline_quantize.checkpoint.atomic_files import json_bytes
-from offline_quantize.checkpoint.manifest import REQUANTIZE_REMEDY
+from offline_quantize.checkpoint.manifest import REQUANTIZE_REMEDY, read_manifest
 from offline_quantize.checkpoint.packed import PackedCheckpoint, open_packed
 from offline_quantize.checkpoint.progress import Progress
 from offline_quantize.checkpoint.run import OutputFiles, Run, State
 from offline_quantize.checkpoint.safetensors_file import NAMES, FileLayout, lay_out
 from offline_quantize.checkpoint.source import CONFIG, INDEX, index_of
 from offline_quantize.checkpoint.writer import WriteJob, by_file, write_shards
+from offline_quantize.commands.verify import faults_of_files
 from precalib_kernels.errors import FormatError
 
 
@@ -30,9 +31,12 @@ def dequantize(
 
     jobs: tensors worked on at once.
 
-    Raises PrecalibError; the target is then not a checkpoint (it has no config.json).
+    Raises PrecalibError, also for what `verify` finds without the source; the target is then not a
+    checkpoint (it has no config.json).
     """
     packed = open_packed(directory)
+    for fault in faults_of_files(packed, read_manifest(directory), progress):
+        raise FormatError(f"{fault}; nothing was written ('precalib verify' shows all faults)")
     owner = _owners(packed)
     shards = {file: _lay_out(packed, file, owner, dtype) for file in packed.files.shards}
     fingerprint = {
@@ -51,6 +55,12 @@ def dequantize(
             write_shards(run, jobs_by_file, jobs, progress)
             run.finish(progress)
     return sum(layout.size for layout in shards.values())
+
+
+def workload(directory: Path) -> int:
+    """Bytes that `dequantize` reports progress on. Raises PrecalibError as it does."""
+    stored = open_packed(directory).files.nbytes
+    return stored + sum(file.size for file in read_manifest(directory).files.values())
 
 
 def _metadata_files(packed: PackedCheckpoint, shards: Mapping[str, FileLayout]) -> dict[str, bytes]:

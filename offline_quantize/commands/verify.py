@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from offline_quantize.checkpoint.atomic_files import MANIFEST
+from offline_quantize.checkpoint.file_patterns import is_inside
 from offline_quantize.checkpoint.manifest import (
     REQUANTIZE_REMEDY,
     FileRecord,
@@ -49,12 +50,7 @@ def verify(directory: Path, against: Path | None, progress: Progress) -> Iterato
     """
     packed, manifest = open_packed(directory), read_manifest(directory)
     source = open_checkpoint(against) if against else None
-    for name, recorded in manifest.files.items():
-        yield from _file_faults(directory / name, recorded, progress)
-    for path in sorted(directory.glob("*.safetensors")):
-        if path.name not in manifest.files:
-            yield f"{path}: is not part of the checkpoint; remove it, or vLLM may load it"
-    yield from _table_faults(packed, manifest)
+    yield from faults_of_files(packed, manifest, progress)
     transforms = Transforms.of(directory, manifest.run.transform)
     if source is not None:
         try:
@@ -82,6 +78,22 @@ def verify(directory: Path, against: Path | None, progress: Progress) -> Iterato
         progress.advance(originals[name].entry.nbytes)
     if source is not None:
         yield from _unquantized_faults(packed, originals, transforms, progress)
+
+
+def faults_of_files(
+    packed: PackedCheckpoint, manifest: Manifest, progress: Progress
+) -> Iterator[str]:
+    """Faults that show before any weight is unpacked: files, their hashes, tables of tensors."""
+    directory = packed.root
+    for name, recorded in manifest.files.items():
+        if is_inside(name):
+            yield from _file_faults(directory / name, recorded, progress)
+        else:
+            yield f"{directory / MANIFEST}: {name!r} lies outside of it; {REQUANTIZE_REMEDY}"
+    for path in sorted(directory.glob("*.safetensors")):
+        if path.name not in manifest.files:
+            yield f"{path}: is not part of the checkpoint; remove it, or vLLM may load it"
+    yield from _table_faults(packed, manifest)
 
 
 def _file_faults(path: Path, recorded: FileRecord, progress: Progress) -> Iterator[str]:

@@ -28,7 +28,13 @@ from offline_quantize.evaluation.kl import (
     reference_distributions,
     text_windows,
 )
-from offline_quantize.evaluation.models import load_original, load_packed, load_tokenizer, versions
+from offline_quantize.evaluation.models import (
+    check_tokenizer,
+    load_original,
+    load_packed,
+    load_tokenizer,
+    versions,
+)
 from offline_quantize.evaluation.reference_cache import cached, digest
 from offline_quantize.evaluation.result import EvaluationResult
 from precalib_kernels.errors import UsageError
@@ -178,6 +184,8 @@ def evaluate(
     """
     packed = open_packed(directory)
     checkpoint = open_checkpoint(source)
+    if request.text or request.tasks:
+        check_tokenizer(source)  # long before it is needed
     questions = {
         path: multiple_choice.read_questions(path, request.limit) for path in request.tasks
     }

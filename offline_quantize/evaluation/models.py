@@ -20,6 +20,17 @@ from precalib_kernels.errors import PrecalibError, SourceError, UsageError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+# Any of them is enough for one kind of tokenizer or another.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
+)
 INSTALL_REMEDY = (
     "running a model needs transformers; install it with: pip install 'vllm-precalib[eval]'"
 )
@@ -65,10 +76,13 @@ def empty_model(directory: Path) -> "PreTrainedModel":
     Raises SourceError when transformers has no such model, UsageError when it is missing.
     """
     _require_transformers()
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
     auto_model: Any = AutoModelForCausalLM
-    _refuse_hub_kernels(directory, read_json(directory / CONFIG, SourceError, DOWNLOAD_REMEDY))
+    values = read_json(directory / CONFIG, SourceError, DOWNLOAD_REMEDY)
+    _refuse_hub_kernels(directory, values)
+    if values.get("auto_map") and values.get("model_type") not in CONFIG_MAPPING:
+        raise _own_code(directory, values)  # transformers might ask whether to run it
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
         if hasattr(config, "quantization_config"):
@@ -79,6 +93,8 @@ def empty_model(directory: Path) -> "PreTrainedModel":
     except KeyError as error:
         raise SourceError(f"{directory}: transformers has no model type {error}") from error
     except Exception as error:  # of any model class: all the same here
+        if "custom code" in str(error):
+            raise _own_code(directory, values) from error
         raise SourceError(f"{directory}: transformers cannot load it ({_line(error)})") from error
 
 
@@ -100,17 +116,43 @@ def _refuse_hub_kernels(directory: Path, config: Mapping[str, Any]) -> None:
             )
 
 
+def _own_code(directory: Path, config: Mapping[str, Any]) -> SourceError:
+    """Refusal of a model that transformers knows by code of the checkpoint only."""
+    classes = config.get("auto_map")
+    names = sorted(map(str, classes.values())) if isinstance(classes, Mapping) else [str(classes)]
+    return SourceError(
+        f"{directory / CONFIG}: the model needs code that comes with the checkpoint "
+        f"({', '.join(names)[:120]}), which precalib never runs; such a model can be "
+        "quantized, but not be evaluated or observed"
+    )
+
+
+def check_tokenizer(directory: Path) -> None:
+    """Raise SourceError for a checkpoint without files of a tokenizer; nothing is loaded."""
+    if not any((directory / name).is_file() for name in TOKENIZER_FILES):
+        raise SourceError(
+            f"{directory}: holds no tokenizer ({TOKENIZER_FILES[0]} or another file of one); copy "
+            "the tokenizer's files of the original model there"
+        )
+
+
 def load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
     """The checkpoint's tokenizer.
 
     Raises SourceError when none can be loaded, UsageError when transformers is missing.
     """
+    check_tokenizer(directory)
     _require_transformers()
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # of any tokenizer library: all the same here
+        if "custom code" in str(error):
+            raise SourceError(
+                f"{directory}: its tokenizer needs code that comes with the checkpoint, which "
+                "precalib never runs; give no text and no tasks"
+            ) from error
         raise SourceError(f"{directory}: no tokenizer can be loaded ({_line(error)})") from error
 
 
@@ -171,4 +213,7 @@ def _require_transformers() -> None:
 
 
 def _line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
+    """The first line of an error's text, and the second where the first announces it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    announces = bool(lines) and lines[0].endswith(":")
+    return " ".join(lines[: 2 if announces else 1]) or type(error).__name__

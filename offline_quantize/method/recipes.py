@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from precalib_kernels.errors import FormatError, RecipeError
 from precalib_kernels.format.codebooks import TRELLIS_CODEBOOKS
-from precalib_kernels.format.layout import MAX_SALIENT_COUNT, Layout
+from precalib_kernels.format.layout import COLUMN_UNIT, MAX_SALIENT_COUNT, Layout
 
 JSON_NAMES = {"sinkhorn_iterations": "balance"}  # fields that files call by another name
 
@@ -151,6 +151,7 @@ def adjust(
     Raises RecipeError for values the format or the recipe does not have.
     """
     layout = recipe.layout
+    _check_values(layout, bits, group_size, alpha, salient_bits, clip)
     changes: dict[str, Any] = {}
     if bits is not None and bits != layout.bits:
         changes["bits"] = bits
@@ -168,6 +169,12 @@ def adjust(
         places = round(share * size)
         if recipe.rule == "tensor":
             places = min(2 * places, MAX_SALIENT_COUNT)
+        if places > MAX_SALIENT_COUNT:
+            raise RecipeError(
+                f"a share of {share:g} salient weights (--alpha) makes {places} in a group of "
+                f"{size}, and a group has at most {MAX_SALIENT_COUNT}; "
+                f"give at most --alpha {MAX_SALIENT_COUNT / size:.3g}"
+            )
         changes["salient_count"] = places
     try:
         adjusted = dataclasses.replace(layout, **changes)
@@ -176,3 +183,31 @@ def adjust(
     return dataclasses.replace(
         recipe, layout=adjusted, alpha=share, clip=recipe.clip if clip is None else clip
     )
+
+
+def _check_values(
+    layout: Layout,
+    bits: int | None,
+    group_size: int | None,
+    alpha: float | None,
+    salient_bits: int | None,
+    clip: float | None,
+) -> None:
+    """Raise RecipeError for a value that is wrong whatever the others are."""
+    base = layout.bits if bits is None else bits
+    unit = COLUMN_UNIT
+    size = unit if group_size is None else group_size
+    for option, value, fits, allowed in (
+        ("--bits", bits, bits in TRELLIS_CODEBOOKS, "2, 3, 4 or 5"),
+        ("--group-size", group_size, size > 0 == size % unit, f"a positive multiple of {unit}"),
+        ("--alpha", alpha, 0 <= (alpha or 0) < 1, "a share from 0 to below 1, as 0.05 for 5 %"),
+        ("--salient-bits", salient_bits, base <= (salient_bits or base) <= 8, f"{base} to 8"),
+        ("--clip", clip, 0 < (1 if clip is None else clip) <= 1, "a share above 0 and up to 1"),
+    ):
+        if value is not None and not fits:
+            raise RecipeError(f"{option} {value}: give {allowed}")
+    if clip not in (None, 1) and not layout.uniform:
+        raise RecipeError(
+            f"--clip {clip}: this recipe fits a codebook, and --clip applies to min-max grids; "
+            "leave it out or take another --recipe"
+        )

@@ -5,7 +5,7 @@ import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
-from offline_quantize.checkpoint.atomic_files import write_bytes
+from offline_quantize.checkpoint.atomic_files import check_folder, write_bytes
 from offline_quantize.checkpoint.progress import Progress
 from precalib_kernels.errors import OutputError, UsageError
 
@@ -34,11 +34,16 @@ class Request:
     force: bool = False
 
 
-def check_out(out: Path, force: bool = False) -> None:
+def check_out(
+    out: Path, force: bool = False, option: str = "--out", made: Path | None = None
+) -> None:
     """Refuse early what `write_report` cannot do.
 
+    option: by which the file was named.
+    made:   folder that will be there when the report is written.
+
     Raises UsageError if an optional package is missing, OutputError if the report would replace
-    something else.
+    something else, or its folder is missing.
     """
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         raise UsageError(
@@ -46,10 +51,13 @@ def check_out(out: Path, force: bool = False) -> None:
             "install what it needs with: pip install 'vllm-precalib[report]'"
         )
     if out.is_dir():
-        raise OutputError(f"{out}: is a directory; give --out the name of an HTML file")
+        raise OutputError(f"{out}: is a directory; give {option} the name of an HTML file")
+    if made is None or out.parent.resolve() != made.resolve():
+        check_folder(out, option)
     if out.exists() and not force and not _is_report(out):
         raise OutputError(
-            f"{out}: exists and is not a report; give another --out, or --force to replace it"
+            f"{out}: exists and is not a report; give another {option}"
+            + (", or --force to replace it" if option == "--out" else "")
         )
 
 

@@ -128,17 +128,20 @@ def _tiles(contents: Contents) -> Iterator[Mapping[str, str]]:
     def tile(what: str, value: str, about: str) -> Mapping[str, str]:
         return {"what": what, "value": value, "about": about}
 
-    before, after = totals.source_bytes, totals.stored_bytes
+    before, after = contents.manifest.bytes_before, contents.manifest.bytes_after
     yield tile(
         "effective bits per weight",
         f"{totals.bits_per_weight:.3f}",
         f"Eq. 13 of the paper: {totals.eq13_bits_per_weight:.3f}",
     )
-    yield tile("packed weights", size(after), f"from {size(before)}, {before / after:.2f} times")
-    on_disk = sum(file.size for file in files.values())
+    yield tile("packed weights", size(totals.stored_bytes), "of what was quantized")
     yield tile(
-        "all files", size(on_disk), f"{size(totals.unquantized_bytes)} of unquantized tensors"
+        "all tensors",
+        size(after),
+        f"from {size(before)}, {before / after:.2f} times; {size(totals.unquantized_bytes)} kept",
     )
+    on_disk = sum(file.size for file in files.values())
+    yield tile("all files", size(on_disk), f"{len(files):,} files beside the manifest")
     yield tile(
         "weights",
         f"{totals.weights:,}",

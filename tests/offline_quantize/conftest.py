@@ -20,8 +20,8 @@ HIDDEN, KEY_VALUE, INTERMEDIATE, VOCABULARY = 128, 64, 160, 48  # 160 = 128 + a 
 SIDE_FILES = {
     "tokenizer.json": b'{"model": "\xc3\xa9"}',
     "generation_config.json": b"{}",
-    "original/params.json": b'{"dim": 128}',
-    "assets/deep/logo.bytes": bytes(range(256)),
+    "additional_chat_templates/tools.jinja": b"{{ tools }}",
+    "code/deep/bytes.txt": bytes(range(256)),
 }
 
 

@@ -122,7 +122,11 @@ def test_code_of_a_checkpoint_is_never_run(byte_llama, monkeypatch):
     config |= {"model_type": "clip", "auto_map": {"AutoModelForCausalLM": "evil.Model"}}
     (root / "config.json").write_text(json.dumps(config))
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asks whether to run code"))
-    assert why_not(plan(root)) is not None
+    code = "the model needs code that comes with the checkpoint (evil.Model), which precalib never"
+    assert code in why_not(plan(root))
+    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "evil.C"}}
+    (root / "config.json").write_text(json.dumps(config))
+    assert code.replace("evil.Model", "evil.C") in why_not(plan(root))
     tokenizer = json.loads((root / "tokenizer_config.json").read_text())
     tokenizer |= {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", None]}}
     (root / "tokenizer_config.json").write_text(json.dumps(tokenizer))

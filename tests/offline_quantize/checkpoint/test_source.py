@@ -1,8 +1,9 @@
+import json
 import os
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from offline_quantize.checkpoint.source import check_suitable, open_checkpoint
 from precalib_kernels.errors import SourceError
@@ -15,9 +16,9 @@ def test_a_single_file(checkpoint):
     assert list(source.shards) == ["model.safetensors"]
     assert source.index is None
     assert source.sidecar_files == (
-        "assets/deep/logo.bytes",
+        "additional_chat_templates/tools.jinja",
+        "code/deep/bytes.txt",
         "generation_config.json",
-        "original/params.json",
         "tokenizer.json",
     )
     assert source.skipped_files == ()
@@ -34,13 +35,29 @@ def test_shards(checkpoint, weights, index):
 
 def test_what_is_not_carried_over_is_told(checkpoint):
     dead = (
+        "adapter_config.json",
+        "adapter_model.safetensors",
         "consolidated.safetensors",
+        "gguf/model.Q4_K.GGUF",
+        "model.fp16.safetensors.index.json",
+        "model.litertlm",
+        "model.mlmodel",
+        "model.nemo",
+        "model.tar.gz",
+        "model.tflite",
+        "onnx/config.json",
+        "onnx/model.onnx_data",
+        "onnx/model_q4.onnx_data_1",
         "optimizer.pt",
         "original/consolidated.00.pth",
+        "original/params.json",
         "precalib.json",
         "pytorch_model.bin",
         "pytorch_model.bin.index.json",
+        "rust_model.ot",
         "tokenizer.json.partial",
+        "unknown",
+        "weights.npz",
     )
     root = checkpoint(files=dict.fromkeys((*dead, "vocab.txt"), b"x"))
     (root / ".git").mkdir()
@@ -81,7 +98,7 @@ def test_no_weights_no_folder_no_config(checkpoint, tmp_path):
     with pytest.raises(SourceError, match=r"nothing: no such directory; give the folder"):
         open_checkpoint(tmp_path / "nothing")
     root = checkpoint()
-    with pytest.raises(SourceError, match=r"model\.safetensors: no such directory"):
+    with pytest.raises(SourceError, match=r"model\.safetensors: is a file; give the folder of"):
         open_checkpoint(root / "model.safetensors")
     (root / "model.safetensors").unlink()
     with pytest.raises(SourceError, match=rf"{root}: holds no \*\.safetensors weights; "):
@@ -112,10 +129,60 @@ def test_an_index_that_lies(checkpoint, edit_json):
 
 def test_a_tensor_in_two_files(checkpoint):
     root = checkpoint(shards=2)
-    save_file({"lm_head.weight": torch.zeros(1)}, root / "model-00001-of-00002.safetensors")
-    (root / INDEX).unlink()
-    with pytest.raises(SourceError, match=r"tensor 'lm_head\.weight' is both in model-00001.* and"):
+    first, second = (f"model-0000{i}-of-00002.safetensors" for i in (1, 2))
+    both = load_file(root / first) | {"lm_head.weight": load_file(root / second)["lm_head.weight"]}
+    save_file(both, root / first)
+    for named in (True, False):
+        source = open_checkpoint(root)
+        assert ("lm_head.weight" in source.shards[second]) == named
+        assert ("lm_head.weight" in source.shards[first]) != named
+        wrong = first if named else second
+        text = f"'lm_head.weight' of {wrong} also in another file with equal values, taken once"
+        assert source.notes == (text,)
+        (root / INDEX).unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("index", [True, False])
+@pytest.mark.parametrize("other", [torch.ones(8, 128), torch.zeros(8, 128).bfloat16()])
+def test_a_tensor_with_other_values_in_another_file(checkpoint, index, other):
+    root = checkpoint(shards=2)
+    first = "model-00001-of-00002.safetensors"
+    save_file(load_file(root / first) | {"lm_head.weight": other}, root / first)
+    if not index:
+        (root / INDEX).unlink()
+    kept, further = ("00002", "00001") if index else ("00001", "00002")
+    named = f", which {INDEX} names," if index else ""
+    with pytest.raises(
+        SourceError,
+        match=rf"tensor 'lm_head\.weight' is in model-{kept}-of-00002\.safetensors{named} and with "
+        rf"other values in model-{further}-.*; download the checkpoint again$",
+    ):
         open_checkpoint(root)
+
+
+@pytest.mark.parametrize("index", ['{"weight_map": {"a": "model-1.safetensors"}}', "{", "{}"])
+def test_a_stale_index_beside_a_whole_file(checkpoint, index, quantize, contents):
+    """transformers takes the single file; vLLM would take the index, so the output has none."""
+    root = checkpoint()
+    (root / INDEX).write_text(index)
+    source = open_checkpoint(root)
+    assert list(source.shards) == ["model.safetensors"]
+    assert source.index is None
+    assert source.skipped_files == (INDEX,)
+    assert source.notes == (
+        f"model.safetensors is taken and {INDEX}, which names other files, left out, as "
+        "transformers does",
+    )
+    assert INDEX not in contents(quantize(root, "--recipe", "rtn-4"))
+
+
+def test_an_index_that_names_the_single_file(checkpoint, weights):
+    root = checkpoint()
+    weight_map = dict.fromkeys(weights().llama(), "model.safetensors")
+    (root / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    source = open_checkpoint(root)
+    assert source.index is not None
+    assert (source.notes, source.skipped_files) == ((), ())
 
 
 @pytest.mark.parametrize(

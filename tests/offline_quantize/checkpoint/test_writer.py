@@ -1,5 +1,6 @@
 """Output appears whole or not at all, where it may, and whatever fails meanwhile."""
 
+import hashlib
 import os
 import shutil
 from pathlib import Path
@@ -10,7 +11,8 @@ from killed_runs import Recorder, run
 from safetensors.torch import load_file, save_file
 
 from offline_quantize import verify_checkpoint
-from offline_quantize.checkpoint.atomic_files import partial
+from offline_quantize.checkpoint.atomic_files import partial, write_json
+from offline_quantize.checkpoint.manifest import read_manifest
 from offline_quantize.checkpoint.packed import open_packed
 from offline_quantize.checkpoint.progress import NullProgress
 from offline_quantize.checkpoint.source import open_checkpoint
@@ -165,6 +167,9 @@ def test_unfit_packed_tensors_leave_nothing_behind(source, tmp_path):
     data = bytearray(shard.read_bytes())
     data[entry.begin : entry.begin + 2] = b"\xff\xff"
     shard.write_bytes(data)
+    manifest = read_manifest(packed).to_json()  # as if it had been written so
+    manifest["files"][shard.name]["sha256"] = hashlib.sha256(data).hexdigest()
+    write_json(packed / "precalib.json", manifest)
     with pytest.raises(FormatError, match=r"scales' holds a value that is not finite"):
         dequantize(packed, tmp_path / "out", torch.bfloat16, 2, NullProgress())
     assert not (tmp_path / "out").exists()

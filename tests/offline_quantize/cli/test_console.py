@@ -64,11 +64,12 @@ def test_the_table_on_a_terminal_stays_within_it(manifest, terminal, width):
 
 
 def test_overflow_has_a_column_where_there_is_any(manifest, capsys):
-    console.show_totals(manifest.totals)
+    console.show_totals(manifest)
     assert "found no place" not in capsys.readouterr().out
     totals = manifest.totals.model_copy(update={"salient_overflow": 12345})
-    console.show_tensors(manifest.model_copy(update={"totals": totals}))
-    console.show_totals(totals)
+    crowded = manifest.model_copy(update={"totals": totals})
+    console.show_tensors(crowded)
+    console.show_totals(crowded)
     shown = capsys.readouterr().out
     assert "overflow" in shown.splitlines()[0]
     assert "12,345 weights above λ' found no place in their group" in shown

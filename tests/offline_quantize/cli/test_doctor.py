@@ -83,6 +83,13 @@ def test_without_vllm() -> None:
     assert "importing vLLM" not in ran.stderr
 
 
+def test_both_libraries_of_the_quantizer_are_shown(no_plugin: None) -> None:
+    found = {finding.name: finding for finding in doctor.diagnose()}
+    for name, file in (("trellis search", "viterbi"), ("error feedback", "feedback")):
+        assert found[name].state == "ok"
+        assert f"/{file}-" in found[name].text
+
+
 def test_versions_and_facts(no_plugin: None) -> None:
     found = {finding.name: finding for finding in doctor.diagnose()}
     assert found["torch"] == Finding("torch", "note", version("torch"))

@@ -98,7 +98,7 @@ def test_experts_that_are_not_served_yet_are_told(checkpoint, weights, precalib,
 def test_what_is_left_out_is_told(checkpoint, precalib, tmp_path):
     source = checkpoint(files={"optimizer.pt": b"x"})
     ran = precalib("quantize", source, tmp_path / "target")
-    assert "Left out (not part of a safetensors checkpoint): optimizer.pt\n" in ran.out
+    assert "Left out (a server needs none of them): optimizer.pt\n" in ran.out
     assert not (tmp_path / "target" / "optimizer.pt").exists()
 
 
@@ -112,8 +112,14 @@ def test_what_is_left_out_is_told(checkpoint, precalib, tmp_path):
         (["--override", "a=b=rtn-4"], "--override 'a=b' matches no module"),
         (["--keep", "*"], "--keep '*' is not a regular expression"),
         (["--group-size", "256"], "model.safetensors: group size 256 does not fit tensor 'model."),
-        (["--group-size", "33"], "group_size must be a positive multiple of 32"),
-        (["--clip", "0.9"], "clip applies to min-max grids"),
+        (["--group-size", "33"], "--group-size 33: give a positive multiple of 32"),
+        (["--clip", "0.9"], "--clip applies to min-max grids; leave it out or take another"),
+        (["--clip", "1.5"], "--clip 1.5: give a share above 0 and up to 1"),
+        (["--alpha", "5"], "--alpha 5.0: give a share from 0 to below 1, as 0.05 for 5 %"),
+        (["--alpha", "0.5"], "makes 64 in a group of 128, and a group has at most 32; give at"),
+        (["--bits", "8"], "--bits 8: give 2, 3, 4 or 5"),
+        (["--salient-bits", "9"], "--salient-bits 9: give 4 to 8"),
+        (["--report", "no/such/folder/x.html"], "--report no/such/folder/x.html: there is no fol"),
         (["--keep", "up_proj"], "vLLM computes these as one layer"),
         (["--device", "meta"], "--device meta: give cpu, cuda or cuda:N"),
         (["--device", "warp:9"], "--device warp:9: give cpu, cuda or cuda:N"),

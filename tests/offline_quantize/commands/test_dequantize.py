@@ -36,7 +36,7 @@ def test_every_tensor(checkpoint, quantize, precalib, tmp_path, contents, dtype,
             assert torch.equal(tensor, opened.weight(module).to(DTYPES[dtype]))
         else:
             assert torch.equal(tensor, original[name])
-    side = {"tokenizer.json", "generation_config.json", "original/params.json"}
+    side = {"tokenizer.json", "generation_config.json", "code/deep/bytes.txt"}
     names = contents(source).keys()
     assert side < names
     assert contents(target).keys() == names
@@ -90,8 +90,38 @@ def test_what_cannot_be_dequantized(checkpoint, quantize, precalib, tmp_path, ed
         lambda c: c["quantization_config"]["modules"].update(ghost="balanced-4"),
     )
     ran = precalib("dequantize", packed, tmp_path / "x")
-    assert "tensor 'ghost.qweight' is missing; quantize the model again" in ran.sentence
+    assert "config.json: its size is not the recorded one; copy the checkpoint" in ran.sentence
     os.truncate(packed / "model.safetensors", 20_000)
     ran = precalib("dequantize", packed, tmp_path / "x")
     assert "model.safetensors: not a whole safetensors file" in ran.sentence
     assert not (tmp_path / "x").exists()
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("damage", "text"),
+    [
+        (lambda root: flip(root / "model.safetensors"), "its sha256 is not the recorded one"),
+        (lambda root: flip(root / "tokenizer.json"), "its sha256 is not the recorded one"),
+        (lambda root: (root / "tokenizer.json").unlink(), "tokenizer.json: the file is missing"),
+        (lambda root: (root / "precalib.json").unlink(), "precalib.json: the file is missing"),
+        (lambda root: flip(root / "precalib.json"), "precalib.json: not valid JSON"),
+        (
+            lambda root: (root / "x.safetensors").symlink_to("model.safetensors"),
+            "x.safetensors: is not part of the checkpoint",
+        ),
+    ],
+)
+def test_what_verify_finds_is_not_dequantized(
+    checkpoint, quantize, precalib, tmp_path, damage, text
+):
+    packed = quantize(checkpoint(), "--recipe", "rtn-4")
+    damage(packed)
+    assert precalib("verify", packed).code == 1
+    assert text in precalib("dequantize", packed, tmp_path / "back").sentence
+    assert not (tmp_path / "back").exists()

@@ -11,6 +11,7 @@ from offline_quantize.checkpoint.manifest import read_manifest
 from offline_quantize.checkpoint.packed import open_packed
 from offline_quantize.method.encode import encode
 from offline_quantize.method.recipes import RECIPES, for_head
+from offline_quantize.units import size
 from precalib_kernels.format import reference
 
 TIED = {"model_type": "llama", "num_hidden_layers": 2, "tie_word_embeddings": True}
@@ -72,6 +73,20 @@ def test_a_tied_head_gets_tensors_of_its_own(tied, quantize, precalib, tmp_path,
     assert precalib("dequantize", target, back, "--dtype", "float32").code == 0
     tensors = {k: v for path in back.glob("*.safetensors") for k, v in load_file(path).items()}
     assert torch.equal(tensors["lm_head.weight"], packed.weight("lm_head"))
+
+
+def test_sizes_tell_of_the_files(tied, quantize, precalib):
+    """The embeddings stay; what the head is made from is no tensor of the source by itself."""
+    source = tied()
+    target = quantize(source, "--recipe", "rtn-4", "--head", "rtn-4")
+    manifest = read_manifest(target)
+    before = sum(t.nbytes for t in load_file(source / "model.safetensors").values())
+    after = sum(t.nbytes for t in load_file(target / "model.safetensors").values())
+    assert (manifest.bytes_before, manifest.bytes_after) == (before, after)
+    shown = precalib("inspect", target).out
+    assert f"All tensors {size(before)} → {size(after)}: " in shown
+    totals = json.loads(precalib("inspect", target, "--json").out)["totals"]
+    assert (totals["bytes_before"], totals["bytes_after"]) == (before, after)
 
 
 def test_a_head_of_its_own_is_packed_where_it_is(checkpoint, weights, quantize, precalib):

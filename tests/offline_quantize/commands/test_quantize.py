@@ -19,7 +19,7 @@ def test_every_recipe(checkpoint, quantize, recipe):
     totals = manifest.totals
     assert totals.bits_per_weight == pytest.approx(8 * totals.stored_bytes / totals.weights)
     assert min(errors) <= totals.mean_relative_error <= max(errors)
-    for name in ("tokenizer.json", "original/params.json", "assets/deep/logo.bytes"):
+    for name in ("tokenizer.json", "code/deep/bytes.txt"):
         assert (target / name).read_bytes() == (source / name).read_bytes()
 
 

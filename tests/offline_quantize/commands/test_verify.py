@@ -77,7 +77,7 @@ def test_any_flipped_byte_is_found(packed):
         assert found[0] == f"{path}: its sha256 is not the recorded one; copy the checkpoint again"
 
 
-@pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "original/params.json"])
+@pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "code/deep/bytes.txt"])
 def test_changed_and_missing_files(packed, file):
     path = packed / file
     if file == "config.json":

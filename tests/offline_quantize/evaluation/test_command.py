@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -228,14 +229,57 @@ def test_incomplete_source(
 
 
 def test_no_tokenizer(
-    precalib: Callable[..., Any], source: Path, packed: Path, text: Path, tmp_path: Path
+    precalib: Callable[..., Any],
+    source: Path,
+    packed: Path,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     bare = tmp_path / "bare"
     bare.mkdir()
     for name in ("config.json", "model.safetensors"):
         (bare / name).write_bytes((source / name).read_bytes())
-    sentence = precalib("eval", packed, "--against", bare, "--text", text).sentence
-    assert f"{bare}: no tokenizer can be loaded" in sentence
+    monkeypatch.setattr(command, "versions", lambda: pytest.fail("transformers is imported"))
+    ask = ("eval", packed, "--against", bare, "--text", text)
+    assert f"{bare}: holds no tokenizer (tokenizer.json or another file" in precalib(*ask).sentence
+    monkeypatch.undo()
+    (bare / "tokenizer_config.json").write_text("{}")
+    sentence = precalib(*ask).sentence
+    assert f"{bare}: no tokenizer can be loaded (" in sentence
+    assert not sentence.endswith(": )")
+
+
+def test_code_of_a_checkpoint_is_refused_without_a_question(
+    precalib: Callable[..., Any],
+    source: Path,
+    packed: Path,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    mine = tmp_path / "mine"
+    shutil.copytree(source, mine)
+    config = json.loads((mine / "config.json").read_text())
+    classes = {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"}
+    (mine / "config.json").write_text(
+        json.dumps(config | {"model_type": "mine", "auto_map": classes})
+    )
+    (mine / "code.py").write_text("raise SystemExit('foreign code ran')")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asks whether to run code"))
+    sentence = precalib("eval", packed, "--against", mine, "--text", text).sentence
+    code = "the model needs code that comes with the checkpoint (code.C, code.M), which precalib"
+    assert f"mine/config.json: {code}" in sentence
+    assert "trust_remote_code" not in sentence
+
+
+def test_a_result_needs_its_folder(
+    precalib: Callable[..., Any], source: Path, packed: Path, text: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "none" / "result.json"
+    ran = precalib("eval", packed, "--against", source, "--text", text, "--json", out)
+    assert f"--json {out}: there is no folder {out.parent}; make it first" in ran.sentence
+    assert not out.parent.exists()
 
 
 def test_cache_that_cannot_be_written(

@@ -49,7 +49,7 @@ def test_a_share_becomes_places():
 def test_values_that_do_not_exist():
     with pytest.raises(RecipeError, match=r"alpha is 1\.5, it must be"):
         dataclasses.replace(find("rtn-4"), alpha=1.5)
-    with pytest.raises(RecipeError, match=r"clip is 2, it must be above 0 and at most 1"):
+    with pytest.raises(RecipeError, match=r"--clip 2: give a share above 0 and up to 1"):
         adjust(find("paper-4"), clip=2)
     with pytest.raises(RecipeError, match=r"clip applies to min-max grids"):
         adjust(find("balanced-4"), clip=0.9)

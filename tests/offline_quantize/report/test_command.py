@@ -128,6 +128,10 @@ def test_what_is_missing_is_told_with_the_command_that_brings_it(
 
 def test_quantize_writes_a_report_with_its_seconds(checkpoint, precalib, tmp_path):
     source, out = checkpoint(), tmp_path / "new" / "r.html"
+    missing = precalib("quantize", source, tmp_path / "target", "--report", out)
+    assert f"--report {out}: there is no folder {out.parent}; make it first" in missing.sentence
+    assert not (tmp_path / "target").exists()
+    out.parent.mkdir()
     ran = precalib("quantize", source, tmp_path / "target", "--report", out)
     assert (ran.code, ran.err) == (0, "")
     assert f"Report: {out}\n" in ran.out
@@ -147,12 +151,18 @@ def test_other_files_are_not_replaced(checkpoint, quantize, precalib, tmp_path):
     out.write_text("<html>ten years of work</html>")
     for command in (["report", target, "--out"], ["quantize", source, tmp_path / "b", "--report"]):
         ran = precalib(*command, out)
-        assert f"{out}: exists and is not a report; give another --out" in ran.sentence
+        assert f"{out}: exists and is not a report; give another {command[-1]}" in ran.sentence
+        assert ("--force" in ran.sentence) == (command[-1] == "--out")
+    missing = precalib("report", target, "--out", tmp_path / "none" / "r.html")
+    assert "none/r.html: there is no folder" in missing.sentence
     assert not (tmp_path / "b").exists()
     assert out.read_text() == "<html>ten years of work</html>"
     assert precalib("report", target, "--out", out, "--force").code == 0
     assert "effective bits" in out.read_text()
     assert "is a directory" in precalib("report", target, "--out", tmp_path).sentence
+    within = tmp_path / "c" / "r.html"  # the run makes this folder
+    assert precalib("quantize", source, within.parent, "--report", within).code == 0
+    assert within.exists()
 
 
 def test_libraries_that_are_missing_are_named(checkpoint, precalib, tmp_path, monkeypatch):
