@@ -118,6 +118,7 @@ def quantize_checkpoint(
     activation_tokens: int | None = None,
     feedback: bool = False,
     transform: str | None = None,
+    card: bool = True,
     jobs: int = 0,
     device: str = "cpu",
     resume: bool = False,
@@ -138,6 +139,7 @@ def quantize_checkpoint(
     activation_tokens: how many tokens of it; None for as many as are enough.
     feedback:    whether codes take up the errors of the codes before them; needs activations.
     transform:   "value-output" to transform pairs of weights first, None for nothing.
+    card:        whether a model card takes the place of the source's README.md.
     jobs:        tensors at a time; 0 for one per core.
     device:      where to compute: "cpu", "cuda:0".
     progress:    is told of every tensor and of the bytes done.
@@ -147,7 +149,9 @@ def quantize_checkpoint(
     """
     given = dict.fromkeys(RecipeChanges.__annotations__) | changes  # in the order of their label
     replaced = list((overrides or {}).items())
-    options = Options(recipe, given, replaced, keep, target_bits, head, transform=transform)
+    options = Options(
+        recipe, given, replaced, keep, target_bits, head, transform=transform, card=card
+    )
     plan = make_plan(open_checkpoint(hub.locate(str(source))), options)
     plan, _ = choose_activations(plan, str(activations), activation_tokens, feedback)
     shown = progress or NullProgress()

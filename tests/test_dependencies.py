@@ -31,12 +31,13 @@ BEYOND_CORE = MappingProxyType(
         "precalib_kernels.backends.triton": {"triton": "cuda"},
         "offline_quantize.calibration": {"transformers": "eval", "accelerate": "eval"},
         "offline_quantize.evaluation": {"transformers": "eval"},
-        "offline_quantize.report": {"matplotlib": "report", "jinja2": "report"},
+        "offline_quantize.report": {"matplotlib": "report"},
         "offline_quantize.cli.doctor": {"vllm": "cuda"},
         "vllm_precalib": {"vllm": "cuda", "packaging": "cuda", "triton": "cuda"},
     }
 )
 COMES_WITH = {"triton": "vllm"}
+NAMES = {"yaml": "pyyaml"}  # of distributions, where modules have another
 # Modules of the core, beside all that these import when they are imported.
 ENTRANCES = ("offline_quantize", "offline_quantize.cli.main")
 
@@ -112,7 +113,7 @@ def core_modules() -> set[str]:
 def others(module: str, deep: bool) -> set[str]:
     """Distributions of third parties that a module imports."""
     tops = {name.partition(".")[0] for name in imports(module, deep)} - set(PACKAGES)
-    return {canonical(name) for name in tops}
+    return {NAMES.get(name, canonical(name)) for name in tops}
 
 
 @pytest.mark.parametrize("module", sorted(core_modules()))

@@ -8,6 +8,7 @@ from typing import Any
 from precalib_kernels.errors import OutputError, PrecalibError
 
 MANIFEST = "precalib.json"
+CARD = "README.md"
 JOB = "precalib.job.json"
 JOURNAL = "precalib.journal.jsonl"
 TRANSFORMS = "precalib.transforms"

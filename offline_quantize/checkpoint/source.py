@@ -126,6 +126,12 @@ def index_of(shards: Mapping[str, FileLayout], source: Mapping[str, Any]) -> dic
     }
 
 
+def architecture(config: Mapping[str, Any]) -> str:
+    """Name of the model's class, or its type where it names none."""
+    names = config.get("architectures")
+    return str(names[0]) if isinstance(names, list) and names else str(config.get("model_type"))
+
+
 def check_suitable(source: Checkpoint) -> None:
     """Raise SourceError for a checkpoint whose weights are not plain [outputs, inputs] floats."""
     for config in (source.config, source.text_config):

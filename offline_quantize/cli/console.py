@@ -99,10 +99,12 @@ def show_plan(plan: Plan) -> None:
     show_unquantized(plan.unquantized, plan.source.skipped_files)
     show_notes(plan)
     before = size(plan.source.nbytes)
+    also = ", and the card README.md" if plan.options.card else ""
     out.print(
         f"Weight files {before} → {size(sum(s.size for s in plan.files.shards.values()))}; "
         f"{8 * plan.stored_bytes / plan.weights:.3f} effective bits per quantized weight.\n"
-        f"Exact size of the output: {plan.output_bytes:,} bytes and the manifest precalib.json."
+        f"Exact size of the output: {plan.output_bytes:,} bytes and the manifest "
+        f"precalib.json{also}."
     )
 
 

@@ -21,7 +21,7 @@ from offline_quantize.checkpoint.manifest import read_manifest
 from offline_quantize.checkpoint.packed import open_packed
 from offline_quantize.checkpoint.run import State
 from offline_quantize.checkpoint.source import open_checkpoint
-from offline_quantize.cli import console, evaluation_tables, inspection
+from offline_quantize.cli import console, evaluation_tables, inspection, sharing
 from offline_quantize.cli import doctor as diagnosis
 from offline_quantize.cli.device import check_device
 from offline_quantize.commands.dequantize import dequantize as run_dequantize
@@ -147,6 +147,10 @@ def quantize(
         Path | None,
         typer.Option("--report", metavar="FILE", help="Also write a report, an HTML page, here."),
     ] = None,
+    no_card: Annotated[
+        bool,
+        typer.Option("--no-card", help="Write no model card; copy the README.md of the source."),
+    ] = False,
 ) -> None:
     """Quantize a checkpoint, without data. Tensors are chosen by name."""
     changes: dict[str, Any] = {
@@ -158,7 +162,14 @@ def quantize(
     }
     overrides = [_override(text) for text in override or ()]
     options = Options(
-        recipe, changes, overrides, keep or (), target_bits, head, transform=transform
+        recipe,
+        changes,
+        overrides,
+        keep or (),
+        target_bits,
+        head,
+        transform=transform,
+        card=not no_card,
     )
     check_device(device)
     plan = make_plan(open_checkpoint(hub.locate(source)), options)
@@ -333,6 +344,10 @@ def report(
         force=force,
     )
     _report(directory, request)
+
+
+app.command()(sharing.card)
+app.command()(sharing.push)
 
 
 @app.command()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offline_quantize.checkpoint.atomic_files import json_bytes
+from offline_quantize.checkpoint.atomic_files import CARD, json_bytes
 from offline_quantize.checkpoint.manifest import REQUANTIZE_REMEDY, read_manifest
 from offline_quantize.checkpoint.packed import PackedCheckpoint, open_packed
 from offline_quantize.checkpoint.progress import Progress
@@ -18,6 +18,7 @@ from offline_quantize.checkpoint.safetensors_file import NAMES, FileLayout, lay_
 from offline_quantize.checkpoint.source import CONFIG, INDEX, index_of
 from offline_quantize.checkpoint.writer import WriteJob, by_file, write_shards
 from offline_quantize.commands.verify import faults_of_files
+from offline_quantize.report.card_metadata import is_ours
 from precalib_kernels.errors import FormatError
 
 
@@ -44,7 +45,10 @@ def dequantize(
         "dtype": str(dtype),
         "precalib": version("vllm-precalib"),
     }
-    sidecar_files = {name: directory / name for name in packed.files.sidecar_files}
+    names = set(packed.files.sidecar_files)
+    if is_ours(directory / CARD):
+        names.discard(CARD)  # a card of the packed checkpoint says nothing true of this one
+    sidecar_files = {name: directory / name for name in sorted(names)}
     files = OutputFiles(shards, sidecar_files, _metadata_files(packed, shards))
     run = Run(target, directory, fingerprint, files)
     if run.state(resume=True) is State.FINISHED:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from offline_quantize.checkpoint.atomic_files import CARD
 from offline_quantize.checkpoint.manifest import (
     FileRecord,
     Manifest,
@@ -73,6 +74,8 @@ def quantize(
     state = run.state(resume)
     if state is State.FINISHED:
         run.clean_up()
+        if plan.options.card and not (target / CARD).exists():
+            _write_card(plan, target)  # the run was killed when all but this was done
         return Outcome(read_manifest(target), None)
     with contextlib.ExitStack() as stack:
         stack.enter_context(run.begin())
@@ -87,7 +90,15 @@ def quantize(
         except UnfitError as error:
             raise _refusal(plan, error.faults) from None
         run.finish(progress, functools.partial(_manifest, plan, reports))
+        if plan.options.card:
+            _write_card(plan, target)
     return Outcome(read_manifest(target), time.monotonic() - start, unknown)
+
+
+def _write_card(plan: Plan, target: Path) -> None:
+    from offline_quantize.report.card import write_run_card
+
+    write_run_card(target, plan.source.root)
 
 
 def run_of(plan: Plan, target: Path, device: str) -> Run:

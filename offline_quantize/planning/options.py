@@ -27,6 +27,7 @@ class Options:
     head:        name of the recipe for the output head, None to leave it unquantized.
     activations: how the inputs of layers become known; None to quantize without a forward pass.
     transform:   "value-output" to transform pairs of weights before, None for nothing.
+    card:        whether a model card takes the place of the source's README.md.
     """
 
     recipe: str | None = None
@@ -37,6 +38,7 @@ class Options:
     head: str | None = None
     activations: ActivationOptions | None = None
     transform: str | None = None
+    card: bool = True
 
     @property
     def label(self) -> str:

@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from offline_quantize.checkpoint.atomic_files import json_bytes
+from offline_quantize.checkpoint.atomic_files import CARD, json_bytes
 from offline_quantize.checkpoint.manifest import RunRecord
 from offline_quantize.checkpoint.run import OutputFiles
 from offline_quantize.checkpoint.safetensors_file import NAMES, Entry, FileLayout, lay_out
@@ -70,7 +70,7 @@ class Plan:
 
     weight_plans: weights to quantize, by name.
     unquantized:  why each other tensor stays as it is, by name.
-    files:        every output file but the manifest.
+    files:        every output file but the manifest and the card.
     pairs:        what a value–output transform takes; empty without one.
     """
 
@@ -93,7 +93,7 @@ class Plan:
 
     @property
     def output_bytes(self) -> int:
-        """Exact size of the output but for its manifest, whose numbers are measured."""
+        """Exact size of the output but for manifest and card, whose numbers are measured."""
         return self.files.nbytes
 
     def record(self) -> RunRecord:
@@ -163,7 +163,11 @@ def make_plan(source: Checkpoint, options: Options) -> Plan:
     pairs = value_output.chosen_pairs(options.transform, source, weight_plans)
     files = OutputFiles(
         value_output.transform_files(pairs) | shards,
-        {name: source.root / name for name in source.sidecar_files},
+        {
+            name: source.root / name
+            for name in source.sidecar_files
+            if not (options.card and name == CARD)
+        },
         _metadata_files(source, options, shards, config),
     )
     return Plan(source, options, weight_plans, unquantized, files, pairs)

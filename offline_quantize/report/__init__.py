@@ -10,7 +10,7 @@ from offline_quantize.checkpoint.progress import Progress
 from precalib_kernels.errors import OutputError, UsageError
 
 MARK = '<meta name="generator" content="precalib report">'
-NEEDED = ("matplotlib", "jinja2")
+NEEDED = ("matplotlib",)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any
 import jinja2
 
 from offline_quantize.checkpoint.manifest import RunRecord
+from offline_quantize.checkpoint.source import architecture
 from offline_quantize.evaluation.result import Interval
 from offline_quantize.report import MARK, figures
 from offline_quantize.report.contents import Contents, Weight, ratios
@@ -60,7 +61,7 @@ def render(contents: Contents) -> str:
     return environment.get_template("page.html.j2").render(
         mark=MARK,
         name=contents.packed.root.resolve().name,
-        architecture=_architecture(contents.packed.files.config),
+        architecture=architecture(contents.packed.files.config),
         recipe=contents.packed.config.recipe,
         version=contents.manifest.precalib,
         options=_options(contents.manifest.run),
@@ -154,11 +155,6 @@ def _tiles(contents: Contents) -> Iterator[Mapping[str, str]]:
         f"{contents.seconds:.1f}" if known else "–",
         "the whole run, files to files" if known else "not recorded",
     )
-
-
-def _architecture(config: Mapping[str, Any]) -> str:
-    names = config.get("architectures")
-    return str(names[0]) if isinstance(names, list) and names else str(config.get("model_type"))
 
 
 def _options(run: RunRecord) -> str:

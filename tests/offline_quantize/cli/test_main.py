@@ -80,8 +80,9 @@ def test_a_dry_run_tells_the_exact_size_and_writes_nothing(
     assert not (tmp_path / "target").exists()
     target = quantize(source, "--recipe", recipe)
     size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
-    size -= (target / "precalib.json").stat().st_size
-    assert f"Exact size of the output: {size:,} bytes and the manifest precalib.json." in ran.out
+    size -= sum((target / name).stat().st_size for name in ("precalib.json", "README.md"))
+    shown = f"Exact size of the output: {size:,} bytes and the manifest precalib.json"
+    assert f"{shown}, and the card README.md." in ran.out
     again = precalib("quantize", source, target, "--recipe", recipe, "--dry-run", "--resume")
     assert "holds all of it already" in again.out
     other = precalib("quantize", source, target, "--recipe", recipe, "--dry-run")

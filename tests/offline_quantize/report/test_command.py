@@ -167,9 +167,11 @@ def test_other_files_are_not_replaced(checkpoint, quantize, precalib, tmp_path):
 
 def test_libraries_that_are_missing_are_named(checkpoint, precalib, tmp_path, monkeypatch):
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n == "jinja2" else find(n))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda n: None if n == "matplotlib" else find(n)
+    )
     ran = precalib("quantize", checkpoint(), tmp_path / "target", "--report", tmp_path / "r.html")
-    assert "a report needs jinja2; install what it needs with: pip install" in ran.sentence
+    assert "a report needs matplotlib; install what it needs with: pip install" in ran.sentence
     assert not (tmp_path / "target").exists()
 
 
