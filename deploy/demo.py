@@ -16,10 +16,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from openai import DefaultHttpxClient, OpenAI, OpenAIError
+import checks
+from checks import CheckError
+from openai import OpenAIError
 from rich.console import Console
 from rich.table import Table
-from server import COMMANDS, Server, ServerError, environment
+from server import COMMANDS, SMALL, Server, ServerError, environment
 
 from offline_quantize.checkpoint.manifest import read_manifest
 
@@ -74,13 +76,18 @@ def _demonstrate(stack: contextlib.ExitStack) -> None:
     title(4, "Ask it through the OpenAI client")
     try:
         ask(packed)
-    except OpenAIError as error:
+    except (OpenAIError, CheckError) as error:
         raise packed.error(f"did not answer ({error})") from error
     title(5, "Measure it beside the original")
     plain = start(stack, "bf16", SOURCE)
     speeds = bench({"bf16": plain, "precalib": packed})
     title(6, "Result")
     report(seconds, speeds, backends(CHOICES))
+    title(7, "Stop it")
+    try:
+        console.print(f"SIGTERM: {checks.stop_in_flight(packed)}")
+    except CheckError as error:
+        raise packed.error(f"did not stop ({error})") from error
 
 
 def title(number: int, text: str) -> None:
@@ -114,7 +121,8 @@ def start(stack: contextlib.ExitStack, name: str, model: Path, *flags: str) -> S
     """A ready server that `stack` will stop."""
     command = shlex.join(["vllm", "serve", str(model), *flags])
     console.print(f"$ {command}", style="dim", markup=False, soft_wrap=True)
-    server = Server(name, model, OUTPUT / f"server-{name}.log", *flags)
+    log = OUTPUT / f"server-{name}.log"
+    server = Server(name, model, log, *flags, "--dtype", "bfloat16", *SMALL)
     stack.callback(server.stop)
     with working(f"waiting for /health, log in {server.log}"):
         server.wait_until_ready()
@@ -122,26 +130,18 @@ def start(stack: contextlib.ExitStack, name: str, model: Path, *flags: str) -> S
 
 
 def ask(server: Server) -> None:
-    """One streamed chat and one completion, greedy."""
-    client = OpenAI(
-        base_url=f"{server.url}/v1", api_key="none", http_client=DefaultHttpxClient(trust_env=False)
-    )
-    question = "What is the capital of France? Answer in one sentence."
-    console.print(f"[bold]/v1/chat/completions[/] (streamed)  {question}")
-    chunks = client.chat.completions.create(
-        model=server.name,
-        messages=[{"role": "user", "content": question}],
-        temperature=0,
-        max_tokens=64,
-        stream=True,
-    )
-    said(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    """One streamed chat and one completion, greedy; then a look at the metrics."""
+    before = checks.metrics(server)
+    console.print(f"[bold]/v1/chat/completions[/] (streamed)  {checks.QUESTION}")
+    checks.chat(server, said)
+    said("\n\n")
     prompt = "Once upon a time, in a small village,"
     console.print(f"[bold]/v1/completions[/]  {prompt} …")
-    completion = client.completions.create(
-        model=server.name, prompt=prompt, temperature=0, max_tokens=32
+    said(checks.completion(server, prompt, tokens=32).strip() + "\n\n")
+    console.print(
+        f"[bold]/metrics[/]  {checks.check_metrics(before, checks.metrics(server))}",
+        soft_wrap=True,
     )
-    said([completion.choices[0].text.strip()])
 
 
 def bench(servers: dict[str, Server]) -> dict[str, list[float]]:
@@ -246,11 +246,9 @@ def working(what: str) -> Iterator[None]:
     console.print(f"{what}: {time.monotonic() - start_time:.0f} s", markup=False, soft_wrap=True)
 
 
-def said(pieces: Iterator[str] | list[str]) -> None:
-    """Print an answer as it arrives."""
-    for piece in pieces:
-        console.print(piece, style="green", end="", markup=False, soft_wrap=True)
-    console.print("\n")
+def said(piece: str) -> None:
+    """Print a piece of an answer as it arrives."""
+    console.print(piece, style="green", end="", markup=False, soft_wrap=True)
 
 
 def _ignore_further_signals() -> None:

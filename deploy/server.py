@@ -26,9 +26,16 @@ QUIET_ENVIRONMENT = {
 }
 
 
-def environment() -> dict[str, str]:
-    """Environment for the commands of the demo."""
-    return os.environ | QUIET_ENVIRONMENT
+# Eager: compiling a small model takes longer than all that is asked of it.
+SMALL = ("--enforce-eager", "--max-model-len", "1024", "--max-num-seqs", "8")
+
+
+def environment(**more: str) -> dict[str, str]:
+    """Environment for commands that need no network; what the caller has set of it stays.
+
+    more: variables that are set whatever the caller has.
+    """
+    return QUIET_ENVIRONMENT | os.environ | more
 
 
 class ServerError(Exception):
@@ -38,25 +45,27 @@ class ServerError(Exception):
 class Server:
     """One model served on a free port of 127.0.0.1 until `stop`.
 
-    name: what requests call the model.
-    log:  file that gets all output of the server.
+    name:  what requests call the model.
+    model: a directory, or an id that vLLM resolves.
+    log:   file that gets all output of the server.
+    flags: for `vllm serve`;  variables: for its environment.
     """
 
-    def __init__(self, name: str, model: Path, log: Path, *flags: str) -> None:
+    def __init__(
+        self, name: str, model: Path | str, log: Path, *flags: str, **variables: str
+    ) -> None:
         self.name, self.model, self.log = name, model, log
         self.url = f"http://127.0.0.1:{_free_port()}"
-        command = [str(COMMANDS / "vllm"), "serve", str(model), *flags]
+        command = [os.environ.get("VLLM") or str(COMMANDS / "vllm"), "serve", str(model), *flags]
         command += ["--host", "127.0.0.1", "--port", self.url.rpartition(":")[2]]
-        # Eager: compiling this model takes longer than the whole demo.
-        command += ["--served-model-name", name, "--dtype", "bfloat16", "--enforce-eager"]
-        command += ["--max-model-len", "1024", "--max-num-seqs", "8"]
+        command += ["--served-model-name", name]
         with log.open("wb") as output:
             self.process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=environment(),
+                env=environment(**variables),
                 start_new_session=True,
             )
 
@@ -73,12 +82,17 @@ class Server:
                 raise self.error(f"was not ready after {seconds:.0f} s")
             time.sleep(1)
 
+    @property
+    def family(self) -> list[psutil.Process]:
+        """All processes that the server has started and that still belong to it."""
+        try:
+            return psutil.Process(self.process.pid).children(recursive=True)
+        except psutil.NoSuchProcess:
+            return []
+
     def stop(self) -> None:
         """End the server and every process it started; wait until they are gone."""
-        try:
-            family = psutil.Process(self.process.pid).children(recursive=True)
-        except psutil.NoSuchProcess:
-            family = []
+        family = self.family
         self.process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(STOP_SECONDS)
@@ -89,7 +103,7 @@ class Server:
                 process.kill()
         self.process.wait(STOP_SECONDS)
         deadline = time.monotonic() + STOP_SECONDS
-        while any(_alive(process) for process in family) and time.monotonic() < deadline:
+        while any(alive(process) for process in family) and time.monotonic() < deadline:
             time.sleep(0.05)
 
     def _healthy(self) -> bool:
@@ -103,10 +117,12 @@ class Server:
     def error(self, what: str) -> ServerError:
         """A ServerError that says `what` happened and shows the end of the log."""
         lines = self.log.read_text(errors="replace").splitlines()[-LOG_LINES_SHOWN:]
-        return ServerError("\n".join([f"vllm serve {self.model.name} {what}; {self.log}:", *lines]))
+        return ServerError(
+            "\n".join([f"vllm serve {Path(self.model).name} {what}; {self.log}:", *lines])
+        )
 
 
-def _alive(process: psutil.Process) -> bool:
+def alive(process: psutil.Process) -> bool:
     """False for a zombie too: in a container there may be nobody to reap it."""
     try:
         return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)

@@ -41,7 +41,7 @@ def test_stop_leaves_no_process(commands):
     assert len(family) == 2
     running.stop()
     assert running.process.returncode is not None
-    assert not [process for process in family if server._alive(process)]
+    assert not [process for process in family if server.alive(process)]
     running.stop()  # a second time is harmless
 
 
