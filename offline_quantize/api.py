@@ -114,6 +114,7 @@ def quantize_checkpoint(
     overrides: Mapping[str, str] | None = None,
     keep: Sequence[str] = (),
     head: str | None = None,
+    embeddings: str | None = None,
     activations: str | Path = "auto",
     activation_tokens: int | None = None,
     feedback: bool = False,
@@ -133,6 +134,8 @@ def quantize_checkpoint(
     overrides:   recipe names by pattern, searched in module names; the first match wins.
     keep:        patterns of modules that stay unquantized.
     head:        name of a recipe for the output head, None to leave it unquantized.
+    embeddings:  name of a recipe for the input embeddings, and for the head of a model that shares
+                 them if `head` names no other; None to leave them unquantized.
     activations: what goes through the model first, to know the inputs of its layers: "random"
                  tokens, text of its own ("self"), a text file, or nothing ("none"). "auto" is
                  "random" if transformers can run the model; the manifest says what was done.
@@ -150,7 +153,15 @@ def quantize_checkpoint(
     given = dict.fromkeys(RecipeChanges.__annotations__) | changes  # in the order of their label
     replaced = list((overrides or {}).items())
     options = Options(
-        recipe, given, replaced, keep, target_bits, head, transform=transform, card=card
+        recipe,
+        given,
+        replaced,
+        keep,
+        target_bits,
+        head,
+        embeddings=embeddings,
+        transform=transform,
+        card=card,
     )
     plan = make_plan(open_checkpoint(hub.locate(str(source))), options)
     plan, _ = choose_activations(plan, str(activations), activation_tokens, feedback)

@@ -74,12 +74,17 @@ class PrecalibConfig(QuantizationConfig):
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Rename the modules of the checkpoint to what this model class calls them."""
-        modules = {}
-        for module, layout_name in self.checkpoint.modules.items():
+        names = {}
+        for module in (*self.checkpoint.modules, *self.checkpoint.tied):
             name = hf_to_vllm_mapper.map_name(f"{module}{WEIGHT}")  # patterns are of whole names
             if name is not None and name.endswith(WEIGHT):
-                modules[name.removesuffix(WEIGHT)] = layout_name
-        self.checkpoint = dataclasses.replace(self.checkpoint, modules=modules)
+                names[module] = name.removesuffix(WEIGHT)
+        layouts, tied = self.checkpoint.modules, self.checkpoint.tied
+        self.checkpoint = dataclasses.replace(
+            self.checkpoint,
+            modules={new: layouts[old] for old, new in names.items() if old in layouts},
+            tied={new: names[tied[old]] for old, new in names.items() if old in tied},
+        )
 
     def packed_module(self, prefix: str) -> PackedModule | None:
         """How the layer `prefix` is stored; None if it is not packed.
@@ -91,7 +96,7 @@ class PrecalibConfig(QuantizationConfig):
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """The method for the layer `prefix`; None where vLLM's own default is right.
 
-        Raises ServingError for packed experts and packed embeddings, which cannot be served.
+        Raises ServingError for packed experts, which cannot be served.
         """
         # imported here so that a vLLM without these names can still serve other models
         from vllm_precalib import linear_method as methods
@@ -105,17 +110,24 @@ class PrecalibConfig(QuantizationConfig):
                     r"quantize the model again with --keep '\.experts\.'"
                 )
             return None
+        if kind == "head" and prefix in self.checkpoint.tied:
+            from vllm_precalib.tied_head import TiedHeadMethod
+
+            return TiedHeadMethod(prefix, self.checkpoint.tied[prefix])
+        if kind == "embedding" and not prefix:  # some models do not tell
+            prefix = self._packed_embeddings() or ""
         module = self.packed_module(prefix) if kind else None
         if module is None and kind == "linear":
             return UndecidedLinearMethod(prefix, self.checkpoint, self.registry, self.choices)
         if module is None:
             return None
-        if kind == "embedding":
-            raise ServingError(
-                f"{prefix}: this precalib cannot serve packed embeddings; "
-                f"quantize the model again with --keep '{prefix.rpartition('.')[2]}'"
-            )
-        return methods.PrecalibLinearMethod(prefix, module, self.registry, self.choices)
+        rows = kind == "embedding"
+        return methods.PrecalibLinearMethod(prefix, module, self.registry, self.choices, rows)
+
+    def _packed_embeddings(self) -> str | None:
+        """The one packed module that is the input embeddings by its name, if there is one."""
+        found = [name for name in self.checkpoint.modules if name.endswith("embed_tokens")]
+        return found[0] if len(found) == 1 else None
 
 
 def register_config() -> None:

@@ -11,6 +11,7 @@ from vllm_precalib.compat import vllm_names
 
 with vllm_names():
     from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+    from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
 
 class DenseBackend(Backend):
@@ -20,7 +21,10 @@ class DenseBackend(Backend):
 
     def __init__(self, spec: LinearSpec) -> None:
         super().__init__(spec)
-        self.unquantized = UnquantizedLinearMethod()
+        # that of embeddings leaves the weight in a form to look rows up in
+        self.unquantized = (
+            UnquantizedEmbeddingMethod() if spec.embedding else UnquantizedLinearMethod()
+        )
 
     def prepare(self, tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
         """The weight [N, K] in the type of the activations."""
@@ -33,3 +37,13 @@ class DenseBackend(Backend):
     def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
         """vLLM's own product."""
         return self.unquantized.apply(layer, x, bias)
+
+    @classmethod
+    def can_embed(cls, spec: LinearSpec) -> str | None:
+        """It can."""
+        del spec
+        return None
+
+    def embedding(self, layer: torch.nn.Module, ids: Tensor) -> Tensor:
+        """Rows of the weight."""
+        return torch.nn.functional.embedding(ids, layer.get_parameter("weight"))

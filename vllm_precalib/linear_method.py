@@ -55,6 +55,7 @@ class PrecalibLinearMethod(LinearMethodBase):
     module:   how it is stored.
     registry: backends to choose from, None for the plugin's own.
     choices:  gets the choice under `prefix`.
+    rows:     whether rows are looked up in it: embeddings, with or without a head that uses them.
     """
 
     def __init__(
@@ -63,7 +64,9 @@ class PrecalibLinearMethod(LinearMethodBase):
         module: PackedModule,
         registry: BackendRegistry | None,
         choices: MutableMapping[str, BackendChoice],
+        rows: bool = False,
     ) -> None:
+        self.rows = rows
         self.prefix = prefix
         self.module = module
         self.registry = registry or plugin_registry()
@@ -95,6 +98,7 @@ class PrecalibLinearMethod(LinearMethodBase):
             params_dtype,
             current_platform.device_type,
             int8_activations=self.options.int8_activations,
+            embedding=self.rows,
         )
         self._register_packed(layer, input_size, output_size, extra_weight_attrs["weight_loader"])
         choice = choose(
@@ -136,6 +140,10 @@ class PrecalibLinearMethod(LinearMethodBase):
     def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x·Ŵᵀ + bias by the chosen backend: x [..., K] to [..., N of this rank]."""
         return self.backend.apply(layer, x, bias)
+
+    def embedding(self, layer: torch.nn.Module, input_: Tensor) -> Tensor:
+        """Rows of Ŵ by the chosen backend: input_ [...] int64 to [..., K]."""
+        return self.backend.embedding(layer, input_)
 
     def tie_weights(self, *_: torch.nn.Module) -> torch.nn.Module:
         """Refuse, with ServingError: a packed output head has no weight to share."""

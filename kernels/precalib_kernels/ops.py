@@ -1,25 +1,27 @@
 """The operators of the `precalib::` namespace: schema, argument checks and fakes in one place.
 
-| operator       | computes         | from                               | implemented in          |
-|----------------|------------------|------------------------------------|-------------------------|
-| linear         | x·Ŵᵀ + bias      | packed tensors of the file         | backends/reference.py   |
-| dequantize     | Ŵ                | packed tensors of the file         | backends/reference.py   |
-| cpu_linear     | x·Ŵᵀ + bias      | bytes, x86/memory_layout.py        | x86/csrc (C++)          |
-| gpu_linear     | x·Ŵᵀ + bias      | arrays, triton/memory_layout.py    | triton/op.py            |
-| gpu_dequantize | Ŵ                | arrays, triton/memory_layout.py    | triton/op.py            |
-| gpu_sparse     | y + x·Sᵀ + bias  | arrays of salient weights S        | triton/salient_op.py    |
+| operator        | computes         | from                               | implemented in         |
+|-----------------|------------------|------------------------------------|------------------------|
+| linear          | x·Ŵᵀ + bias      | packed tensors of the file         | backends/reference.py  |
+| dequantize      | Ŵ                | packed tensors of the file         | backends/reference.py  |
+| gather_rows     | Ŵ[ids]           | packed tensors of the file         | backends/reference.py  |
+| cpu_linear      | x·Ŵᵀ + bias      | bytes, x86/memory_layout.py        | x86/csrc (C++)         |
+| cpu_gather_rows | Ŵ[ids]           | bytes, x86/memory_layout.py        | x86/csrc (C++)         |
+| gpu_linear      | x·Ŵᵀ + bias      | arrays, triton/memory_layout.py    | triton/op.py           |
+| gpu_dequantize  | Ŵ                | arrays, triton/memory_layout.py    | triton/op.py           |
+| gpu_sparse      | y + x·Sᵀ + bias  | arrays of salient weights S        | triton/salient_op.py   |
 
 The calling convention is the same for all of them:
 
 - `x` comes first where there is one: [..., K] in bfloat16, float16 or float32, which is also the
-  type of the result [..., N]. Then come the weight's tensors, the bias ([N], None for none), and
-  what is constant for a layer.
+  type of the result [..., N]. So do the `ids` of rows, [...] int64. Then come the weight's tensors,
+  the bias ([N], None for none), and what is constant for a layer.
 - A weight of several tensors is a list in a fixed order: that of `Layout.tensors` for the tensors
   of the file, that of `array_order` for the arrays of a GPU. `column_scale` has a row per shard.
 - `shard_sizes` are the rows of the matrices fused into the layer. `layout` is `Layout.to_text()`,
   so one schema serves every layout and torch.compile sees only tensors and constants.
 - Nothing is changed in place. Arguments that do not belong together raise FormatError, in the fakes
-  as well; `cpu_linear` on real tensors is C++ and raises RuntimeError.
+  as well; `cpu_…` on real tensors are C++ and raise RuntimeError.
 
 A backend implements an operator with `torch.library.register_kernel`, and its module offers the
 operator as a typed function.
@@ -129,6 +131,21 @@ def empty_result(x: Tensor, bias: Tensor | None, outputs: int) -> Tensor:
     return x.new_empty((*x.shape[:-1], outputs))
 
 
+def check_ids(ids: Tensor) -> None:
+    """Raise FormatError for numbers of rows that are not int64."""
+    if ids.dtype != torch.int64:
+        raise FormatError(f"ids are {ids.dtype}, expected torch.int64")
+
+
+def _check_x86(packed: Tensor, x86_layout: Tensor) -> None:
+    _check_tensor("packed", packed, (packed.numel(),), torch.uint8)
+    _check_tensor("x86_layout", x86_layout, (x86_layout.numel(),), torch.uint8)
+    if x86_layout.numel() <= X86_LAYOUT_BYTES:
+        raise FormatError(
+            f"'x86_layout' has {x86_layout.numel()} bytes, expected more than {X86_LAYOUT_BYTES}"
+        )
+
+
 def _check_tensor(name: str, tensor: Tensor, shape: Sequence[int], dtype: torch.dtype) -> None:
     if tuple(tensor.shape) != tuple(shape) or tensor.dtype != dtype:
         raise FormatError(
@@ -171,6 +188,33 @@ def _dequantize(
 
 
 @_operator(
+    "gather_rows",
+    "Tensor ids, Tensor[] packed, SymInt input_size, str layout, ScalarType dtype",
+)
+def _gather_rows(
+    ids: Tensor, packed: list[Tensor], input_size: int, layout: str, dtype: torch.dtype
+) -> Tensor:
+    named_tensors(packed, input_size, [packed[0].shape[0]], Layout.from_text(layout))
+    check_ids(ids)
+    return ids.new_empty((*ids.shape, input_size), dtype=dtype)
+
+
+@_operator(
+    "cpu_gather_rows",
+    "Tensor ids, Tensor packed, Tensor x86_layout, int outputs, int dtype, int columns",
+)
+def _cpu_gather_rows(
+    ids: Tensor, packed: Tensor, x86_layout: Tensor, outputs: int, dtype: int, columns: int
+) -> Tensor:
+    """dtype: index into `x86.library.DTYPES`."""
+    del outputs
+    check_ids(ids)
+    _check_x86(packed, x86_layout)
+    kind = (torch.float32, torch.bfloat16, torch.float16)[dtype]
+    return ids.new_empty((*ids.shape, columns), dtype=kind)
+
+
+@_operator(
     "cpu_linear",
     "Tensor x, Tensor packed, Tensor x86_layout, Tensor? bias, int outputs, int isa",
 )
@@ -183,12 +227,7 @@ def _cpu_linear(
         raise FormatError(
             f"x is {list(x.shape)} {x.dtype}, expected [..., K] bfloat16, float16 or float32"
         )
-    _check_tensor("packed", packed, (packed.numel(),), torch.uint8)
-    _check_tensor("x86_layout", x86_layout, (x86_layout.numel(),), torch.uint8)
-    if x86_layout.numel() <= X86_LAYOUT_BYTES:
-        raise FormatError(
-            f"'x86_layout' has {x86_layout.numel()} bytes, expected more than {X86_LAYOUT_BYTES}"
-        )
+    _check_x86(packed, x86_layout)
     if bias is not None and bias.dtype != x.dtype:
         raise FormatError(f"bias is {bias.dtype}, expected {x.dtype}")
     return empty_result(x, bias, outputs)

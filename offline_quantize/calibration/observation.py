@@ -16,7 +16,7 @@ from offline_quantize.checkpoint.progress import Progress
 from offline_quantize.checkpoint.source import Checkpoint
 from offline_quantize.method.input_statistics import InputStatistics
 from offline_quantize.planning.activation_options import ActivationOptions
-from offline_quantize.planning.selection import HEAD, LAYER, module_of
+from offline_quantize.planning.selection import LAYER
 from precalib_kernels.errors import PrecalibError, SourceError
 
 if TYPE_CHECKING:
@@ -90,6 +90,7 @@ class Observation:
 def observation(
     source: Checkpoint,
     shapes: Mapping[str, Sequence[int]],
+    head: str | None,
     options: ActivationOptions,
     device: str,
     progress: Progress,
@@ -97,6 +98,7 @@ def observation(
     """Load the model and get the text.
 
     shapes: of the weights that are to be quantized, by name.
+    head:   which of them logits are computed with, None if none is.
 
     Raises SourceError when transformers cannot load or run the model or its layers have other names
     than all these weights, and what reading a text raises.
@@ -117,7 +119,6 @@ def observation(
         progress.begin("text for the model")
         with _errors_of_the_model(source.root):
             windows = _text(model, source.root, options)
-        head = next((name for name in shapes if HEAD.search(module_of(name))), None)
         unknown = [name for name in shapes if name not in layers and LAYER.search(name)]
         yield Observation(
             source.root, model, windows, layers, head, unknown, options, progress, threads

@@ -23,6 +23,7 @@ class RunRecord(Record):
     recipe:    the main recipe and its adjustments, as on the command line.
     recipes:   JSON form of every recipe in use, by label.
     overrides: "REGEX=RECIPE";  keep: patterns;  head: recipe of the output head, or None.
+    embeddings: recipe of the input embeddings; None for none, and then not written.
     activations: `ActivationOptions.to_json` of what went through the model first, or None.
     transform: of weights before they are quantized; None for none, and then not written.
     source:    digest of config.json; size and digest of the header of every weight file.
@@ -38,15 +39,17 @@ class RunRecord(Record):
     overrides: list[str]
     keep: list[str]
     head: str | None = None
+    embeddings: str | None = None
     activations: dict[str, Any] | None = None
     transform: str | None = None
     source: dict[FileName, Any]
 
     @model_serializer(mode="wrap")
     def _without_unused(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """The fields; a transform only if there is one, as earlier writers knew none."""
+        """The fields; of those that earlier writers did not know only the ones in use."""
         fields: dict[str, Any] = write(self)
-        return {k: v for k, v in fields.items() if k != "transform" or v is not None}
+        later = "transform", "embeddings"
+        return {k: v for k, v in fields.items() if k not in later or v is not None}
 
 
 class Totals(Record):

@@ -119,10 +119,11 @@ def show_notes(plan: Plan) -> None:
             r"yet; add --keep '\.experts\.' for a checkpoint to serve."
         )
     for weight in plan.weight_plans.values():
-        if selection.HEAD.search(weight.module) and weight.recipe.layout.bits == 2:
+        head = selection.HEAD.search(weight.module)
+        if (head or selection.EMBEDDINGS.search(weight.module)) and weight.recipe.layout.bits == 2:
             out.print(
                 f"Note: {weight.module} gets 2-bit codes, whose error costs far more there than in "
-                "other weights; prefer --head balanced-4."
+                f"other weights; prefer --{'head' if head else 'embeddings'} balanced-4."
             )
 
 

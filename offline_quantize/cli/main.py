@@ -111,6 +111,14 @@ def quantize(
             metavar="RECIPE", help="Pack the output head, too, which stays unquantized otherwise."
         ),
     ] = None,
+    embeddings: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RECIPE",
+            help="Pack the input embeddings, too, and with them the head of a model that shares "
+            "them, unless --head names another recipe.",
+        ),
+    ] = None,
     activations: Annotated[
         str,
         typer.Option(
@@ -168,6 +176,7 @@ def quantize(
         keep or (),
         target_bits,
         head,
+        embeddings=embeddings,
         transform=transform,
         card=not no_card,
     )

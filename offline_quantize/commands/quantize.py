@@ -119,7 +119,7 @@ def _batches(
     from offline_quantize.calibration.observation import observation
 
     shapes = {name: weight.entry.shape for name, weight in plan.weight_plans.items()}
-    opened = observation(plan.source, shapes, options, device, progress)
+    opened = observation(plan.source, shapes, plan.head, options, device, progress)
     if options.feedback:
         seen = stack.enter_context(opened)
         blocks = stack.enter_context(contextlib.closing(seen.blocks()))

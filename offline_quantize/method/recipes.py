@@ -121,7 +121,7 @@ def find(name: str) -> Recipe:
 
 
 def for_head(name: str) -> tuple[str, Recipe]:
-    """Label and recipe of that name for an output head: without a column scale.
+    """Label and recipe of that name for an output head or embeddings: without a column scale.
 
     The spread of a head's columns does not tell how large its inputs are, and even columns hide
     from the salient weights the few columns that all rows have in common (docs/method.md).

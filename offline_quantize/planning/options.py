@@ -25,6 +25,8 @@ class Options:
     target_bits: effective bits per weight that all quantized weights together may take, in place
                  of a recipe.
     head:        name of the recipe for the output head, None to leave it unquantized.
+    embeddings:  name of the recipe for the input embeddings, None to leave them unquantized; of
+                 the head, too, that a model shares with them, if `head` names no other.
     activations: how the inputs of layers become known; None to quantize without a forward pass.
     transform:   "value-output" to transform pairs of weights before, None for nothing.
     card:        whether a model card takes the place of the source's README.md.
@@ -36,6 +38,7 @@ class Options:
     keep: Sequence[str] = ()
     target_bits: float | None = None
     head: str | None = None
+    embeddings: str | None = None
     activations: ActivationOptions | None = None
     transform: str | None = None
     card: bool = True
@@ -78,6 +81,7 @@ class RecipeResolver:
             for text, name in options.overrides
         ]
         self.head = recipes.for_head(options.head) if options.head else None
+        self.embeddings = recipes.for_head(options.embeddings) if options.embeddings else None
         self.used: set[str] = set()
 
     def recipe_for(self, module: str) -> tuple[str, Recipe]:
@@ -88,6 +92,8 @@ class RecipeResolver:
                 return name, recipe
         if self.head and selection.HEAD.search(module):
             return self.head
+        if self.embeddings and selection.EMBEDDINGS.search(module):
+            return self.embeddings
         return self.allocated.get(module, self.main)
 
     def allocate(self, shapes: Mapping[str, tuple[int, ...]], source: Checkpoint) -> None:

@@ -72,6 +72,7 @@ class Plan:
     unquantized:  why each other tensor stays as it is, by name.
     files:        every output file but the manifest and the card.
     pairs:        what a value–output transform takes; empty without one.
+    tied:         heads that use the tensors of packed embeddings, module by module.
     """
 
     source: Checkpoint
@@ -80,6 +81,7 @@ class Plan:
     unquantized: Mapping[str, str]
     files: OutputFiles
     pairs: Sequence[value_output.ValueOutputPair] = ()
+    tied: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def weights(self) -> int:
@@ -90,6 +92,13 @@ class Plan:
     def stored_bytes(self) -> int:
         """Bytes of all tensors that replace a weight."""
         return sum(plan.stored_bytes for plan in self.weight_plans.values())
+
+    @property
+    def head(self) -> str | None:
+        """Name of the weight that logits are computed with, if it is quantized."""
+        modules = {weight.module: name for name, weight in self.weight_plans.items()}
+        own = (name for module, name in modules.items() if selection.HEAD.search(module))
+        return next(own, next((modules[other] for other in self.tied.values()), None))
 
     @property
     def output_bytes(self) -> int:
@@ -107,6 +116,7 @@ class Plan:
             overrides=[f"{pattern}={name}" for pattern, name in self.options.overrides],
             keep=list(self.options.keep),
             head=self.options.head,
+            embeddings=self.options.embeddings,
             activations=activations.to_json() if activations else None,
             transform=self.options.transform,
             source=self.source.fingerprint(times=False),
@@ -132,7 +142,13 @@ def make_plan(source: Checkpoint, options: Options) -> Plan:
     for file, entries in source.shards.items():
         for name, entry in entries.items():
             reason = selection.classify(
-                name, entry.shape, entry.dtype, depth, chosen.keep, bool(options.head)
+                name,
+                entry.shape,
+                entry.dtype,
+                depth,
+                chosen.keep,
+                bool(options.head),
+                bool(options.embeddings),
             )
             if reason:
                 unquantized[name] = reason
@@ -146,7 +162,12 @@ def make_plan(source: Checkpoint, options: Options) -> Plan:
             "('….layers.N.….weight', 2-D); nothing to quantize"
         )
     origins = {}
-    if options.head and not any(selection.HEAD.search(selection.module_of(n)) for n in wanted):
+    tied = _tied_to_packed(source, options, wanted) if options.embeddings else {}
+    if (
+        options.head
+        and not tied
+        and not any(selection.HEAD.search(selection.module_of(n)) for n in wanted)
+    ):
         origins[selection.TIED_HEAD] = selection.TIED_EMBEDDING
         wanted[selection.TIED_HEAD] = _tied_head(source, unquantized)
     if options.target_bits is not None:
@@ -159,7 +180,7 @@ def make_plan(source: Checkpoint, options: Options) -> Plan:
     _check_fused(weight_plans, unquantized)
     _check_collisions(source, weight_plans)
     shards = {file: _lay_out(source, file, weight_plans) for file in source.shards}
-    config = checkpoint_config(options, weight_plans, unquantized)
+    config = checkpoint_config(options, weight_plans, unquantized, tied)
     pairs = value_output.chosen_pairs(options.transform, source, weight_plans)
     files = OutputFiles(
         value_output.transform_files(pairs) | shards,
@@ -170,18 +191,23 @@ def make_plan(source: Checkpoint, options: Options) -> Plan:
         },
         _metadata_files(source, options, shards, config),
     )
-    return Plan(source, options, weight_plans, unquantized, files, pairs)
+    return Plan(source, options, weight_plans, unquantized, files, pairs, tied)
 
 
 def checkpoint_config(
-    options: Options, weight_plans: Mapping[str, WeightPlan], unquantized: Mapping[str, str]
+    options: Options,
+    weight_plans: Mapping[str, WeightPlan],
+    unquantized: Mapping[str, str],
+    tied: Mapping[str, str],
 ) -> CheckpointConfig:
-    """quantization_config of the output."""
+    """quantization_config of the output. Arguments as the fields of `Plan`."""
     layouts = {plan.label: plan.recipe.layout for plan in weight_plans.values()}
     modules = {plan.module: plan.label for plan in weight_plans.values()}
     label = options.label
     if options.head:
         label += f" --head {options.head}"
+    if options.embeddings:
+        label += f" --embeddings {options.embeddings}"
     if options.transform:
         label += f" --transform {options.transform}"
     linears = (
@@ -189,7 +215,7 @@ def checkpoint_config(
         for name, reason in unquantized.items()
         if name.endswith(".weight") and reason != "not a linear weight"
     )
-    return CheckpointConfig(label, layouts, modules, tuple(linears))
+    return CheckpointConfig(label, layouts, modules, tuple(linears), tied)
 
 
 def _check_type(path: Path, name: str, entry: Entry, remedy: str = "use --keep") -> None:
@@ -199,6 +225,29 @@ def _check_type(path: Path, name: str, entry: Entry, remedy: str = "use --keep")
             f"{path}: tensor '{name}' has type {entry.dtype}; only bfloat16, float16 and float32 "
             f"weights can be quantized, so start from the original checkpoint or {remedy}"
         )
+
+
+def _tied_to_packed(
+    source: Checkpoint, options: Options, wanted: Mapping[str, tuple[str, Entry]]
+) -> dict[str, str]:
+    """The head that shares packed embeddings, if one does; SourceError if none can be packed."""
+    root, config = source.root, source.config
+    if not any(selection.EMBEDDINGS.search(selection.module_of(name)) for name in wanted):
+        raise SourceError(
+            f"{root}: holds no input embeddings '{selection.TIED_EMBEDDING}' that can be packed; "
+            "leave out --embeddings"
+        )
+    if config.get("model_type") not in selection.EMBEDDING_MODELS:
+        raise SourceError(
+            f"{root}: vLLM takes no packed embeddings for models of type "
+            f"'{config.get('model_type')}'; leave out --embeddings"
+        )
+    own = any(selection.HEAD.search(selection.module_of(name)) for name in source.locations)
+    other = options.head not in (None, options.embeddings)
+    shared = selection.TIED_EMBEDDING in wanted and config.get("tie_word_embeddings", True)
+    if own or other or not shared:
+        return {}
+    return {selection.module_of(selection.TIED_HEAD): selection.module_of(selection.TIED_EMBEDDING)}
 
 
 def _tied_head(source: Checkpoint, unquantized: Mapping[str, str]) -> tuple[str, Entry]:
@@ -293,7 +342,7 @@ def _metadata_files(
         files[INDEX] = json_bytes(index_of(shards, source.index))
     config = dict(source.config)
     config["quantization_config"] = quantization.to_dict()
-    if options.head:
+    if options.head and not quantization.tied:
         config["tie_word_embeddings"] = False  # a packed head has tensors of its own
     files[CONFIG] = json_bytes(config)
     return files

@@ -12,7 +12,16 @@ from precalib_kernels.format.layout import COLUMN_UNIT
 FLOAT_TYPES = ("BF16", "F16", "F32")  # as safetensors calls them
 _HEADS = "lm_head|output_head|embed_out"
 HEAD = re.compile(rf"(?:^|\.)(?:{_HEADS})$")
+EMBEDDINGS = re.compile(r"^(?:model\.)?embed_tokens$")
 TIED_HEAD, TIED_EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+# Model types whose embeddings vLLM hands to a quantization method.
+EMBEDDING_MODELS = frozenset(
+    (
+        *("llama", "mistral", "phi3", "granite", "exaone4", "smollm3"),
+        *("qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "gemma3_text", "stablelm", "deepseek_v2"),
+        *("deepseek_v3", "deepseek_v32"),
+    )
+)
 LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks|block)\.(\d+)\.")
 # (what it is, pattern searched in the module name), first match wins
 UNQUANTIZED = (
@@ -39,6 +48,7 @@ def classify(
     depth: int | None,
     keep: Sequence[re.Pattern[str]] = (),
     head: bool = False,
+    embeddings: bool = False,
 ) -> str | None:
     """Why a tensor stays unquantized; None for a linear weight that is to be quantized.
 
@@ -46,14 +56,15 @@ def classify(
     dtype: as safetensors calls it. One that is not in FLOAT_TYPES is for the caller to refuse.
     depth: number of decoder layers (`decoder_depth`), None if unknown.
     keep:  the user's patterns, searched in the module name.
-    head:  whether the output head is to be quantized.
+    head:  whether the output head is to be quantized; embeddings: whether those of the input are.
     """
     module = module_of(name)
     if not name.endswith(".weight") or len(shape) != 2:
         return "not a linear weight"
     if not all(shape):
         return "empty"
-    if not (head and HEAD.search(module)):
+    wanted = (head and HEAD.search(module)) or (embeddings and EMBEDDINGS.search(module))
+    if not wanted:
         for kind, pattern in UNQUANTIZED:
             if pattern.search(module):
                 return kind

@@ -86,7 +86,7 @@ def attention_or_mlp(attention: str, mlp: str) -> Callable[[str], str | None]:
     """Layouts of a model whose last down_proj and output head are kept."""
 
     def layout_of(module: str) -> str | None:
-        if module in ("lm_head", "model.layers.1.mlp.down_proj"):
+        if module in ("lm_head", "model.embed_tokens", "model.layers.1.mlp.down_proj"):
             return None
         return attention if "self_attn" in module else mlp
 
@@ -99,12 +99,24 @@ def llama(folder: Path, seed: int, **options: Any) -> tiny.Checkpoint:
     return tiny.build(folder, tiny.model_config("llama"), layout_of, seed, **options)
 
 
-def qwen2(folder: Path, seed: int) -> tiny.Checkpoint:
-    """4- and 2-bit, biases of q, k and v, the output head packed as well."""
-    layouts = attention_or_mlp("min-max", "plain")
+def tied_llama(folder: Path, seed: int) -> tiny.Checkpoint:
+    """Packed embeddings that are the output head, too."""
+    layouts = attention_or_mlp("row", "sign")
 
     def layout_of(module: str) -> str | None:
-        return "sign" if module == "lm_head" else layouts(module)
+        return "balanced-3" if module == "model.embed_tokens" else layouts(module)
+
+    config = tiny.model_config("llama", tie_word_embeddings=True)
+    return tiny.build(folder, config, layout_of, seed)
+
+
+def qwen2(folder: Path, seed: int) -> tiny.Checkpoint:
+    """4- and 2-bit, biases of q, k and v, output head and embeddings packed as well."""
+    layouts = attention_or_mlp("min-max", "plain")
+    others = {"lm_head": "sign", "model.embed_tokens": "min-max"}
+
+    def layout_of(module: str) -> str | None:
+        return others.get(module) or layouts(module)
 
     heads = {"num_attention_heads": 5, "num_key_value_heads": 1}
     return tiny.build(folder, tiny.model_config("qwen2", **heads), layout_of, seed)
@@ -146,6 +158,24 @@ def case_qwen2(folder: Path) -> dict[str, Any]:
     result = {"first": (answers(llm), truth(first))}
     reload(llm, second)
     return {**result, "reloaded": (answers(llm), truth(second))}
+
+
+def case_tied(folder: Path, **options: Any) -> dict[str, Any]:
+    first, second = tied_llama(folder / "1", 15), tied_llama(folder / "2", 16)
+    llm = start(first.packed, **recording(folder / "choices"), **options)
+    result = {"choices": recorded(folder / "choices"), "first": (answers(llm), truth(first))}
+    reload(llm, second)
+    return {**result, "reloaded": (answers(llm), truth(second))}
+
+
+def case_tied_reference(folder: Path) -> dict[str, Any]:
+    checkpoint = tied_llama(folder, 17)
+    return {"first": (answers(start(checkpoint.packed, **REFERENCE)), truth(checkpoint))}
+
+
+def case_tied_dense(folder: Path) -> dict[str, Any]:
+    checkpoint = tied_llama(folder, 18)
+    return {"first": (answers(start(checkpoint.packed, **DENSE)), truth(checkpoint))}
 
 
 def case_phi3(folder: Path) -> dict[str, Any]:
@@ -304,7 +334,7 @@ def case_refused(folder: Path) -> dict[str, Any]:
 
 
 def case_compiled(folder: Path, **options: Any) -> dict[str, Any]:
-    checkpoint = llama(folder, 9)
+    checkpoint = tied_llama(folder, 9)
     llm = start(checkpoint.packed, enforce_eager=False, **options)
     return {
         "mode": llm.llm_engine.vllm_config.compilation_config.mode.name,
@@ -321,7 +351,7 @@ def case_compiled_reference(folder: Path) -> dict[str, Any]:
 
 
 def case_parallel(folder: Path) -> dict[str, Any]:
-    checkpoint = llama(folder, 10)
+    checkpoint = tied_llama(folder, 10)
     options = {"tensor_parallel_size": 2, "quantization": "precalib"}
     llm = start(checkpoint.packed, **recording(folder / "choices"), **options)
     choices = recorded(folder / "choices")
@@ -334,6 +364,9 @@ SUITES = {
         case_llama_dense,
         case_llama_reference,
         case_qwen2,
+        case_tied,
+        case_tied_reference,
+        case_tied_dense,
         case_phi3,
         case_stablelm,
         case_llama4,

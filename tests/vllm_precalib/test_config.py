@@ -24,9 +24,11 @@ FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj
 
 @pytest.fixture
 def config(tiny):
-    def make(modules, **more):
+    def make(modules, tied=(), **more):
         layouts = {**tiny.LAYOUTS, **more}
-        result = PrecalibConfig(CheckpointConfig("test", layouts, modules, ("lm_head",)))
+        result = PrecalibConfig(
+            CheckpointConfig("test", layouts, modules, ("lm_head",), dict(tied))
+        )
         result.packed_modules_mapping = FUSED
         return result
 
@@ -134,14 +136,48 @@ def test_methods_of_layers(config, rank):
         assert packed.get_quant_method(head, "lm_head") is None
 
 
-def test_packed_embeddings_are_refused(config, rank):
-    with (
-        rank(),
-        pytest.raises(ServingError, match=r"^embed_tokens: .* embeddings; .*--keep 'embed_tokens'"),
-    ):
-        VocabParallelEmbedding(
-            64, 160, quant_config=config({"embed_tokens": "row"}), prefix="embed_tokens"
+@pytest.mark.parametrize("prefix", ["model.embed_tokens", ""])
+def test_packed_embeddings(config, rank, prefix):
+    """Some models of vLLM do not tell the layer's name."""
+    packed = config({"model.embed_tokens": "row", "model.layers.0.mlp.up_proj": "row"})
+    with rank():
+        layer = VocabParallelEmbedding(64, 160, quant_config=packed, prefix=prefix)
+    assert isinstance(layer.quant_method, PrecalibLinearMethod)
+    assert layer.quant_method.prefix == "model.embed_tokens"
+    assert packed.choices["model.embed_tokens"].backend.can_embed(layer.quant_method.spec) is None
+
+
+def test_an_embedding_without_a_name_is_not_guessed_among_several(config, rank):
+    packed = config({"a.embed_tokens": "row", "b.embed_tokens": "row"})
+    with rank():
+        layer = VocabParallelEmbedding(64, 160, quant_config=packed, prefix="")
+    assert packed.get_quant_method(layer, "") is None
+
+
+def test_a_head_is_tied_to_packed_embeddings(config, rank):
+    packed = config({"model.embed_tokens": "row"}, tied={"lm_head": "model.embed_tokens"})
+    with rank():
+        embedding = VocabParallelEmbedding(
+            64, 160, quant_config=packed, prefix="model.embed_tokens"
         )
+        head = ParallelLMHead(64, 160, quant_config=packed, prefix="lm_head")
+        biased = ParallelLMHead(64, 160, bias=True, quant_config=packed, prefix="lm_head")
+        plain = VocabParallelEmbedding(64, 160, prefix="model.embed_tokens")
+    assert head.tie_weights(embedding) is embedding
+    said = r"^lm_head uses the packed tensors of model\.embed_tokens, but .* without --embeddings$"
+    for untied, other in ((biased, embedding), (head, plain)):
+        with pytest.raises(ServingError, match=said):
+            untied.tie_weights(other)
+    with pytest.raises(ServingError, match=said):  # where vLLM ties nothing
+        head.quant_method.process_weights_after_loading(head)
+
+
+def test_names_of_tied_modules_are_mapped(config):
+    packed = config({"model.embed_tokens": "row"}, tied={"lm_head": "model.embed_tokens"})
+    packed.apply_vllm_mapper(
+        WeightsMapper(orig_to_new_prefix={"model.": "language.model.", "lm_head": "language.head"})
+    )
+    assert packed.checkpoint.tied == {"language.head": "language.model.embed_tokens"}
 
 
 def test_a_packed_head_cannot_be_tied(config, rank):

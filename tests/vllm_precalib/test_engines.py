@@ -38,13 +38,24 @@ def assert_same(pair, tolerance=LOGPROB_TOLERANCE):
             assert abs(logprob - true_logprob) <= tolerance
 
 
-MODELS = ["llama", "llama_dense", "llama_reference", "qwen2", "phi3", "stablelm", "llama4"]
+LLAMA = ["llama", "llama_dense", "llama_reference"]
+MODELS = [*LLAMA, "qwen2", "tied", "phi3", "stablelm", "llama4"]
 
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("weights", ["first", "reloaded"])
 def test_answers_are_those_of_transformers(case, name, weights):
     assert_same(case("eager", name)[weights])
+
+
+@pytest.mark.parametrize("name", ["tied_dense", "tied_reference"])
+def test_packed_embeddings_are_those_of_transformers(case, name):
+    assert_same(case("eager", name)["first"])
+
+
+def test_one_layer_holds_embeddings_and_head(case):
+    layers = [choice["layer"] for choice in case("eager", "tied")["choices"]]
+    assert sorted(layers) == sorted([*PACKED, "model.embed_tokens"])
 
 
 def test_two_bits_are_served_beside_three(case):
@@ -71,7 +82,8 @@ def test_every_layer_is_computed_by_the_backend_that_is_meant(case, name):
 
 def test_every_rank_writes_down_its_choices(case):
     choices = case("parallel", "parallel")["choices"]
-    expected = [(rank, layer) for rank in range(2) for layer in sorted(PACKED)]
+    layers = sorted([*PACKED, "model.embed_tokens"])
+    expected = [(rank, layer) for rank in range(2) for layer in layers]
     assert sorted((choice["rank"], choice["layer"]) for choice in choices) == expected
     assert {choice["backend"] for choice in choices} == {default_backend()}
 

@@ -109,7 +109,9 @@ def build(
     edit: Callable[[dict[str, Tensor]], None] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Checkpoint:
-    """Write a random model whose linear `module` is packed as LAYOUTS[layout_of(module)].
+    """Write a random model whose `module` is packed as LAYOUTS[layout_of(module)].
+
+    Modules are linear layers and embeddings; a head tied to packed embeddings uses theirs.
 
     edit: spoils the packed tensors before they are written.
     """
@@ -122,13 +124,15 @@ def build(
             parameter.data *= 5  # answers far from uniform
     stored: dict[str, Tensor] = {}
     modules: dict[str, str] = {}
-    linears = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    kinds = {name: type(module) for name, module in model.named_modules()}
+    linears = {name for name, kind in kinds.items() if kind is torch.nn.Linear}
+    packable = linears | {"model.embed_tokens"}
     dense = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     if config.tie_word_embeddings:
         del dense["lm_head.weight"]
     for index, (name, tensor) in enumerate(dense.items()):
         module = name.removesuffix(".weight")
-        layout_name = layout_of(module) if module in linears else None
+        layout_name = layout_of(module) if module in packable else None
         if layout_name is None:
             stored[name] = tensor.to(dtype)
             continue
@@ -142,7 +146,9 @@ def build(
     used = {name: LAYOUTS[name] for name in set(modules.values())}
     kept = tuple(sorted(linears - set(modules)))
     _write(folder / "dense", config, {n: t.to(dtype) for n, t in dense.items()}, dtype)
-    packed_config = CheckpointConfig("test", used, modules, kept).to_dict()
+    shared = config.tie_word_embeddings and "model.embed_tokens" in modules
+    tied = {"lm_head": "model.embed_tokens"} if shared else {}
+    packed_config = CheckpointConfig("test", used, modules, kept, tied).to_dict()
     _write(folder / "packed", config, stored, dtype, quantization_config=packed_config)
     return Checkpoint(folder / "packed", folder / "dense")
 

@@ -27,6 +27,7 @@ class LinearSpec:
     device:      torch's name for the kind of device, "cpu" or "cuda".
     experts:     matrices of this shape in the layer; more than one for a mixture of experts.
     int8_activations: whether products are to round activations to 8 bits.
+    embedding:   whether rows of the weight are looked up, too.
     """
 
     layout: Layout
@@ -36,6 +37,7 @@ class LinearSpec:
     device: str
     experts: int = 1
     int8_activations: bool = False
+    embedding: bool = False
 
     @property
     def output_size(self) -> int:
@@ -52,6 +54,7 @@ class LinearSpec:
             "device": self.device,
             "experts": self.experts,
             "int8_activations": self.int8_activations,
+            "embedding": self.embedding,
         }
 
 
@@ -84,13 +87,16 @@ class Backend(ABC):
             return f"computes one matrix per layer, not {spec.experts} experts"
         if spec.int8_activations and not cls.int8_activations:
             return "has no 8-bit activations"
-        return None
+        return cls.can_embed(spec) if spec.embedding else None
 
     @classmethod
     def can_embed(cls, spec: LinearSpec) -> str | None:
-        """None, or the reason why this backend cannot look rows of such a weight up."""
+        """None, or the reason why this backend cannot look rows of such a weight up.
+
+        The reason reads well after "NAME: ".
+        """
         del spec
-        return f"backend {cls.name} cannot look up rows of packed embeddings"
+        return "cannot look up rows of packed embeddings"
 
     @abstractmethod
     def prepare(self, tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
@@ -124,4 +130,4 @@ class Backend(ABC):
         Raises NotImplementedError where `can_embed` gives a reason.
         """
         del layer, ids
-        raise NotImplementedError(self.can_embed(self.spec))
+        raise NotImplementedError(f"{self.name}: {self.can_embed(self.spec)}")

@@ -36,6 +36,17 @@ class ReferenceBackend(Backend):
         packed: list[Tensor] = [layer.get_parameter(name) for name in self.names]
         return linear(x, packed, bias, self.shard_sizes, self.layout_text)
 
+    @classmethod
+    def can_embed(cls, spec: LinearSpec) -> str | None:
+        """It can."""
+        del spec
+        return None
+
+    def embedding(self, layer: torch.nn.Module, ids: Tensor) -> Tensor:
+        """One call of `precalib::gather_rows`."""
+        packed: list[Tensor] = [layer.get_parameter(name) for name in self.names]
+        return gather_rows(ids, packed, self.spec.input_size, self.layout_text, self.spec.dtype)
+
 
 def linear(
     x: Tensor, packed: list[Tensor], bias: Tensor | None, shard_sizes: list[int], layout: str
@@ -50,6 +61,14 @@ def dequantize(
 ) -> Tensor:
     """`precalib::dequantize`: Ŵ [N, input_size] in `dtype`; see `ops`."""
     result: Tensor = torch.ops.precalib.dequantize(packed, input_size, shard_sizes, layout, dtype)
+    return result
+
+
+def gather_rows(
+    ids: Tensor, packed: list[Tensor], input_size: int, layout: str, dtype: torch.dtype
+) -> Tensor:
+    """`precalib::gather_rows`: rows of Ŵ by number, [..., input_size] in `dtype`; see `ops`."""
+    result: Tensor = torch.ops.precalib.gather_rows(ids, packed, input_size, layout, dtype)
     return result
 
 
@@ -103,3 +122,20 @@ def _dequantize(
 
 
 torch.library.register_kernel("precalib::dequantize", None, _dequantize)
+
+
+def _gather_rows(
+    ids: Tensor, packed: list[Tensor], input_size: int, layout: str, dtype: torch.dtype
+) -> Tensor:
+    parsed = Layout.from_text(layout)
+    tensors = ops.named_tensors(packed, input_size, [packed[0].shape[0]], parsed)
+    ops.check_ids(ids)
+    rows = {
+        name: tensor if name == "column_scale" else tensor[ids.flatten()]
+        for name, tensor in tensors.items()
+    }
+    weight = reference.dequantize(rows, parsed, input_size)
+    return weight.to(dtype).view(*ids.shape, input_size)
+
+
+torch.library.register_kernel("precalib::gather_rows", None, _gather_rows)

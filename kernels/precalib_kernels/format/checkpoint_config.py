@@ -19,12 +19,15 @@ class CheckpointConfig:
     modules: name of the layout of every packed module, by the module's name in the checkpoint
              ("model.layers.0.self_attn.q_proj"). A module that is not listed is not packed.
     kept:    linear modules left in their original type, for people.
+    tied:    modules without tensors of their own, by name: each uses those of another packed
+             module. {"lm_head": "model.embed_tokens"} for a head that is its packed embeddings.
     """
 
     recipe: str
     layouts: Mapping[str, Layout]
     modules: Mapping[str, str]
     kept: tuple[str, ...] = ()
+    tied: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def layout_of(self, module: str) -> Layout | None:
         """Layout of a packed module, None for any other."""
@@ -33,7 +36,7 @@ class CheckpointConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""
-        return {
+        fields = {
             "quant_method": QUANT_METHOD,
             "format_version": FORMAT_VERSION,
             "recipe": self.recipe,
@@ -41,6 +44,7 @@ class CheckpointConfig:
             "modules": dict(self.modules),
             "kept": list(self.kept),
         }
+        return {**fields, "tied": dict(self.tied)} if self.tied else fields
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "CheckpointConfig":
@@ -77,4 +81,12 @@ class CheckpointConfig:
         kept = fields.get("kept", [])
         if not isinstance(kept, list):
             raise FormatError("quantization_config: 'kept' is not a list")
-        return cls(fields["recipe"], layouts, dict(fields["modules"]), tuple(kept))
+        tied = fields.get("tied", {})
+        if not isinstance(tied, Mapping):
+            raise FormatError("quantization_config: 'tied' is not an object")
+        for module, other in tied.items():
+            if module in fields["modules"] or other not in fields["modules"]:
+                raise FormatError(
+                    f"quantization_config: module {module!r} cannot be tied to {other!r}"
+                )
+        return cls(fields["recipe"], layouts, dict(fields["modules"]), tuple(kept), dict(tied))

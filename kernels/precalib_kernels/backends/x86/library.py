@@ -95,7 +95,8 @@ def definition(options: BuildOptions = DEFAULT_OPTIONS) -> Library:
     if platform.machine() not in ("x86_64", "AMD64"):
         raise BuildError(f"the kernels are for x86-64, this is {platform.machine()}")
     flags = (*COMMON_FLAGS, *options.flags)
-    units = [Unit(SOURCES / name, flags) for name in ("isa_dispatch.cpp", "torch_binding.cpp")]
+    plain = "isa_dispatch.cpp", "gather_rows.cpp", "torch_binding.cpp"
+    units = [Unit(SOURCES / name, flags) for name in plain]
     for isa in options.isas:
         # A compiler that does not know a newer ISA still compiles the others.
         optional = "" if isa.name == AVX2.name else f"kernels for {isa.name}"
@@ -123,6 +124,7 @@ TORCH_CONSTANTS = (
     "dtype_bfloat16",
     "dtype_float16",
     "dtype_uint8",
+    "dtype_int64",
     "device_type_cpu",
 )
 TORCH_FROM, TORCH_BEFORE = (2, 9), (3, 0)  # versions that have them, with these signatures
@@ -139,7 +141,7 @@ class TorchStruct(ctypes.Structure):
 
 @functools.cache
 def load() -> ctypes.CDLL:
-    """The library of kernels, compiled if it is not there yet, as torch's `precalib::cpu_linear`.
+    """The library of kernels, compiled if it is not there yet, as torch's `precalib::cpu_…`.
 
     Raises BuildError with the reason why there is none for this machine.
     """

@@ -1,6 +1,6 @@
-"""`precalib::cpu_linear` as a typed function.
+"""`precalib::cpu_linear` and `precalib::cpu_gather_rows` as typed functions.
 
-The operator itself is C++, registered by `library.load()`: a call takes about 5 µs, of which
+The operators themselves are C++, registered by `library.load()`: a call takes about 5 µs, of which
 torch's own dispatch in Python would be several times as much.
 """
 
@@ -38,5 +38,24 @@ def linear(
     contiguous = None if bias is None else bias.contiguous()
     result: Tensor = torch.ops.precalib.cpu_linear(
         x.contiguous(), packed, x86_layout, contiguous, outputs, isa
+    )
+    return result
+
+
+def gather_rows(
+    ids: Tensor, packed: Tensor, x86_layout: Tensor, outputs: int, dtype: torch.dtype, columns: int
+) -> Tensor:
+    """Rows of Ŵ by number, [..., K] in `dtype`, from one tensor of bytes as for `linear`.
+
+    ids:     [...] int64.
+    dtype:   bfloat16, float16 or float32.
+    outputs: N.
+    columns: K.
+
+    Raises RuntimeError for an id that is no row, and for sizes that do not belong together.
+    """
+    kind = library.DTYPES.index(str(dtype).removeprefix("torch."))
+    result: Tensor = torch.ops.precalib.cpu_gather_rows(
+        ids.contiguous(), packed, x86_layout, outputs, kind, columns
     )
     return result

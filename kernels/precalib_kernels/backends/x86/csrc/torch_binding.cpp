@@ -1,10 +1,11 @@
-// The operator `precalib::cpu_linear` as torch calls it: through the C functions of libtorch's
+// The operators `precalib::cpu_linear` and `precalib::cpu_gather_rows` as torch calls them: through the C functions of libtorch's
 // stable ABI (torch/csrc/inductor/aoti_torch/c/shim.h). Their addresses come from Python, so this
 // is compiled without torch and works with each torch that has them.
 #include <cstring>
 #include <stdexcept>
 #include <string>
 
+#include "gather_rows.h"
 #include "isa_dispatch.h"
 
 #define EXPORT __attribute__((visibility("default")))
@@ -38,6 +39,7 @@ constexpr int64_t kMostDimensions = 16;
   CONSTANT(dtype_bfloat16)                 \
   CONSTANT(dtype_float16)                  \
   CONSTANT(dtype_uint8)                    \
+  CONSTANT(dtype_int64)                    \
   CONSTANT(device_type_cpu)
 
 struct Torch {
@@ -51,7 +53,7 @@ struct Torch {
 Torch torch;
 
 [[noreturn, gnu::cold]] void refuse(const std::string& why) {
-  throw std::runtime_error("precalib::cpu_linear: " + why);
+  throw std::runtime_error("precalib: " + why);
 }
 void check(int32_t error) {
   if (error) refuse("torch refused to tell about a tensor, or to make one");
@@ -121,6 +123,24 @@ X86Layout read_layout(const Tensor& bytes, int64_t outputs) {
   return layout;
 }
 
+// A new tensor of these sizes, contiguous.
+Handle empty(int64_t dimensions, const int64_t* sizes, int32_t type) {
+  int64_t strides[kMostDimensions], stride = 1;
+  for (int64_t d = dimensions - 1; d >= 0; --d) {
+    strides[d] = stride;
+    stride *= sizes[d] > 1 ? sizes[d] : 1;  // as torch computes strides of empty tensors
+  }
+  Handle made;
+  check(torch.empty_strided(dimensions, sizes, strides, type, torch.device_type_cpu, 0, &made));
+  return made;
+}
+
+void check_packed(const Tensor& packed, const X86Layout& layout) {
+  packed.check_plain("the packed weight");
+  if (packed.type() != torch.dtype_uint8 || packed.numel() != layout.packed_bytes)
+    refuse(expected("bytes of the packed weight are", packed.numel(), layout.packed_bytes));
+}
+
 // (x, packed, layout, bias, outputs, isa) -> y. isa: of `supported_isas`, -1 for the last.
 void cpu_linear(Value* stack, uint64_t, uint64_t) {
   const Tensor x((Handle)stack[0]), packed((Handle)stack[1]), bytes((Handle)stack[2]);
@@ -129,11 +149,9 @@ void cpu_linear(Value* stack, uint64_t, uint64_t) {
   const SupportedIsas& isas = supported_isas();
   const X86Layout layout = read_layout(bytes, outputs);
   x.check_plain("x");
-  packed.check_plain("the packed weight");
+  check_packed(packed, layout);
   if (wanted >= isas.count || isas.count == 0) refuse("this machine has no such ISA");
   const Isa isa = isas.isas[wanted < 0 ? isas.count - 1 : wanted];
-  if (packed.type() != torch.dtype_uint8 || packed.numel() != layout.packed_bytes)
-    refuse(expected("bytes of the packed weight are", packed.numel(), layout.packed_bytes));
   const int32_t type = x.type();
   Type kind = kFloat32;
   if (type == torch.dtype_bfloat16) kind = kBfloat16;
@@ -142,25 +160,18 @@ void cpu_linear(Value* stack, uint64_t, uint64_t) {
   const int64_t dimensions = x.dimensions();
   if (dimensions < 1 || dimensions > kMostDimensions)
     refuse("x has too few or too many dimensions");
-  int64_t sizes[kMostDimensions], strides[kMostDimensions];
+  int64_t sizes[kMostDimensions];
   std::memcpy(sizes, x.sizes(), size_t(dimensions) * sizeof *sizes);
   if (sizes[dimensions - 1] != layout.columns)
     refuse(expected("columns of x are", sizes[dimensions - 1], layout.columns));
   sizes[dimensions - 1] = outputs;
-  int64_t stride = 1;
-  for (int64_t d = dimensions - 1; d >= 0; --d) {
-    strides[d] = stride;
-    stride *= sizes[d] > 1 ? sizes[d] : 1;  // as torch computes strides of empty tensors
-  }
   if (bias) {
     bias.check_plain("the bias");
     if (bias.type() != type) refuse("the bias is not of the type of x");
     if (bias.dimensions() != 1 || bias.numel() != outputs)
       refuse(expected("values of the bias are", bias.numel(), outputs));
   }
-  Handle made;
-  check(torch.empty_strided(dimensions, sizes, strides, type, torch.device_type_cpu, 0, &made));
-  Tensor y(made);
+  Tensor y(empty(dimensions, sizes, type));
   linear(isa, {&layout,
                (const uint8_t*)packed.data(),
                x.data(),
@@ -169,6 +180,33 @@ void cpu_linear(Value* stack, uint64_t, uint64_t) {
                x.numel() / layout.columns,
                kind,
                {}});
+  stack[0] = (Value)y.release();
+}
+
+// (ids, packed, layout, outputs, type, columns) -> y. type: as `Type`.
+void cpu_gather_rows(Value* stack, uint64_t, uint64_t) {
+  const Tensor ids((Handle)stack[0]), packed((Handle)stack[1]), bytes((Handle)stack[2]);
+  const int64_t outputs = int64_t(stack[3]), type = int64_t(stack[4]);
+  const X86Layout layout = read_layout(bytes, outputs);
+  ids.check_plain("ids");
+  check_packed(packed, layout);
+  if (ids.type() != torch.dtype_int64) refuse("ids are not of int64");
+  if (int64_t(stack[5]) != layout.columns)
+    refuse(expected("columns are", int64_t(stack[5]), layout.columns));
+  if (type < kFloat32 || type > kFloat16) refuse("there is no such type of the result");
+  const int64_t dimensions = ids.dimensions(), count = ids.numel();
+  if (dimensions + 1 > kMostDimensions) refuse("ids have too many dimensions");
+  const int64_t* const numbers = (const int64_t*)ids.data();
+  for (int64_t i = 0; i < count; ++i)
+    if (numbers[i] < 0 || numbers[i] >= outputs)
+      refuse("id " + std::to_string(numbers[i]) + " is not one of " + std::to_string(outputs) +
+             " rows");
+  int64_t sizes[kMostDimensions];
+  std::memcpy(sizes, ids.sizes(), size_t(dimensions) * sizeof *sizes);
+  sizes[dimensions] = layout.columns;
+  const int32_t types[] = {torch.dtype_float32, torch.dtype_bfloat16, torch.dtype_float16};
+  Tensor y(empty(dimensions + 1, sizes, types[type]));
+  gather_rows(layout, (const uint8_t*)packed.data(), numbers, count, Type(type), y.data());
   stack[0] = (Value)y.release();
 }
 
@@ -185,12 +223,13 @@ extern "C" EXPORT const char* precalib_torch_fields() {
 
 extern "C" EXPORT int64_t precalib_torch_bytes() { return sizeof(precalib::Torch); }
 
-// Registers the operator's implementation for CPUs; 0 for success.
+// Registers the operators' implementations for CPUs; 0 for success.
 extern "C" EXPORT int32_t precalib_register(const precalib::Torch* functions) {
   using namespace precalib;
   torch = *functions;
   void* library;
   if (int32_t error = torch.library_init_impl("precalib", "CPU", __FILE__, __LINE__, &library))
     return error;
-  return torch.library_impl(library, "cpu_linear", cpu_linear);
+  if (int32_t error = torch.library_impl(library, "cpu_linear", cpu_linear)) return error;
+  return torch.library_impl(library, "cpu_gather_rows", cpu_gather_rows);
 }

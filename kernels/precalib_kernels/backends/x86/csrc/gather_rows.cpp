@@ -1,0 +1,161 @@
+#include "gather_rows.h"
+
+#include <cstring>
+#include <vector>
+
+namespace precalib {
+namespace {
+
+constexpr int kSegments = 4, kSteps = 8;  // of a group, and of a chunk in each segment
+
+template <class T>
+T read(const uint8_t* from) {
+  T value;
+  std::memcpy(&value, from, sizeof value);
+  return value;
+}
+
+float half_to_float(uint16_t half) { return float(read<_Float16>((const uint8_t*)&half)); }
+
+uint16_t float_to_bfloat16(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  if ((bits & 0x7fffffff) > 0x7f800000) return uint16_t(bits >> 16 | 0x40);  // stays not-a-number
+  return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+// One row: its block, its lane there, and what is common to its groups.
+struct Row {
+  const uint8_t* planes;
+  const uint8_t* metadata;
+  int64_t lane, shard;
+  float factor, salient_step, salient_offset;
+};
+
+Row find_row(const X86Layout& layout, const uint8_t* packed, int64_t number) {
+  int64_t block = 0, shard = 0;
+  for (; number >= layout.shard_rows[shard]; number -= layout.shard_rows[shard++])
+    block += (layout.shard_rows[shard] + kLanes - 1) / kLanes;
+  block += number / kLanes;
+  Row row;
+  row.lane = number % kLanes;
+  row.shard = shard;
+  row.planes = packed + block * layout.block_bytes;
+  row.metadata = packed + layout.metadata_offset + block * layout.groups * layout.metadata_bytes;
+  const uint8_t* const values =
+      packed + layout.row_offset + (block * 3 * kLanes + row.lane) * sizeof(float);
+  row.factor = read<float>(values);
+  row.salient_step = read<float>(values + kLanes * sizeof(float));
+  row.salient_offset = read<float>(values + 2 * kLanes * sizeof(float));
+  return row;
+}
+
+// The bits above the lowest of the code of a step, from the bytes of a row's segment in the planes.
+template <int kBits>
+int high_bits(const uint8_t* high, int step) {
+  if constexpr (kBits == 2) return high[0] >> step & 1;
+  if constexpr (kBits == 3) return high[step / 4 * kVector] >> 2 * (step % 4) & 3;
+  if constexpr (kBits == 4) {
+    if (step < 6) return high[step / 2 * kVector] >> 3 * (step % 2) & 7;
+    return (high[(step - 6) * kVector] >> 6 & 3) | (high[2 * kVector] >> step & 1) << 2;
+  }
+  if constexpr (kBits == 5) return high[step / 2 * kVector] >> 4 * (step % 2) & 15;
+}
+
+// Codebook entries of a row's group of `columns`, with the zero point taken off.
+template <int kBits>
+void decode_entries(const X86Layout& layout, const Row& row, const uint8_t* planes, int64_t columns,
+                    int zero, float* out) {
+  const int64_t chunks = columns / kChunk;
+  const uint8_t* const low_plane = planes + row.lane * kSegments;
+  const uint8_t* const high_planes = low_plane + chunks * kVector;
+  int state = 0;  // the low bits of the two codes before: the nearer one is bit 1
+  for (int segment = 0; segment < kSegments; ++segment)
+    for (int64_t c = 0; c < chunks; ++c) {
+      const int low = low_plane[c * kVector + segment];
+      const uint8_t* const high = high_planes + c * (kBits - 1) * kVector + segment;
+      for (int step = 0; step < kSteps; ++step) {
+        state = (low >> step & 1) << 2 | state;
+        const int index = high_bits<kBits>(high, step) << 3 | state;
+        *out++ = float(layout.codebook[index] - zero);
+        state >>= 1;
+      }
+    }
+}
+
+float group_scale(const X86Layout& layout, const Row& row, const uint8_t* scales) {
+  if (!layout.log_scales) return row.factor * half_to_float(read<uint16_t>(scales + 2 * row.lane));
+  const int code = scales[row.lane];
+  if (code == 255) return 0;
+  uint32_t bits;
+  std::memcpy(&bits, &layout.factors[code & 15], sizeof bits);
+  bits -= uint32_t(code >> 4) << 23;  // minus the power of two
+  return row.factor * read<float>((const uint8_t*)&bits);
+}
+
+void put_salient(const X86Layout& layout, const Row& row, const uint8_t* slots, int64_t columns,
+                 float* out) {
+  for (int64_t slot = 0; slot < layout.salient_count; ++slot) {
+    const uint8_t* const at = slots + slot * kLanes * (layout.position_bytes + 2);
+    const int64_t position = layout.position_bytes == 1 ? at[row.lane]
+                                                        : read<uint16_t>(at + 2 * row.lane);
+    if (position >= layout.group_size) continue;  // an unused slot
+    const int code = at[kLanes * layout.position_bytes + row.lane];
+    const float value =
+        float(code & layout.salient_mask) * row.salient_step + row.salient_offset;
+    out[position % kSegments * (columns / kSegments) + position / kSegments] =
+        code & ~int(layout.salient_mask) ? -value : value;
+  }
+}
+
+template <int kBits>
+void decode_row(const X86Layout& layout, const uint8_t* packed, const Row& row, float* out) {
+  for (int64_t g = 0; g < layout.groups; ++g) {
+    const int64_t first = g * layout.group_size, left = layout.columns - first;
+    const int64_t columns = left < layout.group_size ? left : layout.group_size;
+    const uint8_t* const scales = row.metadata + g * layout.metadata_bytes;
+    const uint8_t* const zeros = scales + kLanes * (layout.log_scales ? 1 : 2);
+    const float scale = group_scale(layout, row, scales);
+    decode_entries<kBits>(layout, row, row.planes + first / kChunk * kBits * kVector, columns,
+                          layout.uniform ? zeros[row.lane] : 0, out + first);
+    for (int64_t k = 0; k < columns; ++k) out[first + k] *= scale;
+    put_salient(layout, row, zeros + (layout.uniform ? kLanes : 0), columns, out + first);
+  }
+  if (!layout.column_scale) return;
+  const uint8_t* const factors = packed + layout.column_offset + row.shard * layout.columns * 2;
+  for (int64_t k = 0; k < layout.columns; ++k)
+    out[k] *= half_to_float(read<uint16_t>(factors + 2 * k));
+}
+
+void round_row(const float* values, int64_t count, Type type, void* y, int64_t at) {
+  if (type == kFloat32) {
+    std::memcpy((float*)y + at, values, size_t(count) * sizeof(float));
+  } else if (type == kBfloat16) {
+    uint16_t* const out = (uint16_t*)y + at;
+    for (int64_t k = 0; k < count; ++k) out[k] = float_to_bfloat16(values[k]);
+  } else {
+    _Float16* const out = (_Float16*)y + at;
+    for (int64_t k = 0; k < count; ++k) out[k] = _Float16(values[k]);
+  }
+}
+
+}  // namespace
+
+void gather_rows(const X86Layout& layout, const uint8_t* packed, const int64_t* ids, int64_t count,
+                 Type type, void* y) {
+  const auto decode = layout.bits == 2   ? decode_row<2>
+                      : layout.bits == 3 ? decode_row<3>
+                      : layout.bits == 4 ? decode_row<4>
+                                         : decode_row<5>;
+#pragma omp parallel if (count > 1)
+  {
+    std::vector<float> values(size_t(layout.columns));
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < count; ++i) {
+      decode(layout, packed, find_row(layout, packed, ids[i]), values.data());
+      round_row(values.data(), layout.columns, type, y, i * layout.columns);
+    }
+  }
+}
+
+}  // namespace precalib
