@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from offline_quantize.checkpoint.atomic_files import MANIFEST
+from offline_quantize.checkpoint.atomic_files import CARD, MANIFEST
 from offline_quantize.checkpoint.manifest import Manifest
 from offline_quantize.checkpoint.packed import PackedCheckpoint
 from offline_quantize.cli import console
@@ -54,6 +54,8 @@ def _in_order(manifest: Manifest) -> list[str]:
 
 
 def _files(packed: PackedCheckpoint, manifest: Manifest) -> tuple[int, int]:
-    """Number of files and their bytes, the manifest among them."""
-    own = (packed.root / MANIFEST).stat().st_size
-    return len(manifest.files) + 1, sum(file.size for file in manifest.files.values()) + own
+    """Number of files and their bytes, with those that the manifest does not list."""
+    others = {MANIFEST, CARD} - manifest.files.keys()
+    sizes = [path.stat().st_size for name in others if (path := packed.root / name).exists()]
+    sizes += [file.size for file in manifest.files.values()]
+    return len(sizes), sum(sizes)
