@@ -17,9 +17,9 @@ TIED_HEAD, TIED_EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 # Model types whose embeddings vLLM hands to a quantization method.
 EMBEDDING_MODELS = frozenset(
     (
-        *("llama", "mistral", "phi3", "granite", "exaone4", "smollm3"),
+        *("llama", "mistral", "phi3", "granite", "exaone4"),
         *("qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "gemma3_text", "stablelm", "deepseek_v2"),
-        *("deepseek_v3", "deepseek_v32"),
+        "deepseek_v3",
     )
 )
 LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks|block)\.(\d+)\.")
