@@ -39,12 +39,15 @@ def _trellis(bits: int, slots: int, salient_bits: int) -> Layout:
 
 
 LAYOUTS = {
+    "balanced-5": _trellis(5, 2, 8),
     "balanced-4": _trellis(4, 2, 8),
     "balanced-3": _trellis(3, 4, 7),
     "balanced-2": _trellis(2, 4, 6),
     "uniform-4": Layout(4, 128, salient_count=2),
     "table-4": Layout(4, 128, tuple(range(-120, 121, 16)), salient_count=2),
     "uniform-3": Layout(3, 128, salient_count=2),
+    "uniform-5": Layout(5, 128, salient_count=2),
+    "table-5": Layout(5, 128, tuple(range(-124, 125, 8)), salient_count=2),
     "paper-4": Layout(4, 128, salient_count=16, salient_bits=4, salient_grid="min-max"),
     "paper-table-4": Layout(
         4,

@@ -72,6 +72,9 @@ def test_the_largest_of_three_times_counts():
         ("sm_90", "balanced-4", 64, 6.84),
         ("sm_80", "balanced-4", 64, 6.5),
         ("sm_80", "table-4", 16, 3.73),
+        ("sm_80", "balanced-5", 16, 5.74),
+        ("sm_90", "balanced-5", 64, 7.96),
+        ("sm_80", "uniform-5", 8, 2.67),
     ],
 )
 def test_instruction_budget(target, name, rows, most):

@@ -47,7 +47,7 @@ def dequantize_kernel(
     IN_DOTS: columns are left in the order of the dots, whole steps of them, which a product can
     take as well if x has that order: a dot's 16 columns then lie together in memory.
     """
-    CODES: tl.constexpr = TILES - INLINE  # tiles of codes
+    WHOLE: tl.constexpr = TILES - (INLINE or BITS == 5)  # tiles of nibbles
     GROUPS: tl.constexpr = STEP // GROUP
     columns = columns // 32 * 32  # it always is; so Triton knows, and stores more than one at once
     tile, step = first_tile + tl.program_id(0), tl.program_id(1)
@@ -59,6 +59,8 @@ def dequantize_kernel(
     inside = inner < tl.load(tiles + tile * 4 + 2)
     masks = tl.load(constants + r), tl.load(constants + 16 + r)
     masks += tl.load(constants + 32 + r), tl.load(constants + 48 + r)
+    if BITS == 5:
+        masks += tl.load(constants + 64 + r), tl.load(constants + 80 + r)
 
     here = words + step * TILES * padded_rows * 16 + n[:, None] * 16 + r[None, :]
     held = split_tiles(here, padded_rows * 16, BITS, SPARE)
@@ -68,7 +70,7 @@ def dequantize_kernel(
         data, scale, places, added = n, unit, (), ()
         _, decoded = load_chain(
             here, held, group_data, affine, first_group * padded_rows + n, padded_rows, chain,
-            masks, table, BITS, MODE, INLINE, GROUP, CODES, J, ASM, REGISTERS,
+            masks, table, BITS, MODE, INLINE, GROUP, WHOLE, J, ASM, REGISTERS,
         )  # fmt: skip
         for dot in tl.static_range(4 * J):
             group = first_group + dot * 16 // GROUP

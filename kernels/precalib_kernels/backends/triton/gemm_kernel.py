@@ -43,7 +43,7 @@ def gemm_kernel(
     row_unit,  # float32 [padded_rows]
     salient_unit,  # float32 [padded_rows]
     table,  # uint8
-    constants,  # int16 [4, 16], see `decode_ptx.constants`
+    constants,  # int16 [4 or 6, 16], see `decode_ptx.constants`
     tiles,  # int32 [padded_rows / 64, 4]
     dots,  # float16 [parts, blocks, steps * STEP / 16, BLOCK_M, 16]
     by_column,  # float16 [parts, blocks, columns of whole rounds, BLOCK_M]
@@ -63,7 +63,7 @@ def gemm_kernel(
     ASM: tl.constexpr, REGISTERS: tl.constexpr, SPARE: tl.constexpr,
 ):  # fmt: skip
     """Program (tile, split of the steps, block of x)."""
-    CODES: tl.constexpr = TILES - INLINE  # tiles of codes
+    WHOLE: tl.constexpr = TILES - (INLINE or BITS == 5)  # tiles of nibbles
     GROUPS: tl.constexpr = STEP // GROUP
     # Columns of a product: two to a step make Triton give every warp rows of its own on sm_80.
     DEPTH: tl.constexpr = min(GROUP, 64 * J if BLOCK_M < 32 else 64)
@@ -81,6 +81,8 @@ def gemm_kernel(
 
     masks = tl.load(constants + r), tl.load(constants + 16 + r)
     masks += tl.load(constants + 32 + r), tl.load(constants + 48 + r)
+    if BITS == 5:
+        masks += tl.load(constants + 64 + r), tl.load(constants + 80 + r)
     plane = part * blocks + block
     words += n[:, None] * 16 + r[None, :]
     dots += plane * (steps * STEP * BLOCK_M) + m[None, :] * 16
@@ -105,7 +107,7 @@ def gemm_kernel(
             group = step * GROUPS + chain * J * 64 // GROUP
             loaded, decoded = load_chain(
                 here, held, group_data, affine, group * padded_rows + n, padded_rows, chain,
-                masks, table, BITS, MODE, INLINE, GROUP, CODES, J, ASM, REGISTERS,
+                masks, table, BITS, MODE, INLINE, GROUP, WHOLE, J, ASM, REGISTERS,
             )  # fmt: skip
             if MODE == "trellis":
                 data = loaded

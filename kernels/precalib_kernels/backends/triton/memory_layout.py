@@ -1,11 +1,14 @@
 """The in-memory form: how packed tensors lie in GPU memory.
 
 A row is cut into steps of 128 columns (256 at 3 bits, where four groups of codes share three
-words), a step into dots of 16 columns, the depth of one tensor-core product. All arrays have the
-rows last or next to last, padded to `ROWS` per fused shard, so a program reads whole lines.
+words, and at 5, where they share a fifth), a step into dots of 16 columns, the depth of one
+tensor-core product. All arrays have the rows last or next to last, padded to `ROWS` per fused
+shard, so a program reads whole lines.
 
     nibble tile   int16 [rows, 16]: four dots; code r of dot i lies in a nibble of word r (uniform)
                   or of the pair of words that holds it (tables), see `repack.pack_words`
+    5 bits        four tiles of the low four bits, and a tile of fifth bits: bit 4i + 3 - t of word
+                  r is that of the code in nibble i of word r of tile t
     4 bits        two tiles a step
     3 bits        three tiles a step; their spare fourth bits are a fourth tile
     2 bits        one tile a step; its nibbles hold two codes
@@ -64,11 +67,11 @@ class TritonLayout:
     @property
     def step(self) -> int:
         """Columns of one step of the main loop."""
-        return 256 if self.bits == 3 or self.inline_salient else 128
+        return 256 if self.bits in (3, 5) or self.inline_salient else 128
 
     @property
     def stored_tiles(self) -> int:
-        """Tiles of int16 words stored for one step, the classes included."""
+        """Tiles of int16 words stored for one step, classes and fifth bits included."""
         return self.step * self.bits // 256 + self.inline_salient
 
     @property
@@ -110,8 +113,6 @@ def padded(rows: int) -> int:
 
 def reason_against(layout: Layout) -> str | None:
     """Why the kernels cannot take a layout, or None."""
-    if layout.bits not in (2, 3, 4):
-        return f"no kernel for {layout.bits}-bit base codes"
     if layout.group_size not in (32, 64, 128):
         return f"no kernel for groups of {layout.group_size}, only 32, 64 and 128"
     if not layout.trellis:

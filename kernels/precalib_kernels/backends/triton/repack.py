@@ -43,8 +43,9 @@ def repack(
     qweight [steps, tiles, R, 16] int16; group_data [G, R] int32;
     salient_positions [S / 4, R, 4] uint8 and salient_values [S / 4, R, 4] float16, S being the
     slots of whole rounds; row_unit, salient_unit [R] float32;
-    column_scale [parts, K] float16; table uint8 and constants [4, 16] int16 for the
-    lookup; tiles [R / 64, 4] int32: part, first row of the result, rows left in the part, 0.
+    column_scale [parts, K] float16; table uint8 and constants [4, 16] int16, 5 bits [6, 16],
+    for the lookup; tiles [R / 64, 4] int32: part, first row of the result, rows left in the part,
+    0.
     In place, salient_affine [G, R, 2] float16 stands for the three arrays salient_….
 
     Raises FormatError that begins with `where` for positions out of range.
@@ -164,15 +165,17 @@ def stored_codes(codes: Tensor, form: TritonLayout) -> tuple[Tensor, Tensor | No
     turned = (even & 1) << top | even >> 1
     chains = turned.view(rows, -1, 8, length)
     ends = before.unfold(-1, 2, length)[:, :, :8]  # u two and one before each chain
-    # A code is stored so that it comes out by exclusive or with the two stored before it.
+    # A code is stored so that it comes out by exclusive or with the two stored before it; of five
+    # bits only the fifth.
+    chained = 1 << top if form.bits == 5 else -1
     two, one = ends[..., 0] << top, ends[..., 1] << top
     stored = torch.empty_like(chains)
     for k in range(length):
         stored[..., k] = chains[..., k] ^ one ^ two
-        two, one = one, stored[..., k]
+        two, one = one, stored[..., k] & chained
     w = torch.arange(8, device=codes.device)
     shift = w + w // 4 * 4
-    at = [(23 + form.bits - shift) % 16, (27 + form.bits - shift) % 16]
+    at = [(first + min(form.bits, 4) - shift) % 16 for first in (23, 27)]
     carry = (ends[..., 0] << at[0] | ends[..., 1] << at[1]).sum(-1)
     carry = torch.where(carry >= 1 << 15, carry - (1 << 16), carry).to(torch.int16)
     # chain w, code 8j + n -> dot 4j + n // 2, column 2w + n % 2
@@ -193,8 +196,12 @@ def pack_words(fields: Tensor, form: TritonLayout, salient: Tensor | None = None
         pairs = tiles.view(rows, -1, 4, 8, 2).permute(0, 1, 3, 2, 4)
         nibbles = pairs.reshape(rows, dots // 4, DOT, 4)
     shifts = torch.arange(0, 16, 4, device=fields.device, dtype=torch.int32)
-    words = (nibbles << shifts).sum(-1).view(rows, -1, form.step // 64, DOT)
-    if form.bits == 2:
+    words = ((nibbles & 15) << shifts).sum(-1).view(rows, -1, form.step // 64, DOT)
+    if form.bits == 5:
+        tile = torch.arange(4, device=fields.device, dtype=torch.int32)
+        fifth = (nibbles >> 4 << shifts).sum(-1).view(rows, -1, 4, DOT) << (3 - tile)[:, None]
+        words = torch.cat([words, fifth.sum(2, dtype=words.dtype)[:, :, None]], 2)
+    elif form.bits == 2:
         words = words[:, :, :1] | words[:, :, 1:] << 2
     elif form.bits == 3:
         spare = words[:, :, 3]

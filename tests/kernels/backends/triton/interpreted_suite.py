@@ -31,6 +31,7 @@ DEVICE = "cuda" if ON_GPU else "cpu"
 EPS = {torch.float32: 0.0, torch.float16: 2**-11, torch.bfloat16: 2**-8 if ON_GPU else 2**-7}
 # The interpreter cuts bfloat16 off instead of rounding it.
 TABLES = {2: (-100, -30, 31, 100), 3: (-128, -90, -40, 0, 10, 50, 90, 127)}
+TABLES[5] = (-128, *range(-111, 112, 8), -3, 103, 127)
 TABLES[4] = (-128, -95, -70, -50, -36, -22, -12, -1, 0, 10, 21, 33, 47, 64, 88, 127)
 
 
@@ -157,7 +158,7 @@ def check_inline(case: Case, rows: int = 3) -> None:
 
 FORMS = [
     pytest.param(bits, mode, group, id=f"{bits}-{mode}-{group}")
-    for bits in (2, 3, 4)
+    for bits in (2, 3, 4, 5)
     for mode in ("uniform", "table", "trellis")
     for group in (32, 64, 128)
     if (mode, group) != ("trellis", 32)
@@ -176,7 +177,9 @@ def test_every_form_is_the_reference(make_case, bits, mode, group):
     check_product(case, 3)
 
 
-@pytest.mark.parametrize("name", ["balanced-2", "balanced-3", "paper-4", "paper-3", "rtn-4"])
+@pytest.mark.parametrize(
+    "name", ["balanced-2", "balanced-3", "balanced-5", "paper-4", "paper-3", "rtn-4"]
+)
 def test_recipes(make_case, name):
     check_product(make_case(RECIPE_LAYOUTS[name], [20], 160), 2, torch.bfloat16)
 
@@ -244,6 +247,12 @@ def test_extremes_in_place(make_case, table):
 )
 def test_awkward_shapes(make_case, rows, parts, columns, dtype, bias):
     check_product(make_case(layout(4, "trellis", 128, 2), parts, columns), rows, dtype, bias)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 32), (16, 576), (70, 320), (257, 96)])
+@pytest.mark.parametrize("mode", ["uniform", "table", "trellis"])
+def test_awkward_shapes_of_five_bits(make_case, mode, rows, columns):
+    check_product(make_case(layout(5, mode, 128, 2), [66], columns), rows, torch.bfloat16, True)
 
 
 @pytest.mark.parametrize("programs_per_sm", [0, 100])

@@ -28,6 +28,9 @@ PLANS = {
     "table-3": Layout(3, 32, (-128, -90, -40, 0, 10, 50, 90, 127)),
     "trellis-3-64": dataclasses.replace(LAYOUTS["balanced-3"], group_size=64),
     "trellis-2-64": dataclasses.replace(LAYOUTS["balanced-2"], group_size=64),
+    "trellis-5-64": dataclasses.replace(LAYOUTS["balanced-5"], group_size=64),
+    "any-table-5": Layout(5, 64, (-128, *range(-111, 112, 8), -3, 103, 127)),
+    "uniform-5-32": Layout(5, 32),
     "trellis-4-64": dataclasses.replace(LAYOUTS["balanced-4"], group_size=64),
     "paper-3": dataclasses.replace(LAYOUTS["paper-4"], bits=3, salient_bits=3),
     "paper-4-32": dataclasses.replace(LAYOUTS["paper-4"], group_size=32),
@@ -99,7 +102,7 @@ def decoded(arrays, form, steps: int) -> torch.Tensor:
     text, tiles, rows = assembler(form), form.chain_tiles, []
     for step in range(steps):
         words = [registers(tile) for tile in arrays["qweight"][step, :, 0]]
-        classes = words.pop() if form.inline_salient else None
+        plane = words.pop() if form.inline_salient or form.bits == 5 else None
         if form.bits < 4:
             spare = spare_assembler(form.bits)
             words.append([run(spare, 1, list(pair))[0] for pair in zip(*words, strict=True)])
@@ -109,16 +112,19 @@ def decoded(arrays, form, steps: int) -> torch.Tensor:
             for r in range(8):
                 inputs = []
                 if form.mode != "uniform":
-                    count = 3 + (form.mode == "trellis") - form.inline_salient
-                    inputs = [row[r] for row in constants(form)[:count]]
+                    low, high, ones, shift, *more = (row[r] for row in constants(form))
+                    inputs = [low, high, *[ones] * (not form.inline_salient), *more]
+                    inputs += [shift] * (form.mode == "trellis")
                 if form.inline_salient:
                     lines = arrays["salient_affine"][group : group + 2, 0]
                     lines = lines[[0, 0, 1, 1] if form.group == 32 else [0] * 4].clone()
                     lines[1::2] *= torch.tensor([1, 16] if form.mode == "uniform" else [1 / 16, 1])
-                    inputs.append(classes[r] << 2 * chain & ONES)
+                    inputs.append(plane[r] << 2 * chain & ONES)
                     inputs += [registers(line.repeat(2))[0] for line in lines.flatten()]
                 if form.mode == "trellis":
                     inputs.append((int(arrays["group_data"][group, 0]) >> 16 & 0xFFFF) * 0x10001)
+                if form.bits == 5:
+                    inputs.append(plane[r] << chain & ONES)
                 inputs += [words[chain + j][r] for j in range(tiles)]
                 assert len(constraints(form).split(",")) == 4 * tiles + len(inputs)
                 decoded.append(run(text, 4 * tiles, inputs))
