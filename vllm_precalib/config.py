@@ -1,10 +1,13 @@
 """`PrecalibConfig`: which layers of a model are packed, and how."""
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
+from offline_quantize.planning import families
+from offline_quantize.planning.selection import HEAD
 from precalib_kernels.backends.registry import BackendChoice, BackendRegistry
 from precalib_kernels.errors import ServingError
 from precalib_kernels.format.checkpoint_config import QUANT_METHOD, CheckpointConfig
@@ -12,6 +15,7 @@ from vllm_precalib.compat import vllm_names
 from vllm_precalib.packed_module import PackedModule, find_packed_module
 
 with vllm_names():
+    from vllm.config import get_current_vllm_config
     from vllm.model_executor.layers.quantization import register_quantization_config
     from vllm.model_executor.layers.quantization.base_config import (
         QuantizationConfig,
@@ -29,6 +33,8 @@ class PrecalibConfig(QuantizationConfig):
 
     checkpoint: quantization_config, parsed.
     registry:   backends to choose from, None for the plugin's own.
+    head_expected: whether this process has made packed layers of a model that it generates with,
+                but no packed output head.
     choices:    which backend computes each packed layer that this process has made, by vLLM's
                 name of the layer. Elsewhere, ask for a file: see `backends.Options`.
     """
@@ -48,6 +54,7 @@ class PrecalibConfig(QuantizationConfig):
         self.checkpoint = checkpoint
         self.registry = registry
         self.choices: dict[str, BackendChoice] = {}
+        self.head_expected: bool | None = None
 
     def get_name(self) -> Any:
         """The name users give to --quantization."""
@@ -93,6 +100,39 @@ class PrecalibConfig(QuantizationConfig):
         """
         return find_packed_module(self.checkpoint, self.packed_modules_mapping, prefix)
 
+    def get_checkpoint_weight_mapper(self) -> Any:  # type: ignore[override]
+        """vLLM's own; it is asked for when all layers are made and before any weight is loaded.
+
+        Raises ServingError for a packed output head that no layer of the model takes.
+        """
+        heads = [module for module in self.checkpoint.modules if HEAD.search(module)]
+        if heads and self.head_expected:
+            raise ServingError(
+                f"{heads[0]} is packed, but vLLM computes this model's logits with its embeddings "
+                "or with an unquantized head; quantize the model again without --head"
+            )
+        return super().get_checkpoint_weight_mapper()
+
+    def _check_model(self, modules: Iterable[str]) -> None:
+        """Raise ServingError for a packed module whose weight vLLM's loader would change."""
+        config = get_current_vllm_config()
+        model = config.model_config
+        if model is None:
+            return
+        if self.head_expected is None:
+            whole = config.parallel_config.pipeline_parallel_size == 1
+            self.head_expected = whole and model.runner_type == "generate"
+        configs = (model.hf_config.to_dict(), model.hf_text_config.to_dict())
+        architectures = families.architectures_of(*configs)
+        if reason := families.refused(architectures):
+            raise ServingError(f"{reason}, which it cannot do with packed ones; serve the original")
+        for module in modules:
+            if what := families.rewritten(architectures, module):
+                raise ServingError(
+                    f"{module}: vLLM {what} when it loads them, which it cannot do with packed "
+                    "ones; quantize the model again"
+                )
+
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """The method for the layer `prefix`; None where vLLM's own default is right.
 
@@ -121,6 +161,9 @@ class PrecalibConfig(QuantizationConfig):
             return UndecidedLinearMethod(prefix, self.checkpoint, self.registry, self.choices)
         if module is None:
             return None
+        self._check_model(module.shards)
+        if kind in ("head", "embedding"):
+            self.head_expected = False
         rows = kind == "embedding"
         return methods.PrecalibLinearMethod(prefix, module, self.registry, self.choices, rows)
 

@@ -70,6 +70,19 @@ class Checkpoint:
             config = nested
         return config
 
+    @property
+    def tied(self) -> bool:
+        """Whether config.json lets the output head be a copy of the embeddings.
+
+        transformers writes a field only where it differs from the class's default, which is mostly
+        that it is one; without the tensor of a head there is no other way.
+        """
+        return bool(
+            self.config.get(
+                "tie_word_embeddings", self.text_config.get("tie_word_embeddings", True)
+            )
+        )
+
     def fingerprint(self, *, times: bool = True) -> dict[str, Any]:
         """What tells this checkpoint from another: its configuration, and of every weight file its
         size, its header and (with `times`) when it was modified, in nanoseconds.

@@ -5,10 +5,8 @@ sizes it tells are exact.
 """
 
 import dataclasses
-import re
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from offline_quantize.checkpoint.atomic_files import CARD, json_bytes
@@ -23,11 +21,17 @@ from offline_quantize.checkpoint.source import (
     index_of,
 )
 from offline_quantize.method.recipes import Recipe
-from offline_quantize.planning import selection, value_output
+from offline_quantize.planning import families, heads, selection, value_output
+from offline_quantize.planning.checks import (
+    check_collisions,
+    check_family,
+    check_fused,
+    check_type,
+)
 from offline_quantize.planning.options import Options, RecipeResolver
 from precalib_kernels.errors import FormatError, RecipeError, SourceError
 from precalib_kernels.format.checkpoint_config import CheckpointConfig
-from precalib_kernels.format.layout import COLUMN_UNIT, FORMAT_VERSION
+from precalib_kernels.format.layout import FORMAT_VERSION
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,6 +143,8 @@ def make_plan(source: Checkpoint, options: Options) -> Plan:
     wanted: dict[str, tuple[str, Entry]] = {}
     unquantized: dict[str, str] = {}
     depth = selection.decoder_depth(source.text_config, source.config)
+    architectures = families.architectures_of(source.config, source.text_config)
+    check_family(source, architectures, bool(options.head))
     for file, entries in source.shards.items():
         for name, entry in entries.items():
             reason = selection.classify(
@@ -149,11 +155,12 @@ def make_plan(source: Checkpoint, options: Options) -> Plan:
                 chosen.keep,
                 bool(options.head),
                 bool(options.embeddings),
+                architectures,
             )
             if reason:
                 unquantized[name] = reason
             else:
-                _check_type(source.root / file, name, entry)
+                check_type(source.root / file, name, entry)
                 wanted[name] = file, entry
     if not wanted:
         chosen.check_used(wanted, unquantized)
@@ -162,14 +169,13 @@ def make_plan(source: Checkpoint, options: Options) -> Plan:
             "('….layers.N.….weight', 2-D); nothing to quantize"
         )
     origins = {}
-    tied = _tied_to_packed(source, options, wanted) if options.embeddings else {}
-    if (
-        options.head
-        and not tied
-        and not any(selection.HEAD.search(selection.module_of(n)) for n in wanted)
-    ):
-        origins[selection.TIED_HEAD] = selection.TIED_EMBEDDING
-        wanted[selection.TIED_HEAD] = _tied_head(source, unquantized)
+    tied = heads.tied_to_embeddings(source, options, wanted) if options.embeddings else {}
+    own = any(selection.HEAD.search(selection.module_of(name)) for name in wanted)
+    if options.head and not tied and not own:
+        head, origin, found = heads.tied_head(source, unquantized)
+        origins[head], wanted[head] = origin, found
+    _keep_narrow(source, wanted, unquantized, chosen)
+    tied = {head: other for head, other in tied.items() if f"{other}.weight" in wanted}
     if options.target_bits is not None:
         chosen.allocate({name: entry.shape for name, (_, entry) in wanted.items()}, source)
     weight_plans = {
@@ -177,8 +183,8 @@ def make_plan(source: Checkpoint, options: Options) -> Plan:
         for name, (file, entry) in wanted.items()
     }
     chosen.check_used(weight_plans, unquantized)
-    _check_fused(weight_plans, unquantized)
-    _check_collisions(source, weight_plans)
+    check_fused(weight_plans, unquantized)
+    check_collisions(source, weight_plans)
     shards = {file: _lay_out(source, file, weight_plans) for file in source.shards}
     config = checkpoint_config(options, weight_plans, unquantized, tied)
     pairs = value_output.chosen_pairs(options.transform, source, weight_plans)
@@ -218,59 +224,35 @@ def checkpoint_config(
     return CheckpointConfig(label, layouts, modules, tuple(linears), tied)
 
 
-def _check_type(path: Path, name: str, entry: Entry, remedy: str = "use --keep") -> None:
-    """Raise SourceError for a weight of a type that cannot be quantized."""
-    if entry.dtype not in selection.FLOAT_TYPES:
-        raise SourceError(
-            f"{path}: tensor '{name}' has type {entry.dtype}; only bfloat16, float16 and float32 "
-            f"weights can be quantized, so start from the original checkpoint or {remedy}"
-        )
+def _keep_narrow(
+    source: Checkpoint,
+    wanted: dict[str, tuple[str, Entry]],
+    unquantized: dict[str, str],
+    chosen: RecipeResolver,
+) -> None:
+    """Move weights with fewer inputs than a group of their recipe to the unquantized ones.
 
-
-def _tied_to_packed(
-    source: Checkpoint, options: Options, wanted: Mapping[str, tuple[str, Entry]]
-) -> dict[str, str]:
-    """The head that shares packed embeddings, if one does; SourceError if none can be packed."""
-    root, config = source.root, source.config
-    if not any(selection.EMBEDDINGS.search(selection.module_of(name)) for name in wanted):
-        raise SourceError(
-            f"{root}: holds no input embeddings '{selection.TIED_EMBEDDING}' that can be packed; "
-            "leave out --embeddings"
+    Raises RecipeError if that leaves none.
+    """
+    narrow = {}
+    for name, (_, entry) in wanted.items():
+        _, recipe = chosen.recipe_for(selection.module_of(name))
+        if reason := selection.too_narrow(entry.shape[1], recipe.layout.group_size):
+            narrow[name] = reason
+    for siblings in selection.fused_siblings(map(selection.module_of, wanted)):
+        names = [f"{module}.weight" for module in siblings]
+        if reason := next((narrow[name] for name in names if name in narrow), None):
+            narrow |= {name: narrow.get(name, reason) for name in names}
+    if len(narrow) == len(wanted):
+        name, reason = next(iter(narrow.items()))
+        file, entry = wanted[name]
+        raise RecipeError(
+            f"{source.root / file}: no weight can be quantized: tensor '{name}' and all others: "
+            f"{reason}; use --group-size {entry.shape[1]} or smaller"
         )
-    if config.get("model_type") not in selection.EMBEDDING_MODELS:
-        raise SourceError(
-            f"{root}: vLLM takes no packed embeddings for models of type "
-            f"'{config.get('model_type')}'; leave out --embeddings"
-        )
-    own = any(selection.HEAD.search(selection.module_of(name)) for name in source.locations)
-    other = options.head not in (None, options.embeddings)
-    shared = selection.TIED_EMBEDDING in wanted and config.get("tie_word_embeddings", True)
-    if own or other or not shared:
-        return {}
-    return {selection.module_of(selection.TIED_HEAD): selection.module_of(selection.TIED_EMBEDDING)}
-
-
-def _tied_head(source: Checkpoint, unquantized: Mapping[str, str]) -> tuple[str, Entry]:
-    """File and entry of the embeddings, of which the head is a copy; SourceError if it is not."""
-    root, name = source.root, selection.TIED_EMBEDDING
-    for other, reason in unquantized.items():
-        if reason == "output head" or selection.HEAD.search(selection.module_of(other)):
-            raise SourceError(f"{root}: the head '{other}' is kept ({reason}); leave out --head")
-    found = next((f for f, entries in source.shards.items() if name in entries), None)
-    tied = source.config.get("tie_word_embeddings", True)
-    if found is None or not tied or source.text_config is not source.config:
-        raise SourceError(
-            f"{root}: holds no output head, and no '{name}' of a plain language model that could "
-            "stand for it; leave out --head"
-        )
-    entry = source.shards[found][name]
-    _check_type(root / found, name, entry, "leave out --head")
-    if entry.shape[1] % COLUMN_UNIT:
-        raise SourceError(
-            f"{root / found}: tensor '{name}' has input size {entry.shape[1]}, which is not a "
-            f"multiple of {COLUMN_UNIT}; leave out --head"
-        )
-    return found, entry
+    for name, reason in narrow.items():
+        del wanted[name]
+        unquantized[name] = reason
 
 
 def _weight_plan(
@@ -279,30 +261,11 @@ def _weight_plan(
     path = source.root / file
     label, recipe = chosen.recipe_for(selection.module_of(name))
     rows, columns = entry.shape
-    if recipe.layout.group_size > columns:
-        raise RecipeError(
-            f"{path}: group size {recipe.layout.group_size} does not fit tensor '{name}' with "
-            f"{columns} inputs; use --group-size {columns} or smaller, or --keep it"
-        )
     try:
         recipe.layout.tensors(rows, columns)
     except FormatError as error:
         raise SourceError(f"{path}: tensor '{name}': {error}; --keep it") from error
     return WeightPlan(name, origin, file, entry, label, recipe)
-
-
-def _check_fused(weight_plans: Mapping[str, WeightPlan], unquantized: Mapping[str, str]) -> None:
-    """Raise RecipeError for shards of one fused layer that are not stored alike."""
-    layouts = {plan.module: plan.recipe.layout for plan in weight_plans.values()}
-    labels = {plan.module: plan.label for plan in weight_plans.values()}
-    others = (selection.module_of(name) for name in unquantized if name.endswith(".weight"))
-    for shards in selection.fused_siblings([*layouts, *others]):
-        if len({layouts.get(shard) for shard in shards}) > 1:
-            state = ", ".join(f"{shard} ({labels.get(shard, 'kept')})" for shard in shards)
-            raise RecipeError(
-                "vLLM computes these as one layer, so they need one recipe or must all be kept; "
-                f"widen or narrow --override and --keep: {state}"
-            )
 
 
 def _lay_out(source: Checkpoint, file: str, weight_plans: Mapping[str, WeightPlan]) -> FileLayout:
@@ -318,18 +281,6 @@ def _lay_out(source: Checkpoint, file: str, weight_plans: Mapping[str, WeightPla
     return lay_out(tensors, source.metadata[file])
 
 
-def _check_collisions(source: Checkpoint, weight_plans: Mapping[str, WeightPlan]) -> None:
-    """Raise SourceError where a packed tensor would have the name of another tensor."""
-    taken = {name for entries in source.shards.values() for name in entries}
-    for plan in weight_plans.values():
-        for name in plan.outputs():
-            if name in taken:
-                raise SourceError(
-                    f"{source.root / plan.file}: packing '{plan.name}' would make a second "
-                    f"tensor '{name}'; leave it with --keep '{re.escape(plan.module)}$'"
-                )
-
-
 def _metadata_files(
     source: Checkpoint,
     options: Options,
@@ -343,6 +294,6 @@ def _metadata_files(
     config = dict(source.config)
     config["quantization_config"] = quantization.to_dict()
     if options.head and not quantization.tied:
-        config["tie_word_embeddings"] = False  # a packed head has tensors of its own
+        heads.untie(config)
     files[CONFIG] = json_bytes(config)
     return files

@@ -4,24 +4,17 @@ Nothing here needs files, so the same choice can be made from headers or from te
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from offline_quantize.planning.families import rewritten
+from offline_quantize.planning.vllm_models import FUSED
 from precalib_kernels.format.layout import COLUMN_UNIT
 
 FLOAT_TYPES = ("BF16", "F16", "F32")  # as safetensors calls them
 _HEADS = "lm_head|output_head|embed_out"
 HEAD = re.compile(rf"(?:^|\.)(?:{_HEADS})$")
 EMBEDDINGS = re.compile(r"^(?:model\.)?embed_tokens$")
-TIED_HEAD, TIED_EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-# Model types whose embeddings vLLM hands to a quantization method.
-EMBEDDING_MODELS = frozenset(
-    (
-        *("llama", "mistral", "phi3", "granite", "exaone4"),
-        *("qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "gemma3_text", "stablelm", "deepseek_v2"),
-        "deepseek_v3",
-    )
-)
 LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks|block)\.(\d+)\.")
 # (what it is, pattern searched in the module name), first match wins
 UNQUANTIZED = (
@@ -49,6 +42,7 @@ def classify(
     keep: Sequence[re.Pattern[str]] = (),
     head: bool = False,
     embeddings: bool = False,
+    architectures: Collection[str] = (),
 ) -> str | None:
     """Why a tensor stays unquantized; None for a linear weight that is to be quantized.
 
@@ -57,6 +51,7 @@ def classify(
     depth: number of decoder layers (`decoder_depth`), None if unknown.
     keep:  the user's patterns, searched in the module name.
     head:  whether the output head is to be quantized; embeddings: whether those of the input are.
+    architectures: of the model (`families.architectures_of`).
     """
     module = module_of(name)
     if not name.endswith(".weight") or len(shape) != 2:
@@ -75,8 +70,17 @@ def classify(
             return "multi-token prediction head"  # DeepSeek stores it as a layer past the last
     if any(pattern.search(module) for pattern in keep):
         return "--keep"
+    if what := rewritten(architectures, module):
+        return f"vLLM {what} when it loads them"
     if dtype in FLOAT_TYPES and shape[1] % COLUMN_UNIT:
         return f"input size {shape[1]} is not a multiple of {COLUMN_UNIT}"
+    return None
+
+
+def too_narrow(columns: int, group_size: int) -> str | None:
+    """Why a weight with so many inputs stays unquantized under a recipe; None if it fits."""
+    if columns < group_size:
+        return f"its {columns} inputs are fewer than a group of {group_size}"
     return None
 
 
@@ -100,23 +104,21 @@ def module_of(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-# Linear layers that vLLM computes as one: their shards must be stored alike.
-FUSED = (
-    ("q_proj", "k_proj", "v_proj"),
-    ("gate_proj", "up_proj"),
-    ("w1", "w3"),
-    ("q_a_proj", "kv_a_proj_with_mqa"),
-    ("in_proj_qkv", "in_proj_z"),
-)
-
-
 def fused_siblings(modules: Iterable[str]) -> Iterator[list[str]]:
-    """Sets of the given modules that vLLM fuses into one layer."""
+    """Sets of the given modules that vLLM fuses into one layer, so that they are stored alike."""
     by_parent: dict[str, set[str]] = {}
     for module in modules:
         parent, _, leaf = module.rpartition(".")
         by_parent.setdefault(parent, set()).add(leaf)
     for parent, leaves in by_parent.items():
+        sets: list[list[str]] = []
         for group in FUSED:
-            if len(present := [leaf for leaf in group if leaf in leaves]) > 1:
-                yield [f"{parent}.{leaf}" for leaf in present]
+            present = [leaf for leaf in group if leaf in leaves]
+            if len(present) < 2:
+                continue
+            for other in [known for known in sets if not set(known).isdisjoint(present)]:
+                sets.remove(other)
+                present = list(dict.fromkeys(other + present))
+            sets.append(present)
+        for siblings in sets:
+            yield [f"{parent}.{leaf}" for leaf in siblings]

@@ -2,9 +2,12 @@
 
 import copy
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import PretrainedConfig
+from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.linear import ReplicatedLinear
 from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,
@@ -197,3 +200,47 @@ def test_packed_experts_are_refused(config):
     with pytest.raises(ServingError, match=r"^a\.mlp\.experts: .* cannot serve packed experts; "):
         packed.get_quant_method(experts, "a.mlp.experts")
     assert packed.get_quant_method(experts, "b.mlp.experts") is None
+
+
+def served(packed, rank, architecture, prefix, runner="generate"):
+    """What `get_quant_method` says of a layer of a model of that architecture."""
+    hf_config = PretrainedConfig(architectures=[architecture])
+    model = SimpleNamespace(hf_config=hf_config, hf_text_config=hf_config, runner_type=runner)
+    with rank():
+        get_current_vllm_config().model_config = model
+        return ReplicatedLinear(160, 32, quant_config=packed, prefix=prefix)
+
+
+def test_weights_that_vllm_would_change_are_refused(config, rank):
+    name = "model.layers.0.self_attn.q_proj"
+    with pytest.raises(ServingError, match=rf"^{name}: vLLM folds a permutation into its rows whe"):
+        served(config({name: "row"}), rank, "K2HorizonForCausalLM", name)
+    with pytest.raises(ServingError, match=r"^JinaEmbeddingsV5Model: vLLM adds .* the original$"):
+        served(config({name: "row"}), rank, "JinaEmbeddingsV5Model", name)
+    served(config({name: "row"}), rank, "LlamaForCausalLM", name)
+
+
+def test_a_packed_head_that_no_layer_takes_is_refused(config, rank):
+    packed = config({"lm_head": "row", "a.fc": "row"})
+    packed.get_checkpoint_weight_mapper()  # nothing is known of the model yet
+    served(packed, rank, "LlamaForCausalLM", "a.fc")
+    with pytest.raises(ServingError, match=r"^lm_head is packed, but vLLM .* without --head$"):
+        packed.get_checkpoint_weight_mapper()
+    with rank():
+        ParallelLMHead(64, 160, quant_config=packed, prefix="lm_head")
+    packed.get_checkpoint_weight_mapper()
+
+
+def test_a_model_for_vectors_needs_no_head(config, rank):
+    packed = config({"lm_head": "row", "a.fc": "row"})
+    served(packed, rank, "LlamaForCausalLM", "a.fc", runner="pooling")
+    packed.get_checkpoint_weight_mapper()
+
+
+def test_names_are_mapped_with_their_suffix(config):
+    packed = config({"gpt_neox.layers.0.a": "row", "embed_out": "row", "b.c": "row"})
+    suffix = {"embed_out.weight": "lm_head.weight", "b.c.weight": None}
+    packed.apply_vllm_mapper(
+        WeightsMapper(orig_to_new_prefix={"gpt_neox.": "model."}, orig_to_new_suffix=suffix)
+    )
+    assert dict(packed.checkpoint.modules) == {"model.layers.0.a": "row", "lm_head": "row"}

@@ -10,7 +10,7 @@ import vllm
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from vllm.model_executor.models.registry import _TEXT_GENERATION_MODELS
 
-from offline_quantize.planning.selection import EMBEDDING_MODELS
+from offline_quantize.planning.families import EMBEDDING_MODELS
 
 WHOLE_MODEL = re.compile(r"\w+ForCausalLM$|[A-Z][a-z]+\d*Model$")
 MODELS = Path(vllm.__file__).parent / "model_executor" / "models"

@@ -108,6 +108,25 @@ def test_an_override_may_choose_for_the_head_and_the_target_counts_it(tied, quan
     assert open_packed(target).config.modules["lm_head"] == "balanced-5 (head)"
 
 
+@pytest.mark.parametrize(
+    ("embeddings", "head"),
+    [
+        ("model.language_model.embed_tokens", "lm_head"),
+        ("language_model.model.embed_tokens", "language_model.lm_head"),
+        ("transformer.word_embeddings", "lm_head"),
+    ],
+)
+def test_a_tied_head_of_other_models(tied, checkpoint, weights, quantize, embeddings, head):
+    tensors = weights().llama()
+    del tensors["lm_head.weight"]
+    tensors[f"{embeddings}.weight"] = tensors.pop("model.embed_tokens.weight")
+    source = checkpoint("nested", tensors, config={"text_config": TIED})
+    packed = open_packed(quantize(source, "--recipe", "rtn-4", "--head", "rtn-4"))
+    assert packed.config.modules[head] == "rtn-4"
+    assert packed.files.config["tie_word_embeddings"] is False
+    assert packed.files.config["text_config"]["tie_word_embeddings"] is False
+
+
 def test_a_run_with_another_head_is_another_run(tied, quantize, precalib):
     source = tied()
     target = quantize(source, "--recipe", "rtn-4", "--head", "rtn-4")
@@ -123,9 +142,11 @@ def test_heads_that_cannot_be_packed(tied, checkpoint, weights, precalib, tmp_pa
         return ran.sentence
 
     untied = refused(tied("untied", {**TIED, "tie_word_embeddings": False}))
-    assert "untied: holds no output head, and no 'model.embed_tokens.weight'" in untied
-    nested = refused(tied("nested", {"text_config": TIED}))
-    assert "holds no output head" in nested
+    assert "untied: holds no output head, and no embeddings of a language model" in untied
+    cohere = refused(tied("cohere", {**TIED, "architectures": ["Cohere2ForCausalLM"]}))
+    assert "vLLM serves Cohere2ForCausalLM with an unquantized output head only" in cohere
+    vision = refused(tied("vision", {"text_config": {**TIED, "model_type": "cohere2"}}))
+    assert "vLLM serves Cohere2ForCausalLM with an unquantized output head only" in vision
     kept = refused(checkpoint("kept"), "--keep", "lm_head")
     assert kept.endswith("the head 'lm_head.weight' is kept (--keep); leave out --head")
     tensors = weights().llama() | {"lm_head.weight": weights()(8, 100)}

@@ -106,8 +106,8 @@ def test_options_adjust_the_main_recipe_and_are_in_its_name(checkpoint):
         ({"clip": 0.0}, r"^--clip 0\.0: give a share above 0"),
         (
             {"group_size": 256},
-            r"source/model\.safetensors: group size 256 does not fit tensor 'model\.layers\.0\..*"
-            r"' with 1\d\d inputs; use --group-size 1\d\d or smaller, or --keep it$",
+            r"source/model\.safetensors: no weight can be quantized: tensor 'model\.layers\.0\..*"
+            r": its 1\d\d inputs are fewer than a group of 256; use --group-size 1\d\d or smaller$",
         ),
         (
             {"overrides": [("q_proj", "rtn-3")]},
@@ -183,3 +183,43 @@ def test_the_fingerprint_names_what_matters(checkpoint):
     for other in (plan(root, "rtn-3"), plan(root, alpha=0.0), plan(root, keep=["o_proj"])):
         assert other.fingerprint("cpu") != fingerprint
     assert plan(root).fingerprint("cpu") == fingerprint
+
+
+def test_a_weight_narrower_than_a_group_is_kept_with_all_that_is_fused_with_it(checkpoint, weights):
+    tensors = weights().llama()
+    for name in ("self_attn.q_proj", "mamba.dt_proj"):
+        tensors[f"model.layers.0.{name}.weight"] = weights()(64, 32)
+    made = plan(checkpoint(tensors=tensors))
+    reason = "its 32 inputs are fewer than a group of 128"
+    for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mamba.dt_proj"):
+        assert made.unquantized[f"model.layers.0.{name}.weight"] == reason
+    assert "model.layers.1.self_attn.q_proj.weight" in made.weight_plans
+    fine = plan(checkpoint("fine", tensors), overrides=[("dt_proj", "rtn-3")], group_size=32)
+    assert len(fine.weight_plans) == 2 * LINEARS
+
+
+def test_parts_that_any_model_of_vllm_fuses_need_one_layout(checkpoint, weights):
+    tensors = weights().llama()
+    for part in ("in_proj_b", "in_proj_a"):
+        tensors[f"model.layers.0.linear_attn.{part}.weight"] = weights()(16, 128)
+    root = checkpoint(tensors=tensors)
+    with pytest.raises(RecipeError, match=r"in_proj_b \(rtn-3\), .*in_proj_a \(rtn-4\)$"):
+        plan(root, overrides=[("in_proj_b", "rtn-3")])
+    made = make_plan(open_checkpoint(root), Options(target_bits=3.5))
+    labels = {made.weight_plans[f"model.layers.0.linear_attn.in_proj_{x}.weight"] for x in "ab"}
+    assert len({weight.label for weight in labels}) == 1
+
+
+def test_weights_that_vllm_rewrites_stay_unquantized(checkpoint):
+    config = {"architectures": ["K2HorizonForCausalLM"], "num_hidden_layers": 2}
+    made = plan(checkpoint(config=config))
+    for part in "qkv":
+        reason = made.unquantized[f"model.layers.1.self_attn.{part}_proj.weight"]
+        assert reason == "vLLM folds a permutation into its rows when it loads them"
+    assert "model.layers.1.self_attn.o_proj.weight" in made.weight_plans
+
+
+def test_a_model_all_of_whose_weights_vllm_changes_is_refused(checkpoint):
+    root = checkpoint(config={"architectures": ["JinaEmbeddingsV5Model"]})
+    with pytest.raises(SourceError, match=r"JinaEmbeddingsV5Model: vLLM adds a LoRA adapter to"):
+        plan(root)
