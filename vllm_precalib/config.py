@@ -136,7 +136,7 @@ class PrecalibConfig(QuantizationConfig):
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """The method for the layer `prefix`; None where vLLM's own default is right.
 
-        Raises ServingError for packed experts, which cannot be served.
+        Raises ServingError for experts that are not stored alike.
         """
         # imported here so that a vLLM without these names can still serve other models
         from vllm_precalib import linear_method as methods
@@ -144,12 +144,9 @@ class PrecalibConfig(QuantizationConfig):
 
         kind = methods.layer_kind(layer)
         if kind == "experts":
-            if any(module.startswith(prefix + ".") for module in self.checkpoint.modules):
-                raise ServingError(
-                    f"{prefix}: this precalib cannot serve packed experts; "
-                    r"quantize the model again with --keep '\.experts\.'"
-                )
-            return None
+            from vllm_precalib.experts.method import experts_method
+
+            return experts_method(self.checkpoint, layer, prefix, self.registry, self.choices)
         if kind == "head" and prefix in self.checkpoint.tied:
             from vllm_precalib.tied_head import TiedHeadMethod
 

@@ -18,6 +18,7 @@ class DenseBackend(Backend):
     """Unpacks once, then is an ordinary linear layer of vLLM: as fast, and as large."""
 
     name = "dense"
+    experts = True
 
     def __init__(self, spec: LinearSpec) -> None:
         super().__init__(spec)

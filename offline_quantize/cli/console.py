@@ -112,12 +112,6 @@ def show_notes(plan: Plan) -> None:
     """Say so when the source's files contradict each other, and of parts that serve badly."""
     for note in plan.source.notes:
         out.print(f"Note: {note}.")
-    experts = sum(".experts." in weight.module for weight in plan.weight_plans.values())
-    if experts:
-        out.print(
-            f"Note: {experts} expert weights are packed, which the vLLM plugin does not serve "
-            r"yet; add --keep '\.experts\.' for a checkpoint to serve."
-        )
     for weight in plan.weight_plans.values():
         head = selection.HEAD.search(weight.module)
         if (head or selection.EMBEDDINGS.search(weight.module)) and weight.recipe.layout.bits == 2:

@@ -192,16 +192,6 @@ def test_a_packed_head_cannot_be_tied(config, rank):
             head.tie_weights(embedding)
 
 
-def test_packed_experts_are_refused(config):
-    from vllm.model_executor.layers.fused_moe import RoutedExperts
-
-    experts = RoutedExperts.__new__(RoutedExperts)  # what it computes with is not looked at
-    packed = config({"a.mlp.experts.0.up_proj": "row"})
-    with pytest.raises(ServingError, match=r"^a\.mlp\.experts: .* cannot serve packed experts; "):
-        packed.get_quant_method(experts, "a.mlp.experts")
-    assert packed.get_quant_method(experts, "b.mlp.experts") is None
-
-
 def served(packed, rank, architecture, prefix, runner="generate"):
     """What `get_quant_method` says of a layer of a model of that architecture."""
     hf_config = PretrainedConfig(architectures=[architecture])

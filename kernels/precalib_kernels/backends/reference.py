@@ -18,6 +18,7 @@ class ReferenceBackend(Backend):
     """Unpacks the weight at every call: the memory of the file, and very slow."""
 
     name = "reference"
+    experts = True
 
     def __init__(self, spec: LinearSpec) -> None:
         super().__init__(spec)

@@ -15,6 +15,7 @@ from precalib_kernels.backends.registry import (
     BackendRegistry,
     default_registry,
 )
+from precalib_kernels.backends.triton.backend import TritonBackend
 from precalib_kernels.errors import ServingError
 
 SPEC = LinearSpec(RECIPE_LAYOUTS["balanced-4"], 160, (48,), torch.float32, "cpu")
@@ -70,10 +71,12 @@ def test_one_that_cannot_run_is_not_forced(registry):
 
 
 def test_where_none_can_run_all_say_why():
-    registry = BackendRegistry((Fussy, ReferenceBackend))
+    registry = BackendRegistry((Fussy, TritonBackend))
     spec = dataclasses.replace(SPEC, experts=2)
-    one = "computes one matrix per layer, not 2 experts"
-    with pytest.raises(ServingError, match=rf"\(fussy: {one}; reference: {one}\)$"):
+    why = (
+        r"fussy: needs a quantum computer, .*; triton: computes one matrix per layer, not 2 experts"
+    )
+    with pytest.raises(ServingError, match=rf"\({why}\)$"):
         registry.choose(spec)
 
 

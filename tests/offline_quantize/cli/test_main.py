@@ -89,13 +89,6 @@ def test_a_dry_run_tells_the_exact_size_and_writes_nothing(
     assert "exists and is not empty" in other.sentence
 
 
-def test_experts_that_are_not_served_yet_are_told(checkpoint, weights, precalib, tmp_path):
-    source = checkpoint(tensors={f"{LAYER}.mlp.experts.0.up_proj.weight": weights()(64, 128)})
-    for options in (["--dry-run"], []):
-        ran = precalib("quantize", source, tmp_path / "target", *options)
-        assert "Note: 1 expert weights are packed, which the vLLM plugin does not serve" in ran.out
-
-
 def test_what_is_left_out_is_told(checkpoint, precalib, tmp_path):
     source = checkpoint(files={"optimizer.pt": b"x"})
     ran = precalib("quantize", source, tmp_path / "target")

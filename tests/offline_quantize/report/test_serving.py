@@ -20,6 +20,7 @@ from precalib_kernels.backends.registry import LOWER, BackendRegistry
 
 class Narrow(ReferenceBackend):
     name = "narrow"
+    experts = False
 
     @classmethod
     def can_run(cls, spec):

@@ -18,6 +18,7 @@ class X86Backend(Backend):
 
     name = "x86"
     int8_activations = True
+    experts = True
 
     def __init__(self, spec: LinearSpec) -> None:
         super().__init__(spec)
