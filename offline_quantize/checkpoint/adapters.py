@@ -1,12 +1,11 @@
 """Folders that hold an adapter, such as LoRA, and no model: refused, with what to do instead."""
 
-import json
 import re
 import shlex
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
+from offline_quantize.checkpoint.atomic_files import read_json
 from precalib_kernels.errors import SourceError
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -35,10 +34,8 @@ def are_adapter_tensors(names: Iterable[str]) -> bool:
 def refusal(directory: Path) -> SourceError:
     """What is wrong with the folder of an adapter, and how it is served with a packed model."""
     try:
-        config: Any = json.loads((directory / ADAPTER_CONFIG).read_bytes())
-    except (OSError, ValueError, RecursionError):
-        config = {}
-    if not isinstance(config, dict):
+        config = read_json(directory / ADAPTER_CONFIG, SourceError, "")
+    except SourceError:
         config = {}
     kind, base = config.get("peft_type", "LORA"), config.get("base_model_name_or_path")
     named = f" ({base})" if isinstance(base, str) and base else ""

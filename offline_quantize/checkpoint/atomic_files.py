@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ JOURNAL = "precalib.journal.jsonl"
 TRANSFORMS = "precalib.transforms"
 PARTIAL = ".partial"
 MAX_JSON_BYTES = 256 << 20  # an index of a million tensors has 150 MB
+MAX_JSON_DEPTH = 100  # what is read must be written again, by recursion
 
 
 def partial(path: Path) -> Path:
@@ -94,7 +96,18 @@ def parse_json(path: Path, error: type[PrecalibError], remedy: str) -> Any:
 
 def loads_json(data: bytes) -> Any:
     """The JSON value of a text. Raises ValueError or RecursionError."""
-    return json.loads(data, object_pairs_hook=_unambiguous)
+    value = json.loads(data, object_pairs_hook=_unambiguous)
+    inner = [value]
+    for _ in range(MAX_JSON_DEPTH):
+        if not (inner := [part for outer in inner for part in _parts(outer)]):
+            return value
+    raise ValueError(f"nested more than {MAX_JSON_DEPTH} deep")
+
+
+def _parts(value: Any) -> Iterable[Any]:
+    """The lists and objects right inside a list or an object."""
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return (part for part in parts if isinstance(part, dict | list))
 
 
 def _unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

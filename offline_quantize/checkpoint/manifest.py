@@ -5,7 +5,14 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from pydantic import ConfigDict, Field, SerializerFunctionWrapHandler, Strict, model_serializer
+from pydantic import (
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    Strict,
+    field_validator,
+    model_serializer,
+)
 
 from offline_quantize.checkpoint.atomic_files import MANIFEST
 from offline_quantize.checkpoint.progress import Progress
@@ -44,12 +51,27 @@ class RunRecord(Record):
     transform: str | None = None
     source: dict[FileName, Any]
 
+    @field_validator("activations")
+    @classmethod
+    def _has_what_is_shown(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        """Refuse a record that does not say what `describe` tells people."""
+        if value is not None:
+            kinds = {"tokens": int, "text": str, "feedback": bool}
+            if any(type(value.get(name)) is not kind for name, kind in kinds.items()):
+                raise ValueError("lacks tokens, text or feedback")
+            if value["text"] not in ("random", "self", "file"):
+                raise ValueError(f"text {value['text'][:40]!r} is of no known kind")
+        return value
+
     @model_serializer(mode="wrap")
     def _without_unused(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """The fields; of those that earlier writers did not know only the ones in use."""
         fields: dict[str, Any] = write(self)
         later = "transform", "embeddings"
         return {k: v for k, v in fields.items() if k not in later or v is not None}
+
+
+Count = Annotated[int, Field(ge=0, le=1 << 62)]
 
 
 class Totals(Record):
@@ -64,20 +86,22 @@ class Totals(Record):
     salient_overflow:     weights above λ' that found no place in their group.
     """
 
-    weights: int
-    source_bytes: int
-    stored_bytes: int
-    unquantized_bytes: int = Field(validation_alias="kept_bytes", serialization_alias="kept_bytes")
+    weights: Count
+    source_bytes: Count
+    stored_bytes: Count
+    unquantized_bytes: Count = Field(
+        validation_alias="kept_bytes", serialization_alias="kept_bytes"
+    )
     bits_per_weight: float
     eq13_bits_per_weight: float
     mean_relative_error: float
-    salient_overflow: int
+    salient_overflow: Count
 
 
 class FileRecord(Record):
     """Size in bytes and sha256 (hexadecimal) of a file."""
 
-    size: int
+    size: Count
     sha256: str
 
 
@@ -93,7 +117,7 @@ class WeightRecord(Record):
 
     file: FileName
     origin: str | None = None
-    shape: Annotated[tuple[int, int], Strict(False)]  # a list in JSON
+    shape: Annotated[tuple[Count, Count], Strict(False)]  # a list in JSON
     dtype: str
     recipe: str
     bits_per_weight: float
@@ -102,7 +126,7 @@ class WeightRecord(Record):
     entropy_before: float
     entropy_after: float
     salient_share: float
-    salient_overflow: int
+    salient_overflow: Count
 
 
 class Manifest(Record):

@@ -119,4 +119,6 @@ def open_packed(directory: Path) -> PackedCheckpoint:
         raise FormatError(
             f"{directory / CONFIG}: quantization_config is damaged ({error}); {REQUANTIZE_REMEDY}"
         ) from error
+    if not config.modules:
+        raise FormatError(f"{directory / CONFIG}: names no packed module; {REQUANTIZE_REMEDY}")
     return PackedCheckpoint(files, config)

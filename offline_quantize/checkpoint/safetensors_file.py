@@ -8,6 +8,7 @@ map, whose touched pages would count as resident memory.
 
 import contextlib
 import dataclasses
+import functools
 import io
 import json
 import math
@@ -24,6 +25,8 @@ from offline_quantize.checkpoint.atomic_files import loads_json
 from precalib_kernels.errors import SourceError
 
 COPY_BYTES = 16 << 20
+MAX_NAME = 512  # characters; patterns are searched in names, which takes the square of it
+MAX_DIMENSION = 1 << 40
 
 TORCH_DTYPES = {
     "BOOL": torch.bool,
@@ -92,6 +95,7 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
         length = int.from_bytes(file.read(8), "little")
         header = _parse_header(path, file.read(length))
     metadata = header.pop("__metadata__", None) or {}
+    _check_names(path, header)
     start = 8 + length
     entries = {
         name: Entry(
@@ -114,6 +118,21 @@ def _parse_header(path: Path, data: bytes) -> dict[str, Any]:
     return header
 
 
+def _check_names(path: Path, header: Mapping[str, Any]) -> None:
+    """Raise SourceError for names that no model has, and dimensions past all memory."""
+    for name, fields in header.items():
+        if len(name) > MAX_NAME or not name.isprintable():
+            raise SourceError(
+                f"{path}: {ascii(name[:60])} is no name of a tensor (at most {MAX_NAME} printable "
+                "characters); download it again"
+            )
+        if any(size > MAX_DIMENSION for size in fields["shape"]):
+            raise SourceError(
+                f"{path}: tensor '{name}' has the impossible shape {fields['shape']}; "
+                "download it again"
+            )
+
+
 @contextlib.contextmanager
 def _reading(path: Path) -> Iterator[io.FileIO]:
     try:
@@ -128,9 +147,20 @@ def read_tensor(path: Path, name: str, entry: Entry) -> Tensor:
     if entry.dtype not in TORCH_DTYPES:
         raise SourceError(f"{path}: tensor '{name}' has type {entry.dtype}, which is not read here")
     dtype = TORCH_DTYPES[entry.dtype]
-    if not entry.nbytes:
-        return torch.empty(entry.shape, dtype=dtype)
-    data = bytearray(entry.nbytes)
+    if entry.nbytes > _memory():
+        raise SourceError(
+            f"{path}: tensor '{name}' has {entry.nbytes / 1e9:.1f} GB, more than this machine's "
+            "memory; use a machine with more"
+        )
+    try:
+        if not entry.nbytes:
+            return torch.empty(entry.shape, dtype=dtype)
+        data = bytearray(entry.nbytes)
+    except (MemoryError, RuntimeError) as error:
+        raise SourceError(
+            f"{path}: tensor '{name}' of shape {list(entry.shape)} does not fit into memory; "
+            "use a machine with more, or fewer --jobs"
+        ) from error
     with _reading(path) as file:
         file.seek(entry.begin)
         view, done = memoryview(data), 0
@@ -140,6 +170,12 @@ def read_tensor(path: Path, name: str, entry: Entry) -> Tensor:
                 raise SourceError(f"{path}: tensor '{name}' is truncated; download it again")
             done += count
     return torch.frombuffer(data, dtype=dtype).view(entry.shape)
+
+
+@functools.cache
+def _memory() -> int:
+    """Bytes of memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def read_pieces(path: Path, begin: int = 0, end: int | None = None) -> Iterator[bytes]:

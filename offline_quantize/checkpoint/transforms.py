@@ -6,6 +6,7 @@ is there only if the run had a transform. What was quantized is then M·W_v and 
 compares with the source needs the matrices; who computes with the model does not.
 """
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Mapping
@@ -25,6 +26,7 @@ from offline_quantize.method.value_output import (
     transform_output,
     transform_value,
 )
+from precalib_kernels.errors import SourceError
 
 APPLY = {
     "v_proj.weight": transform_value,
@@ -66,7 +68,27 @@ class Transforms:
         attention, part = split(name)
         key = matrices_name(attention)
         matrices = read_tensor(self.path, key, self._entries[key])
-        return APPLY[part](tensor, matrices.to(tensor.device))
+        if self._fits(part, tensor, matrices):
+            with contextlib.suppress(RuntimeError):  # of a matrix without an inverse
+                return APPLY[part](tensor, matrices.to(tensor.device))
+        raise SourceError(
+            f"{self.path}: matrices '{key}' of shape {list(matrices.shape)} are damaged or not "
+            f"those of '{name}'; copy the checkpoint again"
+        )
+
+    @staticmethod
+    def _fits(part: str, tensor: Tensor, matrices: Tensor) -> bool:
+        """Whether there are square matrices of numbers for a tensor of this shape."""
+        square = matrices.ndim == 3 and matrices.shape[1] == matrices.shape[2] > 0
+        if not square or not matrices.is_floating_point() or not bool(matrices.isfinite().all()):
+            return False
+        heads, size = matrices.shape[:2]
+        if part == "v_proj.bias":
+            return tensor.shape == (heads * size,)
+        if tensor.ndim != 2 or not heads:
+            return False
+        rows, columns = tensor.shape
+        return columns % (heads * size) == 0 if part.startswith("o_") else rows == heads * size
 
     @functools.cached_property
     def _entries(self) -> Mapping[str, Entry]:

@@ -1,7 +1,9 @@
 """What the commands show: progress, tables, plain sentences."""
 
 import contextlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -23,9 +25,22 @@ from offline_quantize.planning.plan import Plan, WeightPlan
 from offline_quantize.units import natural
 from offline_quantize.units import size as size
 
+
+class PlainConsole(Console):
+    """A console on which text moves no cursor and sends no commands to the terminal.
+
+    Names of files and tensors come from checkpoints of unknown origin.
+    """
+
+    def render_str(self, text: str, **options: Any) -> Text:  # type: ignore[override]
+        """The text with a mark in place of each control character but line ends and tabs."""
+        return super().render_str(CONTROL.sub("�", text), **options)
+
+
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
 # nothing is markup: names and paths may hold brackets
-out = Console(soft_wrap=True, markup=False, highlight=False, emoji=False)
-err = Console(stderr=True, soft_wrap=True, markup=False, highlight=False, emoji=False)
+out = PlainConsole(soft_wrap=True, markup=False, highlight=False, emoji=False)
+err = PlainConsole(stderr=True, soft_wrap=True, markup=False, highlight=False, emoji=False)
 FILE_WIDTH = 1000  # of tables that go to a file or pipe: as wide as they need
 
 
@@ -79,7 +94,7 @@ def show_table(table: Table) -> None:
     if out.is_terminal:
         out.print(table, soft_wrap=False)
     else:
-        Console(file=out.file, width=FILE_WIDTH, markup=False).print(table)
+        PlainConsole(file=out.file, width=FILE_WIDTH, markup=False).print(table)
 
 
 def show_plan(plan: Plan) -> None:

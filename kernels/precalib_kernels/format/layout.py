@@ -54,6 +54,8 @@ from precalib_kernels.errors import FormatError
 FORMAT_VERSION = 1
 COLUMN_UNIT = 32  # K and group_size are multiples of this, so every group starts on a byte
 MAX_SALIENT_COUNT = 32
+MAX_GROUP_SIZE = 32768  # positions in a group are 16-bit
+MAX_SALIENT_SLOTS = 131072  # group_size * salient_count: the tables of ranks grow with it
 LOG_STEPS = 16  # "log8": steps per factor of two; 255 of them span 2**-15.9
 JSON_NAMES = {"codebook": "levels"}  # fields that files call by another name
 LOG_ZERO = 255  # "log8": the code of a group whose scale is exactly zero
@@ -121,6 +123,7 @@ class Layout:
             self.group_size > 0 and self.group_size % COLUMN_UNIT == 0,
             f"group_size must be a positive multiple of {COLUMN_UNIT}",
         )
+        require(self.group_size <= MAX_GROUP_SIZE, f"group_size must be at most {MAX_GROUP_SIZE}")
         require(self.scale in ("float16", "log8"), 'scale must be "float16" or "log8"')
         if self.codebook is not None:
             object.__setattr__(self, "codebook", tuple(self.codebook))
@@ -134,6 +137,10 @@ class Layout:
         require(
             0 <= self.salient_count <= MAX_SALIENT_COUNT,
             f"salient_count must be between 0 and {MAX_SALIENT_COUNT}",
+        )
+        require(
+            self.group_size * self.salient_count <= MAX_SALIENT_SLOTS,
+            f"group_size times salient_count must be at most {MAX_SALIENT_SLOTS}",
         )
         require(
             self.bits <= self.salient_bits <= 8, f"salient_bits must be between {self.bits} and 8"
