@@ -105,7 +105,7 @@ def test_what_is_left_out_is_told(checkpoint, precalib, tmp_path):
         (["--override", "ffn=rtn-4"], "--override 'ffn' matches no module"),
         (["--override", "a=b=rtn-4"], "--override 'a=b' matches no module"),
         (["--keep", "*"], "--keep '*' is not a regular expression"),
-        (["--group-size", "256"], "model.safetensors: group size 256 does not fit tensor 'model."),
+        (["--group-size", "256"], "model.safetensors: no weight can be quantized: tensor 'model."),
         (["--group-size", "33"], "--group-size 33: give a positive multiple of 32"),
         (["--clip", "0.9"], "--clip applies to min-max grids; leave it out or take another"),
         (["--clip", "1.5"], "--clip 1.5: give a share above 0 and up to 1"),
