@@ -14,6 +14,7 @@ from server import STOP_SECONDS, Server, alive
 
 PROMPT = "The capital of France is"
 QUESTION = "What is the capital of France? Answer in one sentence."
+SECOND_QUESTION = "Name three things that plants need to grow."
 TOKENS = 16
 IN_FLIGHT = 4
 CLEAN_CODES = (0, -15, 143)  # ended by itself, or by the signal itself

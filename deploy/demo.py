@@ -13,10 +13,11 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import checks
+import psutil
 from checks import CheckError
 from openai import OpenAIError
 from rich.console import Console
@@ -24,14 +25,17 @@ from rich.table import Table
 from server import COMMANDS, SMALL, Server, ServerError, environment
 
 from offline_quantize.checkpoint.manifest import read_manifest
+from precalib_kernels.backends.x86 import library
 
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = Path("demo-output")  # commands run in ROOT and are shown as one would type them there
 RECIPE = "balanced-4"
+EMBEDDINGS = "balanced-5"  # recipe of the embeddings, which are this model's output head, too
 SOURCE = OUTPUT / "SmolLM2-135M-Instruct"
 TARGET = OUTPUT / f"SmolLM2-135M-Instruct-{RECIPE}"
 CHOICES = OUTPUT / "backends.jsonl"  # the plugin says here which backend computes each layer
-BENCH_ROUNDS = 3
+BENCH_ROUNDS = 3  # at most
+BENCH_SECONDS = 100  # no round begins after so many, but for the first of each server
 BENCH_LOAD = "8 requests, 4 at a time, 32 random tokens in, 32 out"
 
 console = Console(highlight=False)
@@ -65,7 +69,7 @@ def main() -> None:
 def _demonstrate(stack: contextlib.ExitStack) -> None:
     title(1, "A real model")
     get_model()
-    title(2, f"Quantize it without data, recipe {RECIPE}")
+    title(2, f"Quantize it without data: {RECIPE}, embeddings {EMBEDDINGS}")
     seconds = quantize()
     title(3, "Serve it in vLLM")
     CHOICES.unlink(missing_ok=True)
@@ -80,9 +84,15 @@ def _demonstrate(stack: contextlib.ExitStack) -> None:
         raise packed.error(f"did not answer ({error})") from error
     title(5, "Measure it beside the original")
     plain = start(stack, "bf16", SOURCE)
-    speeds = bench({"bf16": plain, "precalib": packed})
+    servers = {"bf16": plain, "precalib": packed}
+    try:
+        side_by_side(servers)
+    except (OpenAIError, CheckError) as error:
+        raise DemoError(f"a server did not answer ({error})") from error
+    speeds = bench(servers)
     title(6, "Result")
-    report(seconds, speeds, backends(CHOICES))
+    report(seconds, speeds, {name: memory(server) for name, server in servers.items()})
+    console.print(f"\n{explanation(backends(CHOICES), library.supported_isas()[-1:])}")
     title(7, "Stop it")
     try:
         console.print(f"SIGTERM: {checks.stop_in_flight(packed)}")
@@ -108,6 +118,7 @@ def quantize() -> float:
     """Write TARGET anew; seconds the command took."""
     shutil.rmtree(TARGET, ignore_errors=True)
     arguments = ["quantize", str(SOURCE), str(TARGET), "--recipe", RECIPE]
+    arguments += ["--embeddings", EMBEDDINGS]
     console.print(f"[dim]$ precalib {' '.join(arguments)}", soft_wrap=True)
     start_time = time.monotonic()
     done = subprocess.run([str(COMMANDS / "precalib"), *arguments], env=environment())
@@ -144,10 +155,23 @@ def ask(server: Server) -> None:
     )
 
 
+def side_by_side(servers: dict[str, Server]) -> None:
+    """The same question to both models."""
+    console.print(f"[bold]both[/]  {checks.SECOND_QUESTION}")
+    for name, server in servers.items():
+        answer = checks.chat(server, question=checks.SECOND_QUESTION)
+        console.print(f"[bold]{name:>9}[/]  ", end="")
+        said(f"{answer}\n")
+    console.print()
+
+
 def bench(servers: dict[str, Server]) -> dict[str, list[float]]:
     """Output tokens/s of `vllm bench serve` per server, in alternating rounds."""
     speeds: dict[str, list[float]] = {name: [] for name in servers}
+    began = time.monotonic()
     for round_number in range(1, BENCH_ROUNDS + 1):
+        if round_number > 1 and time.monotonic() - began > BENCH_SECONDS:
+            break
         for name, server in servers.items():
             with working(f"vllm bench serve, round {round_number} of {BENCH_ROUNDS}: {name}"):
                 speeds[name].append(bench_once(server))
@@ -171,8 +195,14 @@ def bench_once(server: Server) -> float:
     return float(fields["output_throughput"])
 
 
-def report(seconds: float, speeds: dict[str, list[float]], computed_by: set[str]) -> None:
-    """The table of sizes and speeds, and what to make of them."""
+def memory(server: Server) -> float:
+    """Bytes of memory of a server's processes, what they share counted once."""
+    processes = [psutil.Process(server.process.pid), *server.family]
+    return float(sum(process.memory_full_info().pss for process in processes))
+
+
+def report(seconds: float, speeds: dict[str, list[float]], memories: dict[str, float]) -> None:
+    """The table of sizes and speeds."""
     totals = read_manifest(TARGET).totals
     modules = json.loads((TARGET / "config.json").read_text())["quantization_config"]["modules"]
     linear = {name: linear_bytes(name, modules) for name in (SOURCE, TARGET)}
@@ -183,9 +213,12 @@ def report(seconds: float, speeds: dict[str, list[float]], computed_by: set[str]
     table = Table("", "bf16", "precalib", "", box=None, pad_edge=False)
     for column in table.columns[1:]:
         column.justify = "right"
-    for text, sizes in (("linear weights, MB", linear), ("whole directory, MB", folder)):
+    for text, sizes in (("quantized weights, MB", linear), ("whole directory, MB", folder)):
         before, after = sizes[SOURCE], sizes[TARGET]
         table.add_row(text, f"{before / 1e6:.1f}", f"{after / 1e6:.1f}", f"÷ {before / after:.2f}")
+    held = [memories[name] / 1e6 for name in ("bf16", "precalib")]
+    cells = [f"{megabytes:.0f}" for megabytes in held]
+    table.add_row("memory of the server, MB", *cells, f"− {held[0] - held[1]:.0f}")
     bits = totals.bits_per_weight
     table.add_row("effective bits per weight", "16", f"[bold]{bits:.3f}[/]", f"÷ {16 / bits:.2f}")
     table.add_row("seconds to quantize, with start-up", "", f"{seconds:.1f}", "")
@@ -197,14 +230,31 @@ def report(seconds: float, speeds: dict[str, list[float]], computed_by: set[str]
     table.add_row("output tokens/s, all rounds", *ranges)
     console.print(table)
     console.print(
-        f"\nSpeed: {BENCH_ROUNDS} alternating rounds of vllm bench serve ({BENCH_LOAD}). "
-        "Embeddings and lm_head stay bf16, which is most of the rest of this small model."
+        f"\nSpeed: {len(plain)} alternating rounds of vllm bench serve ({BENCH_LOAD}). Memory is "
+        "of all of a server's processes: Python, torch and vLLM take most, 1 GiB is KV cache."
     )
+
+
+def explanation(computed_by: set[str], isas: Sequence[str]) -> str:
+    """Why the speeds are what they are.
+
+    computed_by: names of the backends in use.
+    isas:        the ISA that the x86 kernels use here; empty where there is none.
+    """
     if "dense" in computed_by:
-        console.print(
-            "The backend here is [bold]dense[/]: weights are unpacked to bf16 once, at load. It is "
-            "as fast as bf16, within the noise, and saves disk but no memory while it runs."
+        return (
+            "The backend here is dense: weights are unpacked to bf16 once, at load. It is as fast "
+            "as bf16, within the noise, and saves disk but no memory while it runs."
         )
+    if "x86" in computed_by:
+        wide = [isa for isa in isas if isa not in ("avx2", "avx_vnni")]
+        beside = "" if wide else ", against a bf16 product that this processor has to emulate"
+        return (
+            f"The backend here is x86 with {isas[-1]}: products read a quarter of the bytes"
+            f"{beside}. Attention, sampling and vLLM's own step take as long as before and are "
+            "most of a step of so small a model, so larger models gain more."
+        )
+    return f"The backend here is {', '.join(sorted(computed_by))}."
 
 
 def backends(choices: Path) -> set[str]:
@@ -213,7 +263,7 @@ def backends(choices: Path) -> set[str]:
 
 
 def linear_bytes(directory: Path, modules: dict[str, str]) -> int:
-    """Bytes of all tensors of the linear modules that were quantized, biases left out."""
+    """Bytes of all tensors of the modules that were quantized, biases left out."""
     total = 0
     for file in directory.glob("*.safetensors"):
         with file.open("rb") as stream:

@@ -123,7 +123,7 @@ def _check_names(path: Path, header: Mapping[str, Any]) -> None:
     for name, fields in header.items():
         if len(name) > MAX_NAME or not name.isprintable():
             raise SourceError(
-                f"{path}: {ascii(name[:60])} is no name of a tensor (at most {MAX_NAME} printable "
+                f"{path}: {name[:60]!a} is no name of a tensor (at most {MAX_NAME} printable "
                 "characters); download it again"
             )
         if any(size > MAX_DIMENSION for size in fields["shape"]):

@@ -4,8 +4,8 @@ import copy
 import json
 from typing import Any
 
-from hypothesis import strategies as st
 from hostile import FIFO, FOLDER, INDEX, SHARDS, Files, Link, split_header, with_header
+from hypothesis import strategies as st
 
 HUGE = (2**31, 2**32, 2**53, 2**63 - 1, 2**63, 2**64, 10**400)
 

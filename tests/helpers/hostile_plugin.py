@@ -31,8 +31,8 @@ def one_rank(backend: str | None = None) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for place in ("layers.linear", "parameter"):
             path = f"vllm.model_executor.{place}.get_tensor_model_parallel"
-            stack.enter_context(mock.patch(f"{path}_rank", lambda: 0))
-            stack.enter_context(mock.patch(f"{path}_world_size", lambda: 1))
+            stack.enter_context(mock.patch(f"{path}_rank", return_value=0))
+            stack.enter_context(mock.patch(f"{path}_world_size", return_value=1))
         stack.enter_context(set_current_vllm_config(VllmConfig(additional_config=options)))
         yield
 

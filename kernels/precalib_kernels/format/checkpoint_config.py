@@ -75,7 +75,7 @@ class CheckpointConfig:
                 raise FormatError(f"quantization_config: {name!r}: {error}") from error
         for name in (*layouts, *fields["modules"]):
             if not name.isprintable():
-                raise FormatError(f"quantization_config: {ascii(name[:60])} is not a name")
+                raise FormatError(f"quantization_config: {name[:60]!a} is not a name")
         for module, name in fields["modules"].items():
             if not isinstance(name, str) or name not in layouts:
                 raise FormatError(
