@@ -98,6 +98,11 @@ sanitize: $(STAMP) ## tests of the compiled CPU kernels under AddressSanitizer a
 	@LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
 	  $(BIN)/python tests/kernels/backends/x86/rebuilt_suite.py --sanitize --software-tiles
 
+FUZZ_CASES ?= 100000
+FUZZ_MINUTES ?= 60
+fuzz: $(STAMP) ## damaged checkpoints, 100,000 cases or an hour; goes on where it stopped: make fuzz [FUZZ_CASES=… FUZZ_MINUTES=…]
+	@OMP_NUM_THREADS=1 VLLM_LOGGING_LEVEL=ERROR $(BIN)/python tests/fuzz/fuzz.py --cases $(FUZZ_CASES) --minutes $(FUZZ_MINUTES)
+
 bench-speed: $(STAMP) ## seconds to quantize, recipe by recipe
 	@$(BIN)/python benchmarks/quantize_speed.py
 
@@ -118,7 +123,7 @@ vllm-contract: $(STAMP) ## the plugin against the Python files of another vLLM's
 	@PYTHONPATH=$(CURDIR)/$(VLLM_WHEEL)/unpacked OMP_NUM_THREADS=1 $(BIN)/pytest -m 'not engine' tests/vllm_precalib \
 	  -k 'not dense-dtype0' # needs a compiled operator
 
-.PHONY: docs gpu-acceptance vllm-contract
+.PHONY: docs gpu-acceptance fuzz vllm-contract
 docs: .venv-docs/.installed ## the documentation site, in build/docs; links are checked
 	@.venv-docs/bin/python docs/check_links.py
 	@NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet

@@ -87,7 +87,7 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     try:
         with safe_open(path, framework="pt"):
             pass
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, RuntimeError) as error:  # the last of torch, for its size
         raise SourceError(
             f"{path}: not a whole safetensors file ({error}); download it again"
         ) from error

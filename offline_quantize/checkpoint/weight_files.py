@@ -11,11 +11,12 @@ from typing import Any
 
 from offline_quantize.checkpoint.atomic_files import read_json
 from offline_quantize.checkpoint.file_patterns import PICKLED_WEIGHTS
-from offline_quantize.checkpoint.safetensors_file import Entry, read_header, read_pieces
+from offline_quantize.checkpoint.safetensors_file import MAX_NAME, Entry, read_header, read_pieces
 from precalib_kernels.errors import SourceError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+MAX_FILE_NAME = 255
 DOWNLOAD_REMEDY = "download the checkpoint again"
 _NOT_SAFETENSORS = (
     "weights in a pickle format can run code when they are read and are refused; convert the "
@@ -53,8 +54,8 @@ def read_weight_files(directory: Path) -> WeightFiles:
     for tensor, name in owner.items():
         if tensor not in shards[name]:
             raise SourceError(
-                f"{directory / name}: tensor '{tensor}' is named by {INDEX} but is not in the "
-                f"file; {DOWNLOAD_REMEDY}"
+                f"{directory / name}: tensor '{tensor[:MAX_NAME]}' is named by {INDEX} but is not in "
+                f"the file; {DOWNLOAD_REMEDY}"
             )
     notes += _keep_one_of_each(directory, shards, owner)
     return WeightFiles(shards, metadata, index, tuple(notes))
@@ -83,10 +84,10 @@ def _read_index(path: Path) -> dict[str, Any]:
         raise SourceError(f"{path}: has no weight_map; {DOWNLOAD_REMEDY}")
     for tensor, name in weight_map.items():
         plain = isinstance(name, str) and Path(name).name == name and "\0" not in name
-        if not plain or name in ("", ".."):
+        if not plain or name in ("", "..") or len(name) > MAX_FILE_NAME:
             raise SourceError(
-                f"{path}: tensor '{tensor}' is said to be in {name!r}, which is not a file of this "
-                f"folder; {DOWNLOAD_REMEDY}"
+                f"{path}: tensor '{tensor[:MAX_NAME]}' is said to be in {repr(name)[:60]}, which "
+                f"is not a file of this folder; {DOWNLOAD_REMEDY}"
             )
         if not name.endswith(".safetensors"):
             raise SourceError(f"{path.parent / name}: {_NOT_SAFETENSORS}")

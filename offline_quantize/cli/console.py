@@ -32,7 +32,7 @@ class PlainConsole(Console):
     Names of files and tensors come from checkpoints of unknown origin.
     """
 
-    def render_str(self, text: str, **options: Any) -> Text:  # type: ignore[override]
+    def render_str(self, text: str, **options: Any) -> Text:
         """The text with a mark in place of each control character but line ends and tabs."""
         return super().render_str(CONTROL.sub("�", text), **options)
 

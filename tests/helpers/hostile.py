@@ -41,8 +41,16 @@ class Link:
     to: str
 
 
+@dataclasses.dataclass(frozen=True)
+class Sparse:
+    """A file that begins with `data` and then has `zeros` zeros, which take no disk."""
+
+    data: bytes
+    zeros: int
+
+
 FIFO, FOLDER = object(), object()  # in place of a file
-Files = dict[str, Any]  # bytes, Link, FIFO or FOLDER, by name
+Files = dict[str, Any]  # bytes, Link, Sparse, FIFO or FOLDER, by name
 
 
 def module(layer: int) -> str:
@@ -110,6 +118,9 @@ class Sandbox:
             os.mkfifo(path)
         elif data is FOLDER:
             path.mkdir()
+        elif isinstance(data, Sparse):
+            path.write_bytes(data.data)
+            os.truncate(path, len(data.data) + data.zeros)
         else:
             path.write_bytes(data)
 

@@ -45,7 +45,7 @@ def use_plugin(root: Path) -> str:
     try:
         config = json.loads((root / "config.json").read_bytes())["quantization_config"]
         stored = dict(_tensors(root))
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise FormatError(f"vLLM stops before the plugin is asked: {error!r:.200}") from error
     if not isinstance(config, dict) or config.get("quant_method") != "precalib":
         raise FormatError("vLLM does not take it for a packed checkpoint")

@@ -317,15 +317,17 @@ def adapter(folder: Path, size: float) -> dict[str, torch.Tensor]:
 
 
 def case_refused(folder: Path) -> dict[str, Any]:
-    """What the user reads when a checkpoint is not whole."""
+    """What the user reads when a checkpoint is not whole, or its values are made to do harm."""
 
-    lost = {
-        "packed": "model.layers.1.self_attn.k_proj.scales",
-        "kept": "model.layers.1.mlp.down_proj.weight",
+    ranks = "model.layers.0.self_attn.q_proj.salient"
+    edits: dict[str, Callable[[dict[str, torch.Tensor]], Any]] = {
+        "packed": operator.methodcaller("pop", "model.layers.1.self_attn.k_proj.scales"),
+        "kept": operator.methodcaller("pop", "model.layers.1.mlp.down_proj.weight"),
+        "ranks": lambda tensors: tensors[ranks].fill_(255),
     }
     texts = {}
-    for kind, name in lost.items():
-        checkpoint = llama(folder / kind, 8, edit=operator.methodcaller("pop", name))
+    for kind, edit in edits.items():
+        checkpoint = llama(folder / kind, 8, edit=edit)
         try:
             start(checkpoint.packed)
         except Exception as error:

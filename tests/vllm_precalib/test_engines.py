@@ -134,6 +134,8 @@ def test_a_checkpoint_that_is_not_whole_is_refused(case):
     assert result["kept"].startswith(
         "ServingError: model.layers.1.mlp.down_proj.weight was not in the checkpoint, or only"
     )
+    assert result["ranks"].startswith("FormatError: model.layers.0.self_attn.qkv_proj")
+    assert "'salient' names a weight outside its group" in result["ranks"]
 
 
 @pytest.mark.parametrize("name", ["compiled", "compiled_dense", "compiled_reference"])

@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 
@@ -56,3 +57,34 @@ def test_unreadable_json_is_one_sentence(tmp_path):
         read_json(tmp_path / "missing", FormatError, "do this")
     with pytest.raises(FormatError, match=r"not a file; do this"):
         read_json(tmp_path, FormatError, "do this")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"a": 1, "a": 2}', r"not valid JSON \(key 'a' stands twice with different values\)"),
+        ('{"b": {"a": [], "a": {}}}', "key 'a' stands twice"),
+        ("[" * 101 + "]" * 101, "nested more than 100 deep"),
+        ("[" * 100_000, "not valid JSON"),
+        ("[]", "not a JSON object"),
+        (b"\xff\xfe", "not valid JSON"),
+    ],
+)
+def test_ambiguous_and_deep_json_is_refused(tmp_path, text, said):
+    path = tmp_path / "x.json"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(FormatError, match=rf"x\.json: .*{said}.*; do this"):
+        read_json(path, FormatError, "do this")
+
+
+def test_a_key_twice_with_one_value_is_read(tmp_path):
+    (tmp_path / "x").write_text('{"a": [1], "a": [1], "b": ' + "[" * 99 + "]" * 99 + "}")
+    assert read_json(tmp_path / "x", FormatError, "")["a"] == [1]
+
+
+def test_json_past_any_use_is_not_read(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_bytes(b"{")
+    os.truncate(path, 1 << 40)
+    with pytest.raises(FormatError, match=r"1,099,511,627,776 bytes are too many"):
+        read_json(path, FormatError, "")

@@ -114,3 +114,16 @@ def test_the_bar_is_shown_on_a_terminal_only(terminal, capsys):
 )
 def test_sizes(nbytes, text):
     assert console.size(nbytes) == text
+
+
+def test_names_send_nothing_to_the_terminal(capsys):
+    table = console.new_table("a\x1b[2Jb")
+    table.add_row("c\x9b31m\u202ed")
+    console.show_table(table)
+    console.out.print("e\x1b]0;title\x07\tf\ng\udcff", style="bold")
+    console.err.print("h\x1b[31m", style="red")
+    shown = capsys.readouterr()
+    text = shown.out + shown.err
+    assert not set(text) & set("\x1b\x9b\x07\u202e\udcff")
+    for part in ("a�[2Jb", "c�31m�d", "e�]0;title�", "f\ng�", "h�[31m"):
+        assert part in text
