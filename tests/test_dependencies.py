@@ -34,9 +34,17 @@ BEYOND_CORE = MappingProxyType(
         "offline_quantize.report": {"matplotlib": "report"},
         "offline_quantize.cli.doctor": {"vllm": "cuda"},
         "vllm_precalib": {"vllm": "cuda", "packaging": "cuda", "triton": "cuda"},
+        "vllm_precalib.endpoint": {
+            "fastapi": "cuda",
+            "starlette": "cuda",
+            "aiohttp": "cuda",
+            "prometheus-client": "cuda",
+        },
     }
 )
-COMES_WITH = {"triton": "vllm"}
+COMES_WITH = dict.fromkeys(
+    ("triton", "fastapi", "starlette", "aiohttp", "prometheus-client"), "vllm"
+)
 NAMES = {"yaml": "pyyaml"}  # of distributions, where modules have another
 # Modules of the core, beside all that these import when they are imported.
 ENTRANCES = ("offline_quantize", "offline_quantize.cli.main")

@@ -43,11 +43,13 @@ class Options:
     backend:          its name, None for the first that can run.
     int8_activations: whether products are to round activations to 8 bits.
     choices_file:     file that gets the choice for every layer, a line of JSON each.
+    against:          address of a server whose model the page compares answers with.
     """
 
     backend: str | None = None
     int8_activations: bool = False
     choices_file: Path | None = None
+    against: str | None = None
 
     @classmethod
     def parse(cls, additional_config: Any) -> "Options":
@@ -57,19 +59,20 @@ class Options:
         share compiled code.
         """
         ours = additional_config.get("precalib", {}) if isinstance(additional_config, dict) else {}
-        names = {"backend", "activations", "choices_file"}
+        names = {"backend", "activations", "choices_file", "against"}
         known = isinstance(ours, dict) and not set(ours) - names
         if (
             not known
             or ours.get("activations", "int8") != "int8"
             or not isinstance(ours.get("choices_file", ""), str)
+            or not str(ours.get("against", "http://")).startswith(("http://", "https://"))
         ):
             raise ServingError(
                 f'additional_config: "precalib" is {ours!r}, but only {{"backend": NAME, '
-                '"activations": "int8", "choices_file": PATH} is known'
+                '"activations": "int8", "choices_file": PATH, "against": URL} is known'
             )
         file = Path(ours["choices_file"]) if "choices_file" in ours else None
-        return cls(ours.get("backend"), "activations" in ours, file)
+        return cls(ours.get("backend"), "activations" in ours, file, ours.get("against"))
 
 
 def choose(

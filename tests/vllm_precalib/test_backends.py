@@ -123,10 +123,20 @@ def test_options():
     assert Options.parse({}) == Options.parse({"precalib": {}, "other": 1}) == Options()
     ours = {"backend": "dense", "activations": "int8", "choices_file": "/tmp/choices"}
     assert Options.parse({"precalib": ours}) == Options("dense", True, Path("/tmp/choices"))
+    address = "http://127.0.0.1:8001"
+    assert Options.parse({"precalib": {"against": address}}) == Options(against=address)
 
 
 @pytest.mark.parametrize(
-    "ours", ["dense", {"backends": "dense"}, {"activations": "int4"}, {"choices_file": 3}]
+    "ours",
+    [
+        "dense",
+        {"backends": "dense"},
+        {"activations": "int4"},
+        {"choices_file": 3},
+        {"against": "file:///etc/passwd"},
+        {"against": 3},
+    ],
 )
 def test_anything_else_in_additional_config_is_refused(config_of, rank, ours):
     with (

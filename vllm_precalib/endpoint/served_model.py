@@ -1,0 +1,147 @@
+"""The model that the server serves: its manifest, and the backends of its layers."""
+
+import dataclasses
+import functools
+import json
+import re
+from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastapi import HTTPException
+
+from vllm_precalib.backends import Options
+from vllm_precalib.endpoint.schemas import BackendOfLayer, Backends, Report, Weight
+from vllm_precalib.endpoint.security import HEADERS, api_keys
+
+if TYPE_CHECKING:
+    from vllm.engine.protocol import EngineClient
+
+MANIFEST = "precalib.json"
+LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+NO_FILE = (
+    "The choices are not recorded. Start the server with --additional-config "
+    '\'{"precalib": {"choices_file": "FILE"}}\' to see them here.'
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class ServedModel:
+    """What the routes know of the server.
+
+    name:     what requests call the model;  directory: where its files are, None if unknown.
+    api_keys: of vLLM; empty if requests need none.
+    options:  what users say under "precalib" in --additional-config.
+    engine:   tells whether it still runs.
+    """
+
+    name: str
+    directory: Path | None
+    api_keys: tuple[str, ...]
+    options: Options
+    engine: "EngineClient | None" = None
+
+    @classmethod
+    def of(cls, engine: "EngineClient | None", args: Namespace) -> "ServedModel":
+        """The model of a server that was started with these arguments."""
+        names = args.served_model_name or [args.model]
+        names = [names] if isinstance(names, str) else names
+        return cls(
+            names[0],
+            _directory(args.model, getattr(args, "revision", None)),
+            api_keys(args),
+            Options.parse(getattr(args, "additional_config", None) or {}),
+            engine,
+        )
+
+    @property
+    def running(self) -> bool:
+        """Whether the engine is there; streams that have no end of their own end with it."""
+        return self.engine is None or not self.engine.errored
+
+    def report(self) -> Report | None:
+        """What the manifest says; None for a model that precalib has not packed."""
+        return self._report
+
+    @functools.cached_property
+    def _report(self) -> Report | None:
+        try:
+            return _read_report(self.directory / MANIFEST, self.name) if self.directory else None
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            return None  # not there, or not of a version that this one can read
+
+    def backends(self) -> Backends:
+        """The choice for each layer, the last one recorded; ranks apart."""
+        file = self.options.choices_file
+        if file is None:
+            return Backends(layers=[], missing=NO_FILE)
+        try:
+            lines = file.read_text().splitlines()
+        except OSError as error:
+            return Backends(layers=[], missing=f"{file}: cannot be read ({error.strerror}).")
+        found: dict[tuple[str, int], BackendOfLayer] = {}
+        for line in lines:
+            try:
+                choice = BackendOfLayer.model_validate(json.loads(line))
+            except ValueError:
+                continue  # half a line, or another program's
+            found.pop((choice.layer, choice.rank), None)
+            found[choice.layer, choice.rank] = choice
+        return Backends(layers=list(found.values()))
+
+
+def served(state: Any) -> ServedModel:
+    """The model of an application's state. Raises HTTPException 503 before there is one."""
+    model = getattr(state, "precalib", None)
+    if not isinstance(model, ServedModel):
+        raise HTTPException(503, "The server is not ready.", HEADERS)
+    return model
+
+
+def _directory(model: str, revision: str | None) -> Path | None:
+    """Where the files of a model are; for an id of the Hub, what its cache holds."""
+    if Path(model).is_dir():
+        return Path(model)
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        found = try_to_load_from_cache(model, MANIFEST, revision=revision)
+    except ValueError:  # no id
+        return None
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def _read_report(path: Path, name: str) -> Report:
+    manifest: Mapping[str, Any] = json.loads(path.read_bytes())
+    totals = manifest["totals"]
+    unquantized: dict[str, list[str]] = {}
+    for tensor, reason in manifest["kept"].items():
+        unquantized.setdefault(reason, []).append(tensor)
+    return Report(
+        model=name,
+        recipe=manifest["job"]["recipe"],
+        precalib=manifest["precalib"],
+        effective_bits=totals["bits_per_weight"],
+        packed_weights=totals["weights"],
+        packed_bytes=totals["stored_bytes"],
+        source_bytes=totals["source_bytes"],
+        unquantized_bytes=totals["kept_bytes"],
+        relative_error=totals["mean_relative_error"],
+        weights=[_weight(module, entry) for module, entry in manifest["tensors"].items()],
+        unquantized=unquantized,
+    )
+
+
+def _weight(module: str, entry: Mapping[str, Any]) -> Weight:
+    match = LAYER.search(module)
+    return Weight(
+        module=module,
+        layer=int(match[1]) if match else None,
+        kind=module[match.end() :] if match else module,
+        recipe=entry["recipe"],
+        shape=entry["shape"],
+        bits=entry["bits_per_weight"],
+        relative_error=entry["relative_error"],
+        salient_share=entry["salient_share"],
+    )
