@@ -86,7 +86,7 @@ class Server:
     def family(self) -> list[psutil.Process]:
         """All processes that the server has started and that still belong to it."""
         try:
-            return psutil.Process(self.process.pid).children(recursive=True)
+            return list(psutil.Process(self.process.pid).children(recursive=True))
         except psutil.NoSuchProcess:
             return []
 

@@ -41,7 +41,11 @@ def check(server: Server) -> None:
     say(f"waiting for {server.url}/health")
     server.wait_until_ready(SECONDS)
     before = checks.metrics(server)
-    text = checks.equal_completions(server)
+    try:
+        text = checks.equal_completions(server)
+    except CheckError:
+        checks.check_canary(checks.metrics(server))  # says more, if it is the reason
+        raise
     say(f"completion, twice the same: {text!r}")
     say(f"streamed, the same in {checks.streamed_completion(server, text)} pieces")
     answer = checks.chat(server)
