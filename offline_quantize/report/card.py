@@ -136,11 +136,12 @@ def _contents(manifest: Manifest) -> dict[str, Any]:
         count = weight.shape[0] * weight.shape[1]
         labels.setdefault(weight.recipe, []).append((count, count * weight.bits_per_weight))
     head = f" --head {run.head}" if run.head else ""
+    embeddings = f" --embeddings {run.embeddings}" if run.embeddings else ""
     transform = f" --transform {run.transform}" if run.transform else ""
     return {
         "bits": f"{totals.bits_per_weight:.3f}",
         "version": _plain(manifest.precalib),
-        "recipe": _code(f"{run.recipe}{head}{transform}"),
+        "recipe": _code(f"{run.recipe}{head}{embeddings}{transform}"),
         "options": _code(" ".join(f"{option} {shlex.quote(value)}" for option, value in given)),
         "inputs": _plain(
             f"known from {describe(run.activations)}" if run.activations else "not used"

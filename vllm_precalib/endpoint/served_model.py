@@ -5,12 +5,14 @@ import functools
 import json
 import re
 from argparse import Namespace
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastapi import HTTPException
 
+from offline_quantize.checkpoint.atomic_files import MANIFEST
+from offline_quantize.checkpoint.manifest import Manifest, WeightRecord, read_manifest
+from precalib_kernels.errors import PrecalibError
 from vllm_precalib.backends import Options
 from vllm_precalib.endpoint.schemas import BackendOfLayer, Backends, Report, Weight
 from vllm_precalib.endpoint.security import HEADERS, api_keys
@@ -18,7 +20,6 @@ from vllm_precalib.endpoint.security import HEADERS, api_keys
 if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
 
-MANIFEST = "precalib.json"
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 NO_FILE = (
     "The choices are not recorded. Start the server with --additional-config "
@@ -67,9 +68,9 @@ class ServedModel:
     @functools.cached_property
     def _report(self) -> Report | None:
         try:
-            return _read_report(self.directory / MANIFEST, self.name) if self.directory else None
-        except (OSError, ValueError, LookupError, TypeError, AttributeError):
-            return None  # not there, or not of a version that this one can read
+            return _report_of(read_manifest(self.directory), self.name) if self.directory else None
+        except PrecalibError:
+            return None  # not there, damaged, or of another version
 
     def backends(self) -> Backends:
         """The choice for each layer, the last one recorded; ranks apart."""
@@ -112,36 +113,35 @@ def _directory(model: str, revision: str | None) -> Path | None:
     return Path(found).parent if isinstance(found, str) else None
 
 
-def _read_report(path: Path, name: str) -> Report:
-    manifest: Mapping[str, Any] = json.loads(path.read_bytes())
-    totals = manifest["totals"]
+def _report_of(manifest: Manifest, name: str) -> Report:
+    totals = manifest.totals
     unquantized: dict[str, list[str]] = {}
-    for tensor, reason in manifest["kept"].items():
+    for tensor, reason in manifest.unquantized.items():
         unquantized.setdefault(reason, []).append(tensor)
     return Report(
         model=name,
-        recipe=manifest["job"]["recipe"],
-        precalib=manifest["precalib"],
-        effective_bits=totals["bits_per_weight"],
-        packed_weights=totals["weights"],
-        packed_bytes=totals["stored_bytes"],
-        source_bytes=totals["source_bytes"],
-        unquantized_bytes=totals["kept_bytes"],
-        relative_error=totals["mean_relative_error"],
-        weights=[_weight(module, entry) for module, entry in manifest["tensors"].items()],
+        recipe=manifest.run.recipe,
+        precalib=manifest.precalib,
+        effective_bits=totals.bits_per_weight,
+        packed_weights=totals.weights,
+        packed_bytes=totals.stored_bytes,
+        source_bytes=totals.source_bytes,
+        unquantized_bytes=totals.unquantized_bytes,
+        relative_error=totals.mean_relative_error,
+        weights=[_weight(module, record) for module, record in manifest.tensors.items()],
         unquantized=unquantized,
     )
 
 
-def _weight(module: str, entry: Mapping[str, Any]) -> Weight:
+def _weight(module: str, record: WeightRecord) -> Weight:
     match = LAYER.search(module)
     return Weight(
         module=module,
         layer=int(match[1]) if match else None,
         kind=module[match.end() :] if match else module,
-        recipe=entry["recipe"],
-        shape=entry["shape"],
-        bits=entry["bits_per_weight"],
-        relative_error=entry["relative_error"],
-        salient_share=entry["salient_share"],
+        recipe=record.recipe,
+        shape=record.shape,
+        bits=record.bits_per_weight,
+        relative_error=record.relative_error,
+        salient_share=record.salient_share,
     )
