@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from offline_quantize.method.recipes import RECIPES
-from precalib_kernels.backends.x86 import library, op
+from precalib_kernels.backends.x86 import op
 from precalib_kernels.backends.x86.memory_layout import X86Layout
 
 Operators = dict[str, Callable[[Tensor], Tensor]]
@@ -38,8 +38,7 @@ def packed_operators(size: int) -> Operators:
         "4 bits, g 64, 4.7 %": dataclasses.replace(four, group_size=64, salient_count=3),
     }
     plans = {name: X86Layout(layout, size, (size,)) for name, layout in layouts.items()}
-    if library.INT8_ISA in library.supported_isas():
-        plans["balanced-4, 8-bit inputs"] = X86Layout(four, size, (size,), int8_inputs=True)
+    plans["balanced-4, 8-bit inputs"] = X86Layout(four, size, (size,), int8_inputs=True)
     operators: Operators = {}
     for name, plan in plans.items():
         packed = torch.randint(0, 64, (plan.nbytes,), dtype=torch.uint8)

@@ -30,8 +30,13 @@ LAYOUTS = {
     "far positions": Layout(bits=3, group_size=544, salient_count=5, salient_grid="min-max"),
 }
 ROUNDING = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
-INT8_ISAS = tuple(isa.name for isa in library.ISAS if "avx512_vnni" in isa.requires)
-STEPS = {"x1": 127, "x2": 127 * 257 - 1, "x3": 127 * 65793 - 2}  # of int8 splits, up to the largest
+STEPS = {  # of splits of x, up to the largest value
+    "int8x1": 127,
+    "int8x2": 127 * 257 - 1,
+    "int8x3": 127 * 65793 - 2,
+    "int16x1": 32766,
+    "int16x2": 32767 * 65537 - 895,
+}
 
 
 @dataclasses.dataclass
@@ -72,8 +77,8 @@ def error_bound(case, x, expected, kernel):
     """What a product by `kernel` may be off by, per element.
 
     Rounding the result; four standard deviations of the rounding of K products and their sums in
-    float32, or of x and weights in bfloat16; and with int8 splits of x, half a step of the largest
-    of each group.
+    float32, or of x and weights in bfloat16; and with splits of x in fixed point, half a step of
+    the largest of each group.
     """
     u = ROUNDING[x.dtype]
     each = ROUNDING[torch.float32] * math.sqrt(case.columns)
@@ -83,10 +88,11 @@ def error_bound(case, x, expected, kernel):
     scaled = x[:, None] * case.scale  # [M, N, K]
     size = (scaled * case.base).square().sum(-1).sqrt()
     bound = u * expected.abs() + 4 * each * size
-    if kernel[-2:] in STEPS:
+    steps = STEPS.get(kernel.rpartition("_")[2])
+    if steps:
         for first in range(0, case.columns, case.layout.group_size):
             group = slice(first, first + case.layout.group_size)
-            step = scaled[..., group].abs().amax(-1) / STEPS[kernel[-2:]]
+            step = scaled[..., group].abs().amax(-1) / steps
             bound += step / 2 * case.base[:, group].abs().sum(-1)
     return bound
 

@@ -38,8 +38,6 @@ class X86Backend(Backend):
             isas = library.supported_isas()
         except BuildError as error:
             return str(error)
-        if spec.int8_activations and library.INT8_ISA not in isas:
-            return "8-bit activations need AVX-512 with VNNI and VBMI"
         return None if isas else "needs AVX2, FMA and F16C"
 
     def prepare(self, tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:

@@ -62,6 +62,7 @@ class Isa:
 _COMPILED, _MACHINE_HAS = 1, 2
 
 AVX2 = Isa("avx2", ("avx2", "fma", "f16c"), ("-mavx2", "-mfma", "-mf16c"))
+AVX_VNNI = AVX2.extended("avx_vnni", ("avx_vnni",), ("-mavxvnni",))
 AVX512 = AVX2.extended(
     "avx512",
     ("avx512f", "avx512bw", "avx512dq", "avx512vl"),
@@ -74,8 +75,7 @@ AVX512_BF16 = AVX512_VNNI.extended("avx512_bf16", ("avx512_bf16",), ("-mavx512bf
 AMX = AVX512_BF16.extended(
     "amx", ("amx_tile", "amx_bf16", "amx_int8"), ("-mamx-tile", "-mamx-bf16", "-mamx-int8")
 )
-ISAS = (AVX2, AVX512, AVX512_VNNI, AVX512_BF16, AMX)
-INT8_ISA = AVX512_VNNI.name  # the first whose kernels can round activations to 8 bits
+ISAS = (AVX2, AVX_VNNI, AVX512, AVX512_VNNI, AVX512_BF16, AMX)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,7 +215,7 @@ class KernelEntry:
 
     dtype:  of x, as torch names it.
     last_m: None without a limit.
-    kernel: as `kernel_table.h` names it; x1 to x3 are its int8 splits of x.
+    kernel: as `kernel_table.h` names it; x1 to x3 are its splits of x.
     """
 
     isa: str

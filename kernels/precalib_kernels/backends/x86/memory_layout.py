@@ -42,6 +42,7 @@ class X86LayoutStruct(ctypes.Structure):
         ),
         ("codebook", ctypes.c_int8 * 128),
         ("factors", ctypes.c_float * LOG_STEPS),
+        ("trellis", ctypes.c_int64),
     )
 
 
@@ -50,8 +51,7 @@ class X86Layout:
     """Sizes and offsets of a weight in this layout.
 
     shard_sizes: rows of the fused shards; each is padded to whole blocks.
-    int8_inputs: whether products may round activations to 8 bits of a group's largest; they do
-                 from ISA avx512_vnni on.
+    int8_inputs: whether products round activations to 8 bits of a group's largest.
     """
 
     layout: Layout
@@ -136,6 +136,7 @@ class X86Layout:
             packed_bytes=self.nbytes,
             codebook=(ctypes.c_int8 * 128)(*_codebook_table(layout)),
             factors=(ctypes.c_float * LOG_STEPS)(*_FACTORS),
+            trellis=layout.trellis,
         )
 
 

@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from x86_cases import INT8_ISAS, LAYOUTS, assert_right
+from x86_cases import LAYOUTS, assert_right
 
 from precalib_kernels.backends.x86 import library
 from precalib_kernels.backends.x86.memory_layout import X86Layout
@@ -19,14 +19,26 @@ pytestmark = pytest.mark.skipif(not ISAS, reason=REASON)
 
 NAMES = tuple(isa.name for isa in library.ISAS)
 CODEBOOK, UNIFORM = LAYOUTS["balanced-4"], LAYOUTS["rtn-4"]  # groups of 128
+SHUFFLING = ("avx2", "avx_vnni", "avx512")  # without VBMI
+PERMUTING = ("avx512_vnni", "avx512_bf16", "amx")
 BOTH_16_BITS = ((4, "gemv_int8x2"), (None, "gemm_int8x2"))
 FLOAT32 = ((4, "gemv_int8x3"), (None, "gemm_int8x3"))
 ROUNDED = ((4, "gemv_int8x1"), (None, "gemm_int8x1"))
 # last M and kernel, by ISA and dtype, for groups of 128
 EXPECTED = {
-    **{(isa, dtype): ((None, "gemm_fp32"),) for isa in NAMES[:2] for dtype in library.DTYPES},
-    **{(isa, "float32"): FLOAT32 for isa in INT8_ISAS},
-    **{(isa, "float16"): BOTH_16_BITS for isa in INT8_ISAS},
+    **{
+        (isa, dtype): ((4, "gemv_int16x1"), (None, "gemm_int16x1"))
+        for isa in ("avx2", "avx512")
+        for dtype in ("bfloat16", "float16")
+    },
+    **{(isa, "float32"): ((4, "gemv_int16x2"), (None, "gemm_fp32")) for isa in ("avx2", "avx512")},
+    **{
+        ("avx_vnni", dtype): ((4, "gemv_int8x2"), (None, "gemm_int16x1"))
+        for dtype in ("bfloat16", "float16")
+    },
+    ("avx_vnni", "float32"): ((4, "gemv_int8x3"), (None, "gemm_fp32")),
+    **{(isa, "float32"): FLOAT32 for isa in PERMUTING},
+    **{(isa, "float16"): BOTH_16_BITS for isa in PERMUTING},
     ("avx512_vnni", "bfloat16"): BOTH_16_BITS,
 }
 BFLOAT16 = {
@@ -80,9 +92,8 @@ def test_every_batch_size_has_one_kernel(isa, dtype, name, int8_inputs):
 def test_the_kernels_are_the_measured_choice(layout, isa, dtype):
     expected = EXPECTED.get((isa, dtype)) or BFLOAT16[layout.uniform, isa]
     assert [(row.last_m, row.kernel) for row in rows_of(layout, isa, dtype)] == list(expected)
-    rounded = ROUNDED if isa in INT8_ISAS else EXPECTED[isa, dtype]
     rows = rows_of(layout, isa, dtype, int8_inputs=True)
-    assert [(row.last_m, row.kernel) for row in rows] == list(rounded)
+    assert [(row.last_m, row.kernel) for row in rows] == list(ROUNDED)
 
 
 @pytest.mark.parametrize(
@@ -100,6 +111,19 @@ def test_small_groups_are_dequantized_from_smaller_batches_on(layout, group, isa
     layout = dataclasses.replace(layout, group_size=group)
     row = rows_of(layout, isa, "bfloat16")[-1]
     assert (row.first_m, row.kernel) == (last + 1, "gemm_bf16_dequantized")
+
+
+@pytest.mark.parametrize("isa", SHUFFLING)
+@pytest.mark.parametrize("dtype", library.DTYPES)
+def test_groups_whose_sums_of_words_would_overflow_are_dequantized(isa, dtype):
+    for group, exact in ((512, True), (544, False)):
+        layout = dataclasses.replace(CODEBOOK, group_size=group)
+        kernels = {row.kernel for row in rows_of(layout, isa, dtype)}
+        assert any("int16" in kernel for kernel in kernels) == (
+            exact and (isa, dtype) != ("avx_vnni", "float32")
+        )
+        if not exact:
+            assert rows_of(layout, isa, dtype)[-1].kernel == "gemm_fp32"
 
 
 @pytest.mark.parametrize("isa", ISAS)

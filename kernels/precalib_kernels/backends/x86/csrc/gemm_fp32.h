@@ -1,32 +1,43 @@
-// FP32 GEMM for any ISA, type and M: a group's weights are dequantized to float32, then multiplied
-// and added.
+// FP32 GEMM on ISAs without VBMI: a group's weights are dequantized to a panel of float32, salient
+// weights in their places, and multiplied and added.
 #pragma once
 
-#include "activations.h"
+#include "shuffle_levels.h"
+#include "shuffle_tiles.h"
+
+#if !defined(__AVX512VBMI__)
 
 namespace precalib {
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int kFp32TileRows = 8;
-#else
-constexpr int kFp32TileRows = 4;
-#endif
+struct FloatProduct {
+  using Split = float;
+  static constexpr int kVectors = 4;
+  static Floats add(Floats sum, Words weights, Ints x) { return sum + (Floats)weights * (Floats)x; }
+};
 
-// Dequantizes one group of a block. weights: [4 * step + segment][16].
-template <int kBits>
+// Dequantizes a group of a block. weights: [4 * step + segment][16].
+template <int kBits, bool kTrellis>
 inline void dequantize_group(const X86Layout& layout, const Block& block, const Group& group,
-                             const ByteTable<kBits + 2>& table, float* weights) {
-  const F32x16 scale = group_scales(layout, block, group);
-  const F32x16 zero = group_zeros(layout, group);
-  decode<kBits>(group.planes, group.chunks, layout.block_bytes,
-                [&](int64_t step, U16x32 index, auto) {
-                  const I32x16 entries = (I32x16)table.lookup(index);
-                  for (int s = 0; s < 4; ++s) {
-                    const F32x16 entry = to_f32(entries << (24 - 8 * s) >> 24);
-                    store(weights + (4 * step + s) * kLanes, (entry - zero) * scale);
-                  }
-                });
+                             const LevelTable<kBits, kTrellis>& table, float* weights) {
+  alignas(64) float scales[kLanes], zeros[kLanes];
+  store(scales, group_scales(layout, block, group));
+  store(zeros, group_zeros(layout, group));
+  for (int part = 0; part < kParts; ++part) {
+    const Floats scale = load<Floats>(scales + part * kPartRows);
+    const Floats zero = load<Floats>(zeros + part * kPartRows);
+    for (int64_t c = 0; c < group.chunks; ++c)
+      ChunkLevels<kBits, kTrellis>(group.planes + part * kWidth, group.chunks, c,
+                                   layout.block_bytes)
+          .decode(table, [&](auto i, Words entries) {
+            float* const to = weights + (8 * c + i) * 4 * kLanes + part * kPartRows;
+#pragma GCC unroll 4
+            for (int s = 0; s < 4; ++s) {
+              const Floats entry = to_float((Ints)entries << (24 - 8 * s) >> 24);
+              store(to + s * kLanes, (entry - zero) * scale);
+            }
+          });
+  }
   for (int64_t j = 0; j < layout.salient_count; ++j) {
     const Salient salient = find_salient(layout, block, group, j);
     for (int lane = 0; lane < kLanes; ++lane)
@@ -34,38 +45,19 @@ inline void dequantize_group(const X86Layout& layout, const Block& block, const 
   }
 }
 
-// Micro-kernel: sums[row] += weights * x[row], for kRows rows of x.
-template <int kRows>
-inline void multiply_fp32(const float* weights, int64_t columns, const float* x, int64_t stride,
-                          float* sums) {
-  F32x16 total[kRows];
-  for (int r = 0; r < kRows; ++r) total[r] = load<F32x16>(sums + r * kLanes);
-  for (int64_t k = 0; k < columns; ++k) {
-    const F32x16 weight = load<F32x16>(weights + k * kLanes);
-    for (int r = 0; r < kRows; ++r) total[r] += weight * x[r * stride + k];
-  }
-  for (int r = 0; r < kRows; ++r) store(sums + r * kLanes, total[r]);
-}
-
-// A block of weights times all rows of x. x: permuted rows of the block's shard; weights: scratch
-// [group_size][16]; sums: [rows][16], overwritten.
-template <int kBits>
-void gemm_fp32_block(const X86Layout& layout, const Block& block, const float* x, int64_t rows,
-                     float* weights, float* sums) {
-  const ByteTable<kBits + 2> table(layout.codebook);
-  std::memset(sums, 0, size_t(rows) * kLanes * 4);
-  for (int64_t g = 0; g < layout.groups; ++g) {
-    const Group group = find_group(layout, block, g);
-    dequantize_group<kBits>(layout, block, group, table, weights);
-    int64_t r = 0;
-    for (; r + kFp32TileRows <= rows; r += kFp32TileRows)
-      multiply_fp32<kFp32TileRows>(weights, group.columns, x + r * layout.columns + group.first,
-                                   layout.columns, sums + r * kLanes);
-    for (; r < rows; ++r)
-      multiply_fp32<1>(weights, group.columns, x + r * layout.columns + group.first, layout.columns,
-                       sums + r * kLanes);
-  }
+// sums[row][16] += a panel of weights times all rows of x. x: [row][group_size].
+inline void multiply_panel_fp32(const float* weights, int64_t columns, const float* x,
+                                int64_t group_size, int64_t rows, float* sums) {
+  for_tiles(rows, [&]<int kRows>(int64_t first) {
+    float* const to = sums + first * kLanes;
+    multiply_tile<FloatProduct, kRows>(
+        (const uint8_t*)weights, (const uint8_t*)(x + first * group_size), group_size * 4, columns,
+        [&](int r, int p) { return load<Floats>(to + r * kLanes + p * kPartRows); },
+        [&](int r, int p, Floats sum) { store(to + r * kLanes + p * kPartRows, sum); });
+  });
 }
 
 }  // namespace
 }  // namespace precalib
+
+#endif

@@ -18,6 +18,7 @@ namespace precalib {
   [[gnu::weak, gnu::visibility("hidden")]] LinearFunction linear; \
   }
 PRECALIB_DECLARE(avx2)
+PRECALIB_DECLARE(avx_vnni)
 PRECALIB_DECLARE(avx512)
 PRECALIB_DECLARE(avx512_vnni)
 PRECALIB_DECLARE(avx512_bf16)
@@ -29,6 +30,12 @@ bool has_avx2() {
   unsigned eax, ebx, ecx, edx;
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
          __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
+}
+
+bool has_avx_vnni() {
+  unsigned eax, ebx, ecx, edx;
+  constexpr unsigned kAvxVnniBit = 1u << 4;
+  return has_avx2() && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & kAvxVnniBit);
 }
 
 bool has_avx512() {
@@ -70,6 +77,7 @@ struct IsaEntry {
 constexpr int64_t kIsaCount = kAmx + 1;
 const IsaEntry kIsas[kIsaCount] = {
     {"avx2", avx2::linear, has_avx2},
+    {"avx_vnni", avx_vnni::linear, has_avx_vnni},
     {"avx512", avx512::linear, has_avx512},
     {"avx512_vnni", avx512_vnni::linear, has_avx512_vnni},
     {"avx512_bf16", avx512_bf16::linear, has_avx512_bf16},

@@ -21,6 +21,7 @@ struct X86Layout {
   int64_t metadata_offset, row_offset, column_offset, packed_bytes;
   int8_t codebook[128];  // by index: high bits of the code, then u[k], u[k-1], u[k-2]
   float factors[16];     // 2**(-i / 16), of scale codes; code 255 means a scale of zero
+  int64_t trellis;
 };
 
 }  // namespace precalib
