@@ -12,6 +12,7 @@ from precalib_kernels.backends.registry import BackendChoice, BackendRegistry
 from precalib_kernels.errors import ServingError
 from precalib_kernels.format.checkpoint_config import QUANT_METHOD, CheckpointConfig
 from vllm_precalib.compat import vllm_names
+from vllm_precalib.experts.packed_experts import expert_names
 from vllm_precalib.packed_module import PackedModule, find_packed_module
 
 with vllm_names():
@@ -24,6 +25,7 @@ with vllm_names():
 
 
 WEIGHT = ".weight"
+PACKED_WEIGHT = ".qweight"
 
 
 class PrecalibConfig(QuantizationConfig):
@@ -84,8 +86,11 @@ class PrecalibConfig(QuantizationConfig):
         names = {}
         for module in (*self.checkpoint.modules, *self.checkpoint.tied):
             name = hf_to_vllm_mapper.map_name(f"{module}{WEIGHT}")  # patterns are of whole names
-            if name is not None and name.endswith(WEIGHT):
-                names[module] = name.removesuffix(WEIGHT)
+            if name is None:
+                continue
+            if not name.endswith(WEIGHT):  # gpt-oss renames an expert's weight whole
+                name = hf_to_vllm_mapper.map_name(f"{module}{PACKED_WEIGHT}")
+            names[module] = name.removesuffix(WEIGHT).removesuffix(PACKED_WEIGHT)
         layouts, tied = self.checkpoint.modules, self.checkpoint.tied
         self.checkpoint = dataclasses.replace(
             self.checkpoint,
@@ -101,7 +106,9 @@ class PrecalibConfig(QuantizationConfig):
         return find_packed_module(self.checkpoint, self.packed_modules_mapping, prefix)
 
     def get_checkpoint_weight_mapper(self) -> Any:  # type: ignore[override]
-        """vLLM's own; it is asked for when all layers are made and before any weight is loaded.
+        """vLLM's own, and names for packed experts that its gpt-oss would skip.
+
+        It is asked for when all layers are made and before any weight is loaded.
 
         Raises ServingError for a packed output head that no layer of the model takes.
         """
@@ -111,7 +118,7 @@ class PrecalibConfig(QuantizationConfig):
                 f"{heads[0]} is packed, but vLLM computes this model's logits with its embeddings "
                 "or with an unquantized head; quantize the model again without --head"
             )
-        return super().get_checkpoint_weight_mapper()
+        return super().get_checkpoint_weight_mapper() | expert_names(self.checkpoint)
 
     def _check_model(self, modules: Iterable[str]) -> None:
         """Raise ServingError for a packed module whose weight vLLM's loader would change."""

@@ -1,6 +1,7 @@
 """A packed checkpoint on disk, read module by module."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -8,7 +9,8 @@ import torch
 from torch import Tensor
 
 from offline_quantize.checkpoint.atomic_files import JOB
-from offline_quantize.checkpoint.manifest import REQUANTIZE_REMEDY
+from offline_quantize.checkpoint.manifest import REQUANTIZE_REMEDY, Manifest
+from offline_quantize.checkpoint.model_size import ModelSize
 from offline_quantize.checkpoint.safetensors_file import TensorLocation
 from offline_quantize.checkpoint.source import CONFIG, Checkpoint, open_checkpoint
 from precalib_kernels.errors import FormatError, SourceError
@@ -86,12 +88,42 @@ class PackedCheckpoint:
                 )
         return found
 
+    @functools.cached_property
+    def in_expert_tensors(self) -> Mapping[str, str]:
+        """The 3-D tensor that a module was a part of, by module."""
+        return {
+            part.module: name
+            for name, tensor in self.config.expert_tensors.items()
+            for part in tensor.parts()
+        }
+
+    def expert_tensor(self, name: str, dtype: torch.dtype) -> Tensor:
+        """A 3-D tensor that was packed as modules. Raises FormatError as `tensors` does."""
+        tensor = self.config.expert_tensors[name]
+
+        def weight(module: str) -> Tensor:
+            if (shape := self.shape(module)) != tensor.part_shape:
+                raise FormatError(
+                    f"{self.root}: {module} has shape {list(shape)}, but '{name}' is made of parts "
+                    f"of shape {list(tensor.part_shape)}; {REQUANTIZE_REMEDY}"
+                )
+            return self.weight(module)
+
+        return tensor.assemble(weight, dtype)
+
     def weight(self, module: str) -> Tensor:
         """Ŵ [N, K] of a packed module in float32. Raises FormatError as `tensors` does."""
         where = f"{self.root}: {module}"
         tensors = self.tensors(module)
         _, columns = self.shape(module)
         return reference.dequantize(tensors, self.layout(module), columns, where=where)
+
+
+def model_size(packed: PackedCheckpoint, manifest: Manifest) -> ModelSize:
+    """Of the whole model; tensors that are missing count for nothing."""
+    locations = packed.locations
+    others = [locations[name].entry for name in manifest.unquantized if name in locations]
+    return ModelSize.of(manifest.totals.weights, manifest.totals.stored_bytes, others)
 
 
 def open_packed(directory: Path) -> PackedCheckpoint:

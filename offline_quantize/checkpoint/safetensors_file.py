@@ -62,6 +62,10 @@ class Entry:
         """Number of elements."""
         return math.prod(self.shape)
 
+    def arrange(self, elements: Tensor) -> Tensor:
+        """The tensor, of its elements in the order of the file."""
+        return elements.view(self.shape)
+
 
 @dataclasses.dataclass(frozen=True)
 class TensorLocation:
@@ -147,7 +151,7 @@ def read_tensor(path: Path, name: str, entry: Entry) -> Tensor:
     if entry.dtype not in TORCH_DTYPES:
         raise SourceError(f"{path}: tensor '{name}' has type {entry.dtype}, which is not read here")
     dtype = TORCH_DTYPES[entry.dtype]
-    if entry.nbytes > _memory():
+    if entry.end - entry.begin > _memory():
         raise SourceError(
             f"{path}: tensor '{name}' has {entry.nbytes / 1e9:.1f} GB, more than this machine's "
             "memory; use a machine with more"
@@ -155,7 +159,7 @@ def read_tensor(path: Path, name: str, entry: Entry) -> Tensor:
     try:
         if not entry.nbytes:
             return torch.empty(entry.shape, dtype=dtype)
-        data = bytearray(entry.nbytes)
+        data = bytearray(entry.end - entry.begin)
     except (MemoryError, RuntimeError) as error:
         raise SourceError(
             f"{path}: tensor '{name}' of shape {list(entry.shape)} does not fit into memory; "
@@ -169,7 +173,7 @@ def read_tensor(path: Path, name: str, entry: Entry) -> Tensor:
             if not count:
                 raise SourceError(f"{path}: tensor '{name}' is truncated; download it again")
             done += count
-    return torch.frombuffer(data, dtype=dtype).view(entry.shape)
+    return entry.arrange(torch.frombuffer(data, dtype=dtype))
 
 
 @functools.cache

@@ -18,10 +18,12 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from offline_quantize.checkpoint.manifest import Manifest
+from offline_quantize.checkpoint.model_size import ModelSize
 from offline_quantize.checkpoint.progress import NullProgress
 from offline_quantize.planning import selection
 from offline_quantize.planning.activation_options import describe
 from offline_quantize.planning.plan import Plan, WeightPlan
+from offline_quantize.planning.weight_choice import unknown_experts
 from offline_quantize.units import natural
 from offline_quantize.units import size as size
 
@@ -121,12 +123,29 @@ def show_plan(plan: Plan) -> None:
         f"Exact size of the output: {plan.output_bytes:,} bytes and the manifest "
         f"precalib.json{also}."
     )
+    show_model_size(plan.model_size)
+
+
+def show_model_size(whole: ModelSize) -> None:
+    """Print the effective bits of the whole model, and how much of it stays as it was."""
+    out.print(
+        f"Whole model: {whole.bits:.3f} effective bits per weight; "
+        f"{whole.share(whole.unquantized)} of its {whole.weights:,} weights stay unquantized."
+    )
 
 
 def show_notes(plan: Plan) -> None:
     """Say so when the source's files contradict each other, and of parts that serve badly."""
     for note in plan.source.notes:
         out.print(f"Note: {note}.")
+    if experts := unknown_experts(plan.unquantized):
+        weights = sum(plan.source.locations[name].entry.weights for name in experts)
+        out.print(
+            f"Note: {plan.model_size.share(weights)} of the model's weights stay unquantized as "
+            f"experts in 3-D tensors, whose form is not known for model type "
+            f"{plan.source.text_config.get('model_type')!r}. vLLM can quantize them as it loads "
+            "them (docs/mixtures.md)."
+        )
     for weight in plan.weight_plans.values():
         head = selection.HEAD.search(weight.module)
         if (head or selection.EMBEDDINGS.search(weight.module)) and weight.recipe.layout.bits == 2:

@@ -4,7 +4,7 @@ from typing import Any
 
 from offline_quantize.checkpoint.atomic_files import CARD, MANIFEST
 from offline_quantize.checkpoint.manifest import Manifest
-from offline_quantize.checkpoint.packed import PackedCheckpoint
+from offline_quantize.checkpoint.packed import PackedCheckpoint, model_size
 from offline_quantize.cli import console
 from offline_quantize.planning.activation_options import describe
 from offline_quantize.units import natural
@@ -19,6 +19,7 @@ def show(packed: PackedCheckpoint, manifest: Manifest) -> None:
         f"Recipe {packed.config.recipe}, {known}, made by precalib {manifest.precalib}."
     )
     console.show_totals(manifest)
+    console.show_model_size(model_size(packed, manifest))
     count, nbytes = _files(packed, manifest)
     console.out.print(f"{count:,} files, {console.size(nbytes)} in all.")
 
@@ -30,6 +31,7 @@ def contents(packed: PackedCheckpoint, manifest: Manifest) -> dict[str, Any]:
     """
     fields = manifest.to_json()
     count, nbytes = _files(packed, manifest)
+    whole = model_size(packed, manifest)
     return {
         "directory": str(packed.root),
         "recipe": packed.config.recipe,
@@ -40,6 +42,8 @@ def contents(packed: PackedCheckpoint, manifest: Manifest) -> dict[str, Any]:
             **fields["totals"],
             "bytes_before": manifest.bytes_before,
             "bytes_after": manifest.bytes_after,
+            "weights_of_model": whole.weights,
+            "bits_per_weight_of_model": whole.bits,
             "files": count,
             "file_bytes": nbytes,
         },

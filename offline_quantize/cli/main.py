@@ -201,6 +201,7 @@ def quantize(
     console.show_notes(plan)
     console.show_activations(plan, reason, outcome.unknown)
     console.show_totals(outcome.manifest, outcome.seconds)
+    console.show_model_size(plan.model_size)
     if report_to is not None:
         seconds = None if resume else outcome.seconds  # a resumed run knows its last part alone
         _report(target, Request(report_to, plan.source.root, seconds=seconds, jobs=jobs))

@@ -1,6 +1,7 @@
 """`precalib dequantize`: a packed checkpoint back to an ordinary one."""
 
 import functools
+import math
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -95,10 +96,11 @@ def _lay_out(
     for name, entry in packed.files.shards[file].items():
         if name not in owner:
             tensors[name] = (entry.dtype, entry.shape, entry.nbytes)
-        elif name.endswith(".qweight"):
-            rows, columns = packed.shape(owner[name])
-            nbytes = rows * columns * dtype.itemsize
-            tensors[f"{owner[name]}.weight"] = (NAMES[dtype], (rows, columns), nbytes)
+        elif name.endswith(".qweight") and (made := _made_with(packed, owner[name])):
+            shape: tuple[int, ...] = packed.shape(owner[name])
+            if made in packed.config.expert_tensors:
+                shape = packed.config.expert_tensors[made].shape
+            tensors[made] = (NAMES[dtype], shape, math.prod(shape) * dtype.itemsize)
     return lay_out(tensors, packed.files.metadata[file])
 
 
@@ -109,13 +111,27 @@ def _write_jobs(
         file = location.path.name
         if name not in owner:
             yield WriteJob.copy(file, location)
-        elif name.endswith(".qweight"):
+        elif name.endswith(".qweight") and (made := _made_with(packed, owner[name])):
             module = owner[name]
-            make = functools.partial(_unpack, packed, module, dtype)
-            yield WriteJob(module, file, [f"{module}.weight"], location.entry.nbytes, make)
+            make = functools.partial(_unpack, packed, module, made, dtype)
+            yield WriteJob(module, file, [made], location.entry.nbytes, make)
+
+
+def _made_with(packed: PackedCheckpoint, module: str) -> str | None:
+    """The tensor that is made with a packed module: its weight, or that of all experts together.
+
+    None for the later modules of such a tensor, which is made with the first.
+    """
+    whole = packed.in_expert_tensors.get(module)
+    if whole is None:
+        return f"{module}.weight"
+    first = next(packed.config.expert_tensors[whole].parts())
+    return whole if module == first.module else None
 
 
 def _unpack(
-    packed: PackedCheckpoint, module: str, dtype: torch.dtype
+    packed: PackedCheckpoint, module: str, made: str, dtype: torch.dtype
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    return {f"{module}.weight": packed.weight(module).to(dtype)}, {}
+    if made in packed.config.expert_tensors:
+        return {made: packed.expert_tensor(made, dtype)}, {}
+    return {made: packed.weight(module).to(dtype)}, {}

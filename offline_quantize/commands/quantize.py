@@ -145,9 +145,11 @@ def _write_jobs(
     inputs: Mapping[str, InputStatistics],
     transforms: Transforms = NO_TRANSFORMS,
 ) -> Iterator[WriteJob]:
-    biases = {pair.bias for pair in plan.pairs}
+    made = (
+        {pair.bias for pair in plan.pairs} | plan.weight_plans.keys() | plan.expert_tensors.keys()
+    )
     for location in plan.source.locations.values():
-        if location.name not in plan.weight_plans and location.name not in biases:
+        if location.name not in made:
             yield WriteJob.copy(location.path.name, location)
     for weight in _largest_first(plan.weight_plans.values()):
         yield _weight_job(plan, weight, device, inputs, transforms)
@@ -210,7 +212,7 @@ def _keep_pattern(plan: Plan, names: Iterable[str]) -> str:
     sourced = [weight for weight in plan.weight_plans.values() if weight.name == weight.origin]
     every = [weight.module for weight in sourced]
     wanted = {weight.module for weight in sourced if weight.name in set(names)}
-    for shards in selection.fused_siblings(every):
+    for shards in (*selection.fused_siblings(every), *selection.expert_layers(every).values()):
         if wanted.intersection(shards):
             wanted.update(shards)
     kinds: dict[str, list[str]] = {}  # modules that differ in numbers alone

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from offline_quantize.checkpoint.atomic_files import MANIFEST
+from offline_quantize.checkpoint.expert_slices import with_slices
 from offline_quantize.checkpoint.file_patterns import is_inside
 from offline_quantize.checkpoint.manifest import (
     REQUANTIZE_REMEDY,
@@ -58,7 +59,9 @@ def verify(directory: Path, against: Path | None, progress: Progress) -> Iterato
         except PrecalibError as error:
             yield f"{error}; without it nothing can be compared with the source"
             source = None
-    originals: Mapping[str, TensorLocation] = source.locations if source else {}
+    originals: Mapping[str, TensorLocation] = {}
+    if source is not None:
+        originals = with_slices(source.locations, packed.config.expert_tensors)
     for module in packed.config.modules:
         progress.begin(module)
         try:

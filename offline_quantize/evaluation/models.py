@@ -62,8 +62,12 @@ def load_packed(directory: Path, dtype: torch.dtype, device: str) -> "PreTrained
     packed = open_packed(directory)
     replaced = {name for module in packed.config.modules for name in packed.stored_names(module)}
     tensors = {
-        f"{module}.weight": packed.weight(module).to(dtype) for module in packed.config.modules
+        f"{module}.weight": packed.weight(module).to(dtype)
+        for module in packed.config.modules
+        if module not in packed.in_expert_tensors
     }
+    for name in packed.config.expert_tensors:
+        tensors[name] = packed.expert_tensor(name, dtype)
     for name, location in packed.locations.items():
         if name not in replaced:
             tensors[name] = location.read()

@@ -13,6 +13,8 @@ from precalib_kernels.errors import RecipeError, SourceError
 if TYPE_CHECKING:
     from offline_quantize.planning.plan import WeightPlan
 
+MANY_SHARDS = 8  # of a fused layer, of which not all are named in an error
+
 
 def check_type(path: Path, name: str, entry: Entry, remedy: str = "use --keep") -> None:
     """Raise SourceError for a weight of a type that cannot be quantized."""
@@ -44,7 +46,11 @@ def check_fused(weight_plans: Mapping[str, "WeightPlan"], unquantized: Mapping[s
     others = (selection.module_of(name) for name in unquantized if name.endswith(".weight"))
     for shards in selection.fused_siblings([*layouts, *others]):
         if len({layouts.get(shard) for shard in shards}) > 1:
-            state = ", ".join(f"{shard} ({labels.get(shard, 'kept')})" for shard in shards)
+            told: dict[object, str] = {}  # one for each layout if there are many, as of experts
+            for shard in shards:
+                key = shard if len(shards) <= MANY_SHARDS else layouts.get(shard)
+                told.setdefault(key, f"{shard} ({labels.get(shard, 'kept')})")
+            state = ", ".join(told.values())
             raise RecipeError(
                 "vLLM computes these as one layer, so they need one recipe or must all be kept; "
                 f"widen or narrow --override and --keep: {state}"

@@ -11,6 +11,7 @@ from typing import Any
 
 from offline_quantize.checkpoint.atomic_files import CARD, json_bytes
 from offline_quantize.checkpoint.manifest import RunRecord
+from offline_quantize.checkpoint.model_size import ModelSize
 from offline_quantize.checkpoint.run import OutputFiles
 from offline_quantize.checkpoint.safetensors_file import NAMES, Entry, FileLayout, lay_out
 from offline_quantize.checkpoint.source import (
@@ -29,8 +30,10 @@ from offline_quantize.planning.checks import (
     check_type,
 )
 from offline_quantize.planning.options import Options, RecipeResolver
+from offline_quantize.planning.weight_choice import choose_weights
 from precalib_kernels.errors import FormatError, RecipeError, SourceError
 from precalib_kernels.format.checkpoint_config import CheckpointConfig
+from precalib_kernels.format.expert_tensors import ExpertTensor
 from precalib_kernels.format.layout import FORMAT_VERSION
 
 
@@ -77,6 +80,7 @@ class Plan:
     files:        every output file but the manifest and the card.
     pairs:        what a value–output transform takes; empty without one.
     tied:         heads that use the tensors of packed embeddings, module by module.
+    expert_tensors: 3-D tensors of the source whose matrices are quantized, by name.
     """
 
     source: Checkpoint
@@ -86,6 +90,7 @@ class Plan:
     files: OutputFiles
     pairs: Sequence[value_output.ValueOutputPair] = ()
     tied: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    expert_tensors: Mapping[str, ExpertTensor] = dataclasses.field(default_factory=dict)
 
     @property
     def weights(self) -> int:
@@ -103,6 +108,13 @@ class Plan:
         modules = {weight.module: name for name, weight in self.weight_plans.items()}
         own = (name for module, name in modules.items() if selection.HEAD.search(module))
         return next(own, next((modules[other] for other in self.tied.values()), None))
+
+    @property
+    def model_size(self) -> ModelSize:
+        """Of the whole model as it will be."""
+        locations = self.source.locations
+        others = (locations[name].entry for name in self.unquantized)
+        return ModelSize.of(self.weights, self.stored_bytes, others)
 
     @property
     def output_bytes(self) -> int:
@@ -140,30 +152,15 @@ def make_plan(source: Checkpoint, options: Options) -> Plan:
     """
     check_suitable(source)
     chosen = RecipeResolver(options)
-    wanted: dict[str, tuple[str, Entry]] = {}
-    unquantized: dict[str, str] = {}
-    depth = selection.decoder_depth(source.text_config, source.config)
     architectures = families.architectures_of(source.config, source.text_config)
     check_family(source, architectures, bool(options.head))
-    for file, entries in source.shards.items():
-        for name, entry in entries.items():
-            reason = selection.classify(
-                name,
-                entry.shape,
-                entry.dtype,
-                depth,
-                chosen.keep,
-                bool(options.head),
-                bool(options.embeddings),
-                architectures,
-            )
-            if reason:
-                unquantized[name] = reason
-            else:
-                check_type(source.root / file, name, entry)
-                wanted[name] = file, entry
+    flags = bool(options.head), bool(options.embeddings)
+    choice = choose_weights(source, chosen.keep, *flags, architectures)
+    wanted, others = choice.wanted, choice.unquantized
+    for name, (file, entry) in wanted.items():
+        check_type(source.root / file, name, entry)
     if not wanted:
-        chosen.check_used(wanted, unquantized)
+        chosen.check_used(wanted, choice.unquantized_names)
         raise SourceError(
             f"{source.root}: no tensor looks like a linear weight of a decoder layer "
             "('….layers.N.….weight', 2-D); nothing to quantize"
@@ -172,9 +169,10 @@ def make_plan(source: Checkpoint, options: Options) -> Plan:
     tied = heads.tied_to_embeddings(source, options, wanted) if options.embeddings else {}
     own = any(selection.HEAD.search(selection.module_of(name)) for name in wanted)
     if options.head and not tied and not own:
-        head, origin, found = heads.tied_head(source, unquantized)
+        head, origin, found = heads.tied_head(source, others)
         origins[head], wanted[head] = origin, found
-    _keep_narrow(source, wanted, unquantized, chosen)
+    _keep_narrow(source, wanted, others, chosen)
+    unquantized, experts = choice.by_tensor()
     tied = {head: other for head, other in tied.items() if f"{other}.weight" in wanted}
     if options.target_bits is not None:
         chosen.allocate({name: entry.shape for name, (_, entry) in wanted.items()}, source)
@@ -182,11 +180,11 @@ def make_plan(source: Checkpoint, options: Options) -> Plan:
         name: _weight_plan(source, name, origins.get(name, name), file, entry, chosen)
         for name, (file, entry) in wanted.items()
     }
-    chosen.check_used(weight_plans, unquantized)
+    chosen.check_used(weight_plans, choice.unquantized_names)
     check_fused(weight_plans, unquantized)
     check_collisions(source, weight_plans)
-    shards = {file: _lay_out(source, file, weight_plans) for file in source.shards}
-    config = checkpoint_config(options, weight_plans, unquantized, tied)
+    shards = {file: _lay_out(source, file, weight_plans, experts) for file in source.shards}
+    config = checkpoint_config(options, weight_plans, unquantized, tied, experts)
     pairs = value_output.chosen_pairs(options.transform, source, weight_plans)
     files = OutputFiles(
         value_output.transform_files(pairs) | shards,
@@ -197,7 +195,7 @@ def make_plan(source: Checkpoint, options: Options) -> Plan:
         },
         _metadata_files(source, options, shards, config),
     )
-    return Plan(source, options, weight_plans, unquantized, files, pairs, tied)
+    return Plan(source, options, weight_plans, unquantized, files, pairs, tied, experts)
 
 
 def checkpoint_config(
@@ -205,6 +203,7 @@ def checkpoint_config(
     weight_plans: Mapping[str, WeightPlan],
     unquantized: Mapping[str, str],
     tied: Mapping[str, str],
+    expert_tensors: Mapping[str, ExpertTensor],
 ) -> CheckpointConfig:
     """quantization_config of the output. Arguments as the fields of `Plan`."""
     layouts = {plan.label: plan.recipe.layout for plan in weight_plans.values()}
@@ -221,7 +220,7 @@ def checkpoint_config(
         for name, reason in unquantized.items()
         if name.endswith(".weight") and reason != "not a linear weight"
     )
-    return CheckpointConfig(label, layouts, modules, tuple(linears), tied)
+    return CheckpointConfig(label, layouts, modules, tuple(linears), tied, expert_tensors)
 
 
 def _keep_narrow(
@@ -239,7 +238,9 @@ def _keep_narrow(
         _, recipe = chosen.recipe_for(selection.module_of(name))
         if reason := selection.too_narrow(entry.shape[1], recipe.layout.group_size):
             narrow[name] = reason
-    for siblings in selection.fused_siblings(map(selection.module_of, wanted)):
+    modules = [selection.module_of(name) for name in wanted]
+    experts = selection.expert_layers(modules).values()  # all of them are packed or none
+    for siblings in (*selection.fused_siblings(modules), *experts):
         names = [f"{module}.weight" for module in siblings]
         if reason := next((narrow[name] for name in names if name in narrow), None):
             narrow |= {name: narrow.get(name, reason) for name in names}
@@ -268,11 +269,19 @@ def _weight_plan(
     return WeightPlan(name, origin, file, entry, label, recipe)
 
 
-def _lay_out(source: Checkpoint, file: str, weight_plans: Mapping[str, WeightPlan]) -> FileLayout:
+def _lay_out(
+    source: Checkpoint,
+    file: str,
+    weight_plans: Mapping[str, WeightPlan],
+    expert_tensors: Mapping[str, ExpertTensor],
+) -> FileLayout:
     tensors: dict[str, tuple[str, tuple[int, ...], int]] = {}
     for name, entry in source.shards[file].items():
         if name in weight_plans:
             tensors |= weight_plans[name].outputs()
+        elif name in expert_tensors:
+            for part in expert_tensors[name].parts():
+                tensors |= weight_plans[f"{part.module}.weight"].outputs()
         else:
             tensors[name] = (entry.dtype, entry.shape, entry.nbytes)
     for plan in weight_plans.values():

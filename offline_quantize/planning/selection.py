@@ -105,12 +105,15 @@ def module_of(name: str) -> str:
 
 
 def fused_siblings(modules: Iterable[str]) -> Iterator[list[str]]:
-    """Sets of the given modules that vLLM fuses into one layer, so that they are stored alike."""
-    by_parent: dict[str, set[str]] = {}
+    """Sets of the given modules that vLLM fuses into one layer, so that they are stored alike.
+
+    It does so with the same matrix of all experts, too.
+    """
+    by_parent: dict[str, dict[str, list[str]]] = {}
     for module in modules:
-        parent, _, leaf = module.rpartition(".")
-        by_parent.setdefault(parent, set()).add(leaf)
-    for parent, leaves in by_parent.items():
+        parent, _, leaf = EXPERT_INDEX.sub(".experts.*.", module).rpartition(".")
+        by_parent.setdefault(parent, {}).setdefault(leaf, []).append(module)
+    for leaves in by_parent.values():
         sets: list[list[str]] = []
         for group in FUSED:
             present = [leaf for leaf in group if leaf in leaves]
@@ -120,5 +123,16 @@ def fused_siblings(modules: Iterable[str]) -> Iterator[list[str]]:
                 sets.remove(other)
                 present = list(dict.fromkeys(other + present))
             sets.append(present)
+        fused = {leaf for siblings in sets for leaf in siblings}
+        sets += [[leaf] for leaf, same in leaves.items() if len(same) > 1 and leaf not in fused]
         for siblings in sets:
-            yield [f"{parent}.{leaf}" for leaf in siblings]
+            yield [module for leaf in siblings for module in leaves[leaf]]
+
+
+def expert_layers(names: Iterable[str]) -> dict[str, list[str]]:
+    """Those of the given names that are of experts, by the layer whose experts they are."""
+    layers: dict[str, list[str]] = {}
+    for name in names:
+        if match := EXPERT_INDEX.search(name):
+            layers.setdefault(name[: match.start()], []).append(name)
+    return layers

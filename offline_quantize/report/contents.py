@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from offline_quantize.checkpoint.expert_slices import with_slices
 from offline_quantize.checkpoint.manifest import Manifest, WeightRecord, read_manifest
 from offline_quantize.checkpoint.packed import PackedCheckpoint, open_packed
 from offline_quantize.checkpoint.progress import Progress
@@ -191,7 +192,7 @@ def _chosen(
 
 
 def _origins(against: Path, packed: PackedCheckpoint, manifest: Manifest) -> dict[str, Original]:
-    found = open_checkpoint(against).locations
+    found = with_slices(open_checkpoint(against).locations, packed.config.expert_tensors)
     transforms = Transforms.of(packed.root, manifest.run.transform)
     origins = {}
     for module in packed.config.modules:

@@ -1,15 +1,19 @@
 """How the experts of one layer are stored: vLLM's names against those of the checkpoint."""
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from precalib_kernels.errors import ServingError
 from precalib_kernels.format.checkpoint_config import CheckpointConfig
 from precalib_kernels.format.layout import Layout
 
+if TYPE_CHECKING:
+    from vllm.model_executor.models.utils import WeightsMapper
+
 GATE_UP = "gate_up_proj"  # gate and up in one matrix, as gpt-oss has them
-# What vLLM's table of names for gpt-oss, meant for 3-D tensors, makes of modules
-RENAMED = {"w13_weight": GATE_UP, "w2_weight": "down_proj"}
+EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +86,19 @@ def find_packed_experts(
     return PackedExperts(prefix, count, *matrices)
 
 
+def expert_names(checkpoint: CheckpointConfig) -> "WeightsMapper":
+    """New names for packed tensors of experts whose gate and up are one matrix.
+
+    "….experts.3.gate_up_proj.scales" lies in vLLM's module "….experts.routed_experts".
+    """
+    from vllm.model_executor.models.utils import WeightsMapper
+
+    end = f".{GATE_UP}"
+    if not any(EXPERT.search(module) and module.endswith(end) for module in checkpoint.modules):
+        return WeightsMapper()
+    return WeightsMapper(orig_to_new_regex={EXPERT: r".experts.routed_experts.\1."})
+
+
 def _by_expert(modules: Mapping[str, str], prefix: str) -> dict[int, dict[str, str]]:
     """Layout name of each module of each expert below `prefix`."""
     found: dict[int, dict[str, str]] = {}
@@ -90,7 +107,7 @@ def _by_expert(modules: Mapping[str, str], prefix: str) -> dict[int, dict[str, s
         if module.startswith(start):
             number, _, leaf = module.removeprefix(start).partition(".")
             if number.isdecimal():
-                found.setdefault(int(number), {})[RENAMED.get(leaf, leaf)] = layout_name
+                found.setdefault(int(number), {})[leaf] = layout_name
     return found
 
 

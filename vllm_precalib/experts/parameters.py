@@ -19,7 +19,7 @@ from precalib_kernels.backends.base import LinearSpec
 from precalib_kernels.errors import ServingError
 from precalib_kernels.format.layout import COLUMN_UNIT, Layout
 from vllm_precalib.compat import vllm_names
-from vllm_precalib.experts.packed_experts import ExpertMatrix, PackedExperts
+from vllm_precalib.experts.packed_experts import GATE_UP, ExpertMatrix, PackedExperts
 
 with vllm_names():
     from vllm.model_executor.layers.fused_moe import RoutedExperts
@@ -149,6 +149,8 @@ class ExpertLoader:
             for tensor in matrix.tensors:
                 parameter = layer.get_parameter(matrix.parameter_name(tensor))
                 set_weight_attrs(parameter, {"weight_loader": self._loader(layer, matrix, tensor)})
+        if self.packed.gate_up.shards == (GATE_UP,):
+            self._register_names(layer)
 
     def finish(self, layer: RoutedExperts, dummy: bool) -> None:
         """See that everything came and is finite; then start anew, for a reload.
@@ -157,6 +159,7 @@ class ExpertLoader:
 
         Raises ServingError naming the first tensor that did not come or is not finite.
         """
+        self._remove_names(layer)
         filled, self.filled = self.filled, set()
         if dummy and not filled:
             for matrix in self.matrices:
@@ -173,6 +176,27 @@ class ExpertLoader:
                     label = self._label(matrix, numbers[expert], shard, tensor)
                     raise ServingError(f"{label} was not in the checkpoint; {AGAIN}")
             self._check_finite(layer, matrix, numbers)
+
+    def _register_names(self, layer: RoutedExperts) -> None:
+        """Empty parameters under the checkpoint's names, whose loaders fill the others.
+
+        vLLM's gpt-oss looks its tensors up by name, and skips those that no parameter has.
+        """
+        for local, number in global_numbers(layer, self.experts).items():
+            expert = torch.nn.Module()
+            layer.add_module(str(number), expert)
+            for matrix in self.matrices:
+                holder = torch.nn.Module()
+                expert.add_module(matrix.stored.shards[0], holder)
+                for tensor in matrix.tensors:
+                    empty = Parameter(torch.empty(0), requires_grad=False)
+                    loader = self._named_loader(layer, matrix, tensor, local, number)
+                    set_weight_attrs(empty, {"weight_loader": loader})
+                    holder.register_parameter(tensor, empty)
+
+    def _remove_names(self, layer: RoutedExperts) -> None:
+        for name in [name for name, _ in layer.named_children() if name.isdecimal()]:
+            delattr(layer, name)
 
     def _check_finite(
         self, layer: RoutedExperts, matrix: MatrixParameters, numbers: Mapping[int, int]
@@ -217,10 +241,23 @@ class ExpertLoader:
         # not a closure over the layer, see `WeightLoadGuard.watch`
         return MethodType(load, layer)
 
+    def _named_loader(
+        self, layer: RoutedExperts, matrix: MatrixParameters, tensor: str, local: int, number: int
+    ) -> MethodType:
+        """What vLLM calls for a tensor that it found by its name."""
+
+        def load(layer: RoutedExperts, param: Tensor, loaded_weight: Tensor) -> None:
+            del param
+            data = getattr(layer, matrix.parameter_name(tensor)).data[local]
+            matrix.fill(data, tensor, 0, loaded_weight, self._label(matrix, number, 0, tensor))
+            self.filled.add((matrix.name, tensor, local, 0))
+
+        return MethodType(load, layer)
+
 
 def global_numbers(layer: RoutedExperts, experts: int) -> dict[int, int]:
     """The checkpoint's number of each of this rank's experts."""
-    expert_map: Any = layer.expert_map
+    expert_map: Any = layer._expert_map
     if expert_map is None:
         return {expert: expert for expert in range(experts)}
     return {int(local): number for number, local in enumerate(expert_map) if local >= 0}

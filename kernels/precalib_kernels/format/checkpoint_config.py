@@ -5,9 +5,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from precalib_kernels.errors import FormatError
+from precalib_kernels.format.expert_tensors import ExpertTensor
 from precalib_kernels.format.layout import FORMAT_VERSION, Layout
 
 QUANT_METHOD = "precalib"
+# Stands among the layouts and names the optional keys that a reader must know. Readers that know no
+# optional key take it for a layout with unknown fields, and refuse the checkpoint for them.
+REQUIRED = "required"
+REQUIRED_KEYS = ("expert_tensors",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +26,7 @@ class CheckpointConfig:
     kept:    linear modules left in their original type, for people.
     tied:    modules without tensors of their own, by name: each uses those of another packed
              module. {"lm_head": "model.embed_tokens"} for a head that is its packed embeddings.
+    expert_tensors: 3-D tensors that were packed as modules, by name.
     """
 
     recipe: str
@@ -28,6 +34,7 @@ class CheckpointConfig:
     modules: Mapping[str, str]
     kept: tuple[str, ...] = ()
     tied: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    expert_tensors: Mapping[str, ExpertTensor] = dataclasses.field(default_factory=dict)
 
     def layout_of(self, module: str) -> Layout | None:
         """Layout of a packed module, None for any other."""
@@ -35,16 +42,23 @@ class CheckpointConfig:
         return None if name is None else self.layouts[name]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form."""
+        """JSON form; optional keys only where they say something."""
+        layouts: dict[str, Any] = {name: layout.to_dict() for name, layout in self.layouts.items()}
+        if self.expert_tensors:
+            layouts[REQUIRED] = {"expert_tensors": True}
         fields = {
             "quant_method": QUANT_METHOD,
             "format_version": FORMAT_VERSION,
             "recipe": self.recipe,
-            "layouts": {name: layout.to_dict() for name, layout in self.layouts.items()},
+            "layouts": layouts,
             "modules": dict(self.modules),
             "kept": list(self.kept),
         }
-        return {**fields, "tied": dict(self.tied)} if self.tied else fields
+        if self.tied:
+            fields["tied"] = dict(self.tied)
+        if self.expert_tensors:
+            fields["expert_tensors"] = {n: t.to_dict() for n, t in self.expert_tensors.items()}
+        return fields
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "CheckpointConfig":
@@ -69,6 +83,9 @@ class CheckpointConfig:
         for name, layout in fields["layouts"].items():
             if not isinstance(layout, Mapping):
                 raise FormatError(f"quantization_config: layout {name!r} is not an object")
+            if name == REQUIRED:
+                _check_required(layout)
+                continue
             try:
                 layouts[name] = Layout.from_dict(layout)
             except FormatError as error:
@@ -92,4 +109,37 @@ class CheckpointConfig:
                 raise FormatError(
                     f"quantization_config: module {module!r} cannot be tied to {other!r}"
                 )
-        return cls(fields["recipe"], layouts, dict(fields["modules"]), tuple(kept), dict(tied))
+        modules = dict(fields["modules"])
+        experts = _expert_tensors(fields.get("expert_tensors", {}), modules)
+        return cls(fields["recipe"], layouts, modules, tuple(kept), dict(tied), experts)
+
+
+def _check_required(keys: Mapping[str, Any]) -> None:
+    """Raise FormatError for a key that a reader must know and this one does not."""
+    if unknown := sorted(set(keys) - set(REQUIRED_KEYS)):
+        raise FormatError(
+            f"quantization_config needs a reader that knows the key {unknown[0]!r}; install the "
+            "precalib that wrote the checkpoint, or a newer one"
+        )
+
+
+def _expert_tensors(fields: Any, modules: Mapping[str, str]) -> dict[str, ExpertTensor]:
+    """The value of "expert_tensors". Raises FormatError unless all their modules are packed."""
+    if not isinstance(fields, Mapping):
+        raise FormatError("quantization_config: 'expert_tensors' is not an object")
+    found: dict[str, ExpertTensor] = {}
+    for name, tensor in fields.items():
+        if not isinstance(tensor, Mapping):
+            raise FormatError(f"quantization_config: expert tensor {name!r} is not an object")
+        try:
+            found[name] = ExpertTensor.from_dict(tensor)
+        except FormatError as error:
+            raise FormatError(f"quantization_config: {name!r}: {error}") from error
+        if found[name].shape[0] > len(modules):  # a number of any size may stand there
+            raise FormatError(f"quantization_config: {name!r} has more experts than are packed")
+        for part in found[name].parts():
+            if part.module not in modules:
+                raise FormatError(
+                    f"quantization_config: {name!r} is made of {part.module!r}, which is not packed"
+                )
+    return found
