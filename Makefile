@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: install demo test test-fast lint chromium bench-quality bench-speed kernels-report bench-cpu sanitize clean help
+.PHONY: install demo test test-fast test-arm arm-tools lint chromium bench-quality bench-speed kernels-report bench-cpu sanitize clean help
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -51,7 +51,7 @@ demo: $(STAMP) ## quantize a real model, serve it in vLLM, ask it, measure it
 	@$(BIN)/python deploy/demo.py
 
 # PRECALIB_NO_SKIP: what set-up brings may not be missing (tests/README.md, "Skips").
-test: lint chromium ## lint, types and the whole test suite, with its coverage
+test: lint chromium arm-tools ## lint, types and the whole test suite, with its coverage
 	@PRECALIB_NO_SKIP=1 COVERAGE_FILE=.venv/.coverage OMP_NUM_THREADS=1 $(BIN)/pytest --cov --cov-fail-under=$(COVERAGE)
 
 test-fast: $(STAMP) ## tests without engines, real models, compilers and interpreted kernels
@@ -68,6 +68,23 @@ chromium: ## a browser for the tests, with apt-get where there is none and we ma
 	      -o DPkg::Lock::Timeout=300 chromium; } >/dev/null 2>&1 \
 	      || echo "chromium: could not be installed; the tests of the report in a browser will skip (in CI: fail)"; \
 	  else echo "chromium: not there; the tests of the report in a browser will skip (in CI: fail)"; fi; fi
+
+# The Arm kernels are tested in an emulator. Without one their tests skip, in CI as well.
+ARM_TOOLS = (command -v aarch64-linux-gnu-g++ && command -v qemu-aarch64-static qemu-aarch64) >/dev/null || [ "$$(uname -m)" = aarch64 ]
+arm-tools:
+	@$(ARM_TOOLS) || echo "test: no Arm compiler and emulator, the tests of the Arm kernels will skip (make test-arm)"
+
+test-arm: $(STAMP) ## tests of the Arm kernels, in an emulator on other processors
+	@if ! { $(ARM_TOOLS); }; then \
+	  as_root=; [ "$$(id -u)" = 0 ] || as_root="sudo -n"; \
+	  if command -v apt-get >/dev/null && $$as_root true 2>/dev/null; then \
+	    echo "test-arm: installing g++-aarch64-linux-gnu and qemu-user-static"; \
+	    export DEBIAN_FRONTEND=noninteractive; \
+	    { $$as_root apt-get -qq update && $$as_root apt-get -qq install -y --no-install-recommends \
+	      -o DPkg::Lock::Timeout=300 g++-aarch64-linux-gnu qemu-user-static; } >/dev/null 2>&1 || true; fi; fi
+	@{ $(ARM_TOOLS); } || { \
+	  echo "test-arm: install a cross-compiler and qemu's user mode: apt-get install g++-aarch64-linux-gnu qemu-user-static"; exit 1; }
+	@PRECALIB_NO_SKIP=1 OMP_NUM_THREADS=1 $(BIN)/pytest tests/kernels/backends/arm
 
 lint: $(STAMP) ## ruff and mypy
 	@$(BIN)/ruff check .

@@ -5,6 +5,7 @@ sources stay as they are, finds them in the user's cache. Without a compiler the
 again.
 """
 
+import platform
 import shutil
 import sys
 from collections.abc import Callable
@@ -20,13 +21,14 @@ KERNELS = ROOT / "kernels"
 ENCODER = ROOT / "offline_quantize" / "method" / "csrc"
 sys.path.insert(0, str(KERNELS))  # pip builds where nothing but setuptools is installed
 
-from precalib_kernels.backends.x86 import library  # noqa: E402
+from precalib_kernels.backends.arm import library as arm  # noqa: E402
+from precalib_kernels.backends.x86 import library as x86  # noqa: E402
 from precalib_kernels.toolchain import compile as build  # noqa: E402
 
 DEFINITIONS: dict[str, Callable[[], build.Library]] = {
     "viterbi": partial(build.definition, ENCODER / "viterbi.cpp"),
     "feedback": partial(build.definition, ENCODER / "feedback.cpp"),
-    "cpu": library.definition,
+    "cpu": arm.definition if platform.machine() == "aarch64" else x86.definition,
 }
 
 

@@ -24,6 +24,7 @@ ACCEPTED_SKIPS = (
     r"this machine has a GPU",
     r"this processor (lacks|has) ",
     r"needs? AVX",
+    r"there is no Arm emulator",
 )
 NO_BROWSER = r"there is no Chromium"  # `make test` may not install one everywhere; CI has to
 

@@ -125,16 +125,20 @@ def _quantizer() -> Iterator[Finding]:
 
 
 def _cpu_kernels() -> Finding:
-    from precalib_kernels.backends.x86 import library
+    from precalib_kernels.backends.arm import library as arm
+    from precalib_kernels.backends.x86 import library as x86
     from precalib_kernels.toolchain import compile as build
 
+    on_arm = platform.machine() == "aarch64"
+    library, needed = (arm, "asimddp") if on_arm else (x86, "AVX2")
     try:
         isas = library.supported_isas()
         missing = [isa.name for isa in library.ISAS if isa.missing()]
     except build.BuildError as error:
         return Finding("CPU kernels", "note", f"none, CPUs serve dense weights: {error}")
     if not isas:
-        return Finding("CPU kernels", "note", "none, CPUs serve dense weights: they need AVX2")
+        reason = f"none, CPUs serve dense weights: they need {needed}"
+        return Finding("CPU kernels", "note", reason)
     compiled = f"compiled for {isas[-1]}, {library.load()._name}"
     if missing:
         compiled += f"; the compiler could not build {', '.join(missing)}"

@@ -2,16 +2,21 @@
 
 import dataclasses
 import json
+import platform
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from vllm.model_executor.layers.linear import ReplicatedLinear
 
+from precalib_kernels.backends.arm import library as arm_library
+from precalib_kernels.backends.arm.backend import ArmBackend
 from precalib_kernels.backends.base import Backend, LinearSpec
 from precalib_kernels.backends.reference import ReferenceBackend, unpacked_rows
 from precalib_kernels.backends.registry import FORMER_NAMES, BackendRegistry
+from precalib_kernels.backends.x86 import library as x86_library
 from precalib_kernels.backends.x86.backend import X86Backend
 from precalib_kernels.errors import ServingError
 from precalib_kernels.format.checkpoint_config import CheckpointConfig
@@ -69,19 +74,61 @@ def load(layer, tensors):
 
 def test_the_order_of_backends(spec):
     """The one that reads packed weights first; `dense` before what is only for comparison."""
-    names = ("x86", "triton", "vllm_mixed_precision", "dense", "reference")
+    names = ("x86", "arm", "triton", "vllm_mixed_precision", "dense", "reference")
     assert plugin_registry().names == names
     reasons = plugin_registry().reasons(spec)
     assert reasons["triton"] == reasons["vllm_mixed_precision"] == "computes on GPUs, not on cpu"
     assert reasons["dense"] is None
     assert reasons["reference"] is None
     assert reasons["x86"] == X86Backend.can_run(spec)
+    assert reasons["arm"] == ArmBackend.can_run(spec)
     assert dict(describe()) == reasons
 
 
-def test_without_x86_a_cpu_takes_dense(spec):
-    others = BackendRegistry(kind for kind in plugin_registry() if kind is not X86Backend)
+def test_without_kernels_a_cpu_takes_dense(spec):
+    compiled = (X86Backend, ArmBackend)
+    others = BackendRegistry(kind for kind in plugin_registry() if kind not in compiled)
     assert choose(spec, Options(), others, "fc", "row").backend is DenseBackend
+
+
+@pytest.fixture
+def aarch64(monkeypatch):
+    """A machine with an Arm processor of the given ISAs, as the libraries see it."""
+
+    def pretend(*isas):
+        monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+        for library in (x86_library, arm_library):
+            for name in ("load", "supported_isas"):
+                monkeypatch.setattr(library, name, getattr(library, name).__wrapped__)
+        names = [isa.name for isa in arm_library.ISAS]
+        has = SimpleNamespace(
+            precalib_isa_index=lambda name: names.index(name.decode()),
+            precalib_isa_state=lambda isa: 3 if names[isa] in isas else 1,
+        )
+        monkeypatch.setattr(arm_library, "load", lambda: has)
+
+    return pretend
+
+
+def test_on_aarch64_the_arm_backend_is_taken(spec, aarch64):
+    aarch64("dotprod")
+    reasons = dict(describe())
+    assert reasons["arm"] is None
+    assert reasons["x86"] == "the kernels are for x86-64, this is aarch64"
+    choice = choose(spec, Options(), plugin_registry(), "fc", "row")
+    assert choice.backend is ArmBackend
+    assert choice.reason == f"first that can run; x86: {reasons['x86']}"
+    rounded = dataclasses.replace(spec, int8_activations=True)
+    assert choose(rounded, Options(), plugin_registry(), "fc", "row").backend is ArmBackend
+
+
+def test_an_old_arm_processor_takes_dense(spec, aarch64):
+    aarch64()
+    reason = "needs the dot product instructions of Armv8.2 (asimddp)"
+    assert dict(describe())["arm"] == reason
+    choice = choose(spec, Options(), plugin_registry(), "fc", "row")
+    assert choice.backend is DenseBackend
+    assert choice.reasons["arm"] == reason
 
 
 def test_who_cannot_compute_experts_says_so(spec):
@@ -100,7 +147,7 @@ def test_one_that_cannot_run_is_refused_with_the_layer(spec):
 
 
 def test_an_unknown_one_is_refused_with_the_option(spec):
-    known = "x86, triton, vllm_mixed_precision, dense, reference"
+    known = "x86, arm, triton, vllm_mixed_precision, dense, reference"
     with pytest.raises(
         ServingError,
         match=r'^additional_config \{"precalib": \{"backend": "turbo"\}\}: '

@@ -131,8 +131,9 @@ def default_registry() -> BackendRegistry:
     """A new registry of the backends that need no inference engine."""
     # imported here because backends define kernels of operators, which few readers of this
     # module want
+    from precalib_kernels.backends.arm.backend import ArmBackend
     from precalib_kernels.backends.reference import ReferenceBackend
     from precalib_kernels.backends.triton.backend import TritonBackend
     from precalib_kernels.backends.x86.backend import X86Backend
 
-    return BackendRegistry((X86Backend, TritonBackend, ReferenceBackend))
+    return BackendRegistry((X86Backend, ArmBackend, TritonBackend, ReferenceBackend))

@@ -107,7 +107,7 @@ def test_reasons_name_every_backend(registry):
 
 def test_an_ordinary_layer_is_described():
     reasons = default_registry().describe("cpu")
-    assert list(reasons) == ["x86", "triton", "reference"]
+    assert list(reasons) == ["x86", "arm", "triton", "reference"]
     assert reasons["triton"] == "computes on GPUs, not on cpu"
     assert default_registry().describe("cuda")["x86"] == "computes on CPUs, not on cuda"
 
@@ -139,7 +139,7 @@ def test_backends_are_tried_in_the_order_they_were_put_in(registry):
 
 def test_a_registry_is_nobody_elses():
     default_registry().register(Fussy)
-    assert default_registry().names == ("x86", "triton", "reference")
+    assert default_registry().names == ("x86", "arm", "triton", "reference")
 
 
 @pytest.mark.parametrize(("former", "name"), FORMER_NAMES.items())

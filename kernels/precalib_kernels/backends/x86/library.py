@@ -155,12 +155,23 @@ def load() -> ctypes.CDLL:
         ("precalib_isa_index", ctypes.c_int64),
         ("precalib_kernel_table", ctypes.c_int64),
         ("precalib_kernel_name", ctypes.c_char_p),
-        ("precalib_torch_bytes", ctypes.c_int64),
-        ("precalib_torch_fields", ctypes.c_char_p),
     ):
         getattr(library, name).restype = result
     library.precalib_isa_state.argtypes = (ctypes.c_int64,)
     library.precalib_kernel_name.argtypes = (ctypes.c_int64,)
+    register(library)
+    return library
+
+
+def register(library: ctypes.CDLL) -> None:
+    """Make a library of `torch_binding.cpp` and kernels torch's `precalib::cpu_linear`.
+
+    Raises BuildError if the torch here cannot take it.
+    """
+    import torch
+
+    library.precalib_torch_bytes.restype = ctypes.c_int64
+    library.precalib_torch_fields.restype = ctypes.c_char_p
     try:
         libtorch = ctypes.CDLL("libtorch_cpu.so")  # which torch has loaded
     except OSError as error:
@@ -173,7 +184,6 @@ def load() -> ctypes.CDLL:
         raise BuildError("library.py and torch_binding.cpp differ about the functions of torch")
     if library.precalib_register(ctypes.byref(table)):
         raise BuildError(f"torch {torch.__version__} does not take the operator")
-    return library
 
 
 def check_torch_version(version: str) -> None:

@@ -4,6 +4,9 @@ The operators themselves are C++, registered by `library.load()`: a call takes a
 torch's own dispatch in Python would be several times as much.
 """
 
+import ctypes
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -12,12 +15,14 @@ from precalib_kernels.backends.x86 import library
 from precalib_kernels.backends.x86.memory_layout import X86Layout
 
 
-def layout_tensor(layout: X86Layout) -> Tensor:
+def layout_tensor(layout: X86Layout, load: Callable[[], ctypes.CDLL] = library.load) -> Tensor:
     """The layout as the operator takes it, uint8 [any]; from then on there is the operator.
+
+    load: loads the library whose operator it is.
 
     Raises BuildError with the reason why there is none for this machine.
     """
-    library.load()
+    load()
     return torch.frombuffer(bytearray(layout.to_bytes()), dtype=torch.uint8).clone()
 
 

@@ -1,6 +1,6 @@
 """From the tensors of a checkpoint to the memory layout of `memory_layout.py`."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -16,67 +16,7 @@ SEGMENTS = 4
 STEPS = 8
 
 
-def repack(
-    tensors: Mapping[str, Tensor], x86: X86Layout, where: str, arena: HugePageArena = WEIGHTS
-) -> Tensor:
-    """The tensors of a weight as one tensor in the memory layout, uint8 [x86.nbytes].
-
-    tensors: as named by `Layout.tensors`; column_scale has a row per shard.
-    where:   begins the text of a FormatError about damaged positions.
-    arena:   where its memory comes from.
-    """
-    packed = arena.zeros(x86.nbytes)
-    metadata_start, row_start, column_start, _ = x86.offsets
-    planes = packed[:metadata_start].view(x86.blocks, x86.block_bytes)
-    metadata_size = x86.blocks * x86.groups * x86.metadata_bytes
-    metadata = packed[metadata_start:][:metadata_size].view(
-        x86.blocks, x86.groups, x86.metadata_bytes
-    )
-    rows = packed[row_start:column_start].view(torch.float32).view(x86.blocks, ROW_VALUES, LANES)
-    for first, chunk in _blocks_of_rows(tensors, x86):
-        count = chunk["qweight"].shape[0] // LANES
-        blocks = slice(first, first + count)
-        codes = unpack_bits(chunk["qweight"], x86.layout.bits, x86.columns)
-        planes[blocks] = bit_planes(codes, x86.layout)
-        metadata[blocks] = _group_metadata(chunk, codes, x86, where)
-        rows[blocks] = _row_values(chunk, x86.layout).view(-1, count, LANES).transpose(0, 1)
-    if x86.layout.column_scale:
-        scale = tensors["column_scale"].contiguous().view(torch.uint8).flatten()
-        packed[column_start:][: scale.numel()] = scale
-    return packed
-
-
-def bit_planes(codes: Tensor, layout: Layout) -> Tensor:
-    """Bits of the codes, uint8 [blocks, bytes], in the order of `decode.h`.
-
-    codes: uint8 [16 * blocks, K].
-    """
-    columns = codes.shape[1]
-    whole = columns // layout.group_size * layout.group_size
-    pieces = []
-    for first, last in ((0, whole), (whole, columns)):
-        if first < last:
-            size = min(layout.group_size, last - first)
-            grouped = codes[:, first:last].reshape(-1, LANES, (last - first) // size, size)
-            pieces.append(_group_planes(grouped, layout.bits).flatten(1))
-    return torch.cat(pieces, 1)
-
-
-def _group_planes(codes: Tensor, bits: int) -> Tensor:
-    """Codes [blocks, 16, groups, size] to [blocks, groups, planes * 64]."""
-    blocks, _, groups, size = codes.shape
-    chunks = size // COLUMN_UNIT
-    steps = codes.view(blocks, LANES, groups, SEGMENTS, chunks, STEPS)
-    # [step, block, group, chunk, byte], a byte being a row's segment
-    step = steps.permute(5, 0, 2, 4, 1, 3).reshape(STEPS, blocks, groups, chunks, VECTOR)
-    low = torch.zeros_like(step[0])
-    for i in range(STEPS):
-        low |= (step[i] & 1) << i
-    high = torch.stack(_high_planes(step >> 1, bits), 3)
-    return torch.cat([low.flatten(2), high.flatten(2)], 2)
-
-
-def _high_planes(high: Tensor, bits: int) -> list[Tensor]:
+def high_planes(high: Tensor, bits: int) -> list[Tensor]:
     """The bits above the lowest, [8, ...] to bits - 1 planes, as `high_bits` in decode.h reads."""
     planes = [torch.zeros_like(high[0]) for _ in range(bits - 1)]
     if bits == 4:
@@ -91,6 +31,75 @@ def _high_planes(high: Tensor, bits: int) -> list[Tensor]:
     for i in range(STEPS):
         planes[i // per_plane] |= high[i] << width * (i % per_plane)
     return planes
+
+
+HighPlanes = Callable[[Tensor, int], list[Tensor]]
+
+
+def repack(
+    tensors: Mapping[str, Tensor],
+    x86: X86Layout,
+    where: str,
+    arena: HugePageArena = WEIGHTS,
+    planes_of: HighPlanes = high_planes,
+) -> Tensor:
+    """The tensors of a weight as one tensor in the memory layout, uint8 [x86.nbytes].
+
+    tensors:   as named by `Layout.tensors`; column_scale has a row per shard.
+    where:     begins the text of a FormatError about damaged positions.
+    arena:     where its memory comes from.
+    planes_of: which planes the high bits of codes go to; Arm has an order of its own.
+    """
+    packed = arena.zeros(x86.nbytes)
+    metadata_start, row_start, column_start, _ = x86.offsets
+    planes = packed[:metadata_start].view(x86.blocks, x86.block_bytes)
+    metadata_size = x86.blocks * x86.groups * x86.metadata_bytes
+    metadata = packed[metadata_start:][:metadata_size].view(
+        x86.blocks, x86.groups, x86.metadata_bytes
+    )
+    rows = packed[row_start:column_start].view(torch.float32).view(x86.blocks, ROW_VALUES, LANES)
+    for first, chunk in _blocks_of_rows(tensors, x86):
+        count = chunk["qweight"].shape[0] // LANES
+        blocks = slice(first, first + count)
+        codes = unpack_bits(chunk["qweight"], x86.layout.bits, x86.columns)
+        planes[blocks] = bit_planes(codes, x86.layout, planes_of)
+        metadata[blocks] = _group_metadata(chunk, codes, x86, where)
+        rows[blocks] = _row_values(chunk, x86.layout).view(-1, count, LANES).transpose(0, 1)
+    if x86.layout.column_scale:
+        scale = tensors["column_scale"].contiguous().view(torch.uint8).flatten()
+        packed[column_start:][: scale.numel()] = scale
+    return packed
+
+
+def bit_planes(codes: Tensor, layout: Layout, planes_of: HighPlanes = high_planes) -> Tensor:
+    """Bits of the codes, uint8 [blocks, bytes], in the order of `decode.h`.
+
+    codes:     uint8 [16 * blocks, K].
+    planes_of: as `repack` takes it.
+    """
+    columns = codes.shape[1]
+    whole = columns // layout.group_size * layout.group_size
+    pieces = []
+    for first, last in ((0, whole), (whole, columns)):
+        if first < last:
+            size = min(layout.group_size, last - first)
+            grouped = codes[:, first:last].reshape(-1, LANES, (last - first) // size, size)
+            pieces.append(_group_planes(grouped, layout.bits, planes_of).flatten(1))
+    return torch.cat(pieces, 1)
+
+
+def _group_planes(codes: Tensor, bits: int, planes_of: HighPlanes) -> Tensor:
+    """Codes [blocks, 16, groups, size] to [blocks, groups, planes * 64]."""
+    blocks, _, groups, size = codes.shape
+    chunks = size // COLUMN_UNIT
+    steps = codes.view(blocks, LANES, groups, SEGMENTS, chunks, STEPS)
+    # [step, block, group, chunk, byte], a byte being a row's segment
+    step = steps.permute(5, 0, 2, 4, 1, 3).reshape(STEPS, blocks, groups, chunks, VECTOR)
+    low = torch.zeros_like(step[0])
+    for i in range(STEPS):
+        low |= (step[i] & 1) << i
+    high = torch.stack(planes_of(step >> 1, bits), 3)
+    return torch.cat([low.flatten(2), high.flatten(2)], 2)
 
 
 def _group_metadata(

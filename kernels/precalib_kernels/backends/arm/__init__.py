@@ -1,0 +1,1 @@
+"""Backend `arm`: compiled kernels for 64-bit Arm processors."""

@@ -1,0 +1,98 @@
+"""The compiled kernels for aarch64: one library, with one copy of the kernels per ISA.
+
+The build imports this module to compile them, where there is no torch.
+"""
+
+import ctypes
+import dataclasses
+import functools
+import platform
+from pathlib import Path
+
+from precalib_kernels.backends.x86 import library as x86
+from precalib_kernels.toolchain.compile import BuildError, Library, Unit, load_library
+
+SOURCES = Path(__file__).parent / "csrc"
+_COMPILED, _MACHINE_HAS = 1, 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Isa:
+    """An instruction set that the kernels are compiled for.
+
+    requires: feature of the processor, as /proc/cpuinfo names it.
+    flag:     of the compiler.
+    """
+
+    name: str
+    requires: str
+    flag: str
+
+    def supported(self) -> bool:
+        """Whether this machine has it and the library was compiled for it. Raises BuildError."""
+        return self._state() == _COMPILED | _MACHINE_HAS
+
+    def missing(self) -> bool:
+        """Whether this machine has it, but the library is without it. Raises BuildError."""
+        return self._state() == _MACHINE_HAS
+
+    def _state(self) -> int:
+        library = load()
+        return int(library.precalib_isa_state(library.precalib_isa_index(self.name.encode())))
+
+
+DOTPROD = Isa("dotprod", "asimddp", "-march=armv8.2-a+dotprod")
+I8MM = Isa("i8mm", "i8mm", "-march=armv8.2-a+dotprod+i8mm")
+ISAS = (DOTPROD, I8MM)  # ascending
+
+
+def sources(isas: tuple[Isa, ...] = ISAS, flags: tuple[str, ...] = ()) -> Library:
+    """What the library is made of, on any machine: a cross-compiler can build it.
+
+    flags: of the compiler, besides the usual ones.
+    """
+    flags = (*x86.COMMON_FLAGS, *flags)
+    units = [
+        Unit(SOURCES / "isa_dispatch.cpp", flags),
+        Unit(x86.SOURCES / "torch_binding.cpp", flags),
+    ]
+    for isa in isas:
+        # A compiler that does not know a newer ISA still compiles the others.
+        optional = "" if isa == DOTPROD else f"kernels for {isa.name}"
+        own = (*flags, isa.flag, f"-DPRECALIB_ISA={isa.name}")
+        units.append(Unit(SOURCES / "linear.cpp", own, optional))
+    return Library("cpu", tuple(units))
+
+
+def definition() -> Library:
+    """`sources` for this machine. Raises BuildError on other processors than aarch64."""
+    if platform.machine() != "aarch64":
+        raise BuildError(f"the kernels are for aarch64, this is {platform.machine()}")
+    return sources()
+
+
+@functools.cache
+def load() -> ctypes.CDLL:
+    """The library of kernels, compiled if it is not there yet, as torch's `precalib::cpu_linear`.
+
+    Raises BuildError with the reason why there is none for this machine.
+    """
+    import torch
+
+    made = definition()
+    x86.check_torch_version(torch.__version__)
+    library = load_library(made)
+    library.precalib_isa_index.restype = ctypes.c_int64
+    library.precalib_isa_state.argtypes = (ctypes.c_int64,)
+    library.precalib_layout_bytes.restype = ctypes.c_int64
+    x86.register(library)
+    return library
+
+
+@functools.cache
+def supported_isas() -> tuple[str, ...]:
+    """ISAs that this machine has and the library is compiled for, ascending; may be empty.
+
+    The operator's argument `isa` is an index of this. Raises BuildError.
+    """
+    return tuple(isa.name for isa in ISAS if isa.supported())
