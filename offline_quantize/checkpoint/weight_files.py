@@ -54,7 +54,7 @@ def read_weight_files(directory: Path) -> WeightFiles:
     for tensor, name in owner.items():
         if tensor not in shards[name]:
             raise SourceError(
-                f"{directory / name}: tensor '{tensor[:MAX_NAME]}' is named by {INDEX} but is not in "
+                f"{directory / name}: tensor '{tensor[:MAX_NAME]}' is named by {INDEX} but not in "
                 f"the file; {DOWNLOAD_REMEDY}"
             )
     notes += _keep_one_of_each(directory, shards, owner)

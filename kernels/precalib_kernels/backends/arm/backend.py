@@ -50,3 +50,16 @@ class ArmBackend(Backend):
         packed: Any = layer.qweight  # get_parameter takes as long as a small product
         layout: Any = layer.arm_layout
         return op.linear(x, packed, layout, bias, self.outputs, isa=-1)
+
+    @classmethod
+    def can_embed(cls, spec: LinearSpec) -> str | None:
+        """It can whatever it can run."""
+        del spec
+        return None
+
+    def embedding(self, layer: torch.nn.Module, ids: Tensor) -> Tensor:
+        """One call of `precalib::cpu_gather_rows`."""
+        packed: Any = layer.qweight
+        layout: Any = layer.arm_layout
+        spec = self.spec
+        return op.gather_rows(ids, packed, layout, self.outputs, spec.dtype, spec.input_size)

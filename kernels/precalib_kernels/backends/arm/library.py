@@ -54,6 +54,7 @@ def sources(isas: tuple[Isa, ...] = ISAS, flags: tuple[str, ...] = ()) -> Librar
     flags = (*x86.COMMON_FLAGS, *flags)
     units = [
         Unit(SOURCES / "isa_dispatch.cpp", flags),
+        Unit(x86.SOURCES / "gather_rows.cpp", flags),
         Unit(x86.SOURCES / "torch_binding.cpp", flags),
     ]
     for isa in isas:

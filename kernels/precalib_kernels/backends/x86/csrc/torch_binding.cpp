@@ -52,8 +52,10 @@ struct Torch {
 };
 Torch torch;
 
+thread_local const char* operator_name = "";  // of the call in progress, for errors
+
 [[noreturn, gnu::cold]] void refuse(const std::string& why) {
-  throw std::runtime_error("precalib: " + why);
+  throw std::runtime_error(std::string("precalib::") + operator_name + ": " + why);
 }
 void check(int32_t error) {
   if (error) refuse("torch refused to tell about a tensor, or to make one");
@@ -143,6 +145,7 @@ void check_packed(const Tensor& packed, const X86Layout& layout) {
 
 // (x, packed, layout, bias, outputs, isa) -> y. isa: of `supported_isas`, -1 for the last.
 void cpu_linear(Value* stack, uint64_t, uint64_t) {
+  operator_name = "cpu_linear";
   const Tensor x((Handle)stack[0]), packed((Handle)stack[1]), bytes((Handle)stack[2]);
   const Tensor bias(optional(stack[3]));
   const int64_t outputs = int64_t(stack[4]), wanted = int64_t(stack[5]);
@@ -185,6 +188,7 @@ void cpu_linear(Value* stack, uint64_t, uint64_t) {
 
 // (ids, packed, layout, outputs, type, columns) -> y. type: as `Type`.
 void cpu_gather_rows(Value* stack, uint64_t, uint64_t) {
+  operator_name = "cpu_gather_rows";
   const Tensor ids((Handle)stack[0]), packed((Handle)stack[1]), bytes((Handle)stack[2]);
   const int64_t outputs = int64_t(stack[3]), type = int64_t(stack[4]);
   const X86Layout layout = read_layout(bytes, outputs);
