@@ -20,7 +20,7 @@ from rich.text import Text
 from offline_quantize.checkpoint.manifest import Manifest
 from offline_quantize.checkpoint.model_size import ModelSize
 from offline_quantize.checkpoint.progress import NullProgress
-from offline_quantize.planning import selection
+from offline_quantize.planning import heads, selection
 from offline_quantize.planning.activation_options import describe
 from offline_quantize.planning.plan import Plan, WeightPlan
 from offline_quantize.planning.weight_choice import unknown_experts
@@ -43,6 +43,7 @@ CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2
 # nothing is markup: names and paths may hold brackets
 out = PlainConsole(soft_wrap=True, markup=False, highlight=False, emoji=False)
 err = PlainConsole(stderr=True, soft_wrap=True, markup=False, highlight=False, emoji=False)
+WORTH_PACKING = 0.2  # share of the weights from which embeddings are pointed at
 FILE_WIDTH = 1000  # of tables that go to a file or pipe: as wide as they need
 
 
@@ -145,6 +146,12 @@ def show_notes(plan: Plan) -> None:
             f"experts in 3-D tensors, whose form is not known for model type "
             f"{plan.source.text_config.get('model_type')!r}. vLLM can quantize them as it loads "
             "them (docs/mixtures.md)."
+        )
+    share, saved = heads.saved_by_embeddings(plan.source, plan.unquantized)
+    if share > WORTH_PACKING:
+        out.print(
+            f"Note: embeddings are {share:.0%} of the weights and stay unquantized; "
+            f"--embeddings {heads.EMBEDDINGS_RECIPE} would save {size(saved)}."
         )
     for weight in plan.weight_plans.values():
         head = selection.HEAD.search(weight.module)

@@ -1,15 +1,18 @@
 """The output head of a model that stores none: a copy of its embeddings, or these themselves."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from offline_quantize.checkpoint.safetensors_file import Entry
 from offline_quantize.checkpoint.source import TEXT_CONFIGS, Checkpoint
+from offline_quantize.method import recipes
 from offline_quantize.planning import families, selection
 from offline_quantize.planning.checks import check_type
 from offline_quantize.planning.options import Options
 from precalib_kernels.errors import SourceError
 from precalib_kernels.format.layout import COLUMN_UNIT
+
+EMBEDDINGS_RECIPE = "balanced-5"  # costs little (docs/method.md)
 
 
 def tied_head(
@@ -70,6 +73,25 @@ def tied_to_embeddings(
     if own or other or not source.tied or found[0] not in families.TIED_HEADS:
         return {}
     return {families.TIED_HEADS[found[0]]: found[0]}
+
+
+def saved_by_embeddings(source: Checkpoint, unquantized: Collection[str]) -> tuple[float, int]:
+    """Share of all weights that unquantized embeddings hold, and the bytes that packing them saves.
+
+    Both are 0 where they are packed already, or cannot be.
+    """
+    found = [
+        location
+        for name, location in source.locations.items()
+        if selection.EMBEDDINGS.search(selection.module_of(name)) and name in unquantized
+    ]
+    known = source.config.get("model_type") in families.EMBEDDING_MODELS
+    if not found or not known or found[0].entry.shape[1] % COLUMN_UNIT:
+        return 0.0, 0
+    entry = found[0].entry
+    _, recipe = recipes.for_head(EMBEDDINGS_RECIPE)
+    weights = sum(location.entry.weights for location in source.locations.values())
+    return entry.weights / weights, entry.nbytes - recipe.layout.stored_bytes(*entry.shape)
 
 
 def untie(config: dict[str, Any]) -> None:

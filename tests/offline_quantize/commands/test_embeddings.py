@@ -1,6 +1,7 @@
 """`--embeddings`: packed input embeddings, stored once where a head shares them."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -123,3 +124,22 @@ def test_embeddings_of_two_bits_are_warned_of(tied, precalib, tmp_path):
     result = precalib("quantize", tied(), tmp_path / "t", "--embeddings", "balanced-2")
     assert "Note: model.embed_tokens gets 2-bit codes" in result.out
     assert "prefer --embeddings balanced-4" in result.out
+
+
+def test_large_embeddings_are_pointed_at(checkpoint, weights, precalib, tmp_path):
+    tensors = weights().llama() | {"model.embed_tokens.weight": weights()(1024, 128)}
+    del tensors["lm_head.weight"]
+    source = checkpoint("large", tensors, config=TIED)
+    text = (
+        r"Note: embeddings are (\d+)% of the weights .*--embeddings balanced-5 would save (.*)\.\n"
+    )
+    plain = precalib("quantize", source, tmp_path / "plain", "--recipe", "rtn-4")
+    found = re.search(text, plain.out)
+    assert found
+    assert int(found[1]) == round(100 * 1024 * 128 / sum(t.numel() for t in tensors.values()))
+    packed = precalib("quantize", source, tmp_path / "packed", "--embeddings", "balanced-5")
+    assert "embeddings are" not in packed.out
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("plain", "packed")]
+    assert abs(sizes[0] - sizes[1] - 1000 * float(found[2].split()[0])) < 0.1 * sizes[0]
+    small = precalib("quantize", checkpoint("small", config=CONFIG), tmp_path / "small")
+    assert "embeddings are" not in small.out

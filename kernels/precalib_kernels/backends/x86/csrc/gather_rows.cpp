@@ -15,11 +15,28 @@ T read(const uint8_t* from) {
   return value;
 }
 
-float half_to_float(uint16_t half) { return float(read<_Float16>((const uint8_t*)&half)); }
+float to_float(uint32_t bits) { return read<float>((const uint8_t*)&bits); }
+uint32_t to_bits(float value) { return read<uint32_t>((const uint8_t*)&value); }
+
+// Without the compiler's own types of half precision, which older ones lack.
+float half_to_float(uint16_t half) {
+  const uint32_t magnitude = half & 0x7fff, sign = uint32_t(half & 0x8000) << 16;
+  if (magnitude >= 0x7c00) return to_float(sign | 0x7f800000 | magnitude << 13);
+  return to_float(sign | to_bits(to_float(magnitude << 13) * 0x1p112f));
+}
+
+uint16_t float_to_half(float value) {
+  const uint32_t bits = to_bits(value), magnitude = bits & 0x7fffffff;
+  const uint16_t sign = uint16_t(bits >> 16 & 0x8000);
+  if (magnitude > 0x7f800000) return sign | 0x7e00;   // not-a-number
+  if (magnitude >= 0x477ff000) return sign | 0x7c00;  // rounds to infinity
+  if (magnitude < 0x38800000)                         // subnormal: rounded by an addition
+    return uint16_t(sign | (to_bits(to_float(magnitude) + .5f) - to_bits(.5f)));
+  return uint16_t(sign | ((magnitude + 0xfff + (magnitude >> 13 & 1)) - 0x38000000) >> 13);
+}
 
 uint16_t float_to_bfloat16(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
+  const uint32_t bits = to_bits(value);
   if ((bits & 0x7fffffff) > 0x7f800000) return uint16_t(bits >> 16 | 0x40);  // stays not-a-number
   return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
@@ -104,10 +121,8 @@ float group_scale(const X86Layout& layout, const Row& row, const uint8_t* scales
   if (!layout.log_scales) return row.factor * half_to_float(read<uint16_t>(scales + 2 * row.lane));
   const int code = scales[row.lane];
   if (code == 255) return 0;
-  uint32_t bits;
-  std::memcpy(&bits, &layout.factors[code & 15], sizeof bits);
-  bits -= uint32_t(code >> 4) << 23;  // minus the power of two
-  return row.factor * read<float>((const uint8_t*)&bits);
+  // minus the power of two
+  return row.factor * to_float(to_bits(layout.factors[code & 15]) - (uint32_t(code >> 4) << 23));
 }
 
 void put_salient(const X86Layout& layout, const Row& row, const uint8_t* slots, int64_t columns,
@@ -151,8 +166,8 @@ void round_row(const float* values, int64_t count, Type type, void* y, int64_t a
     uint16_t* const out = (uint16_t*)y + at;
     for (int64_t k = 0; k < count; ++k) out[k] = float_to_bfloat16(values[k]);
   } else {
-    _Float16* const out = (_Float16*)y + at;
-    for (int64_t k = 0; k < count; ++k) out[k] = _Float16(values[k]);
+    uint16_t* const out = (uint16_t*)y + at;
+    for (int64_t k = 0; k < count; ++k) out[k] = float_to_half(values[k]);
   }
 }
 
