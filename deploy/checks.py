@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping
 
 from httpx import HTTPError
 from openai import BadRequestError, DefaultHttpxClient, OpenAI, OpenAIError
-from server import STOP_SECONDS, Server, alive
+
+from offline_quantize.benchmark.server import STOP_SECONDS, Server, alive
 
 PROMPT = "The capital of France is"
 QUESTION = "What is the capital of France? Answer in one sentence."

@@ -22,8 +22,14 @@ from checks import CheckError
 from openai import OpenAIError
 from rich.console import Console
 from rich.table import Table
-from server import COMMANDS, SMALL, Server, ServerError, environment
 
+from offline_quantize.benchmark.server import (
+    COMMANDS,
+    SMALL,
+    Server,
+    ServerError,
+    environment,
+)
 from offline_quantize.checkpoint.manifest import read_manifest
 from precalib_kernels.backends.x86 import library
 

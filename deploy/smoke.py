@@ -9,7 +9,8 @@ from pathlib import Path
 import checks
 from checks import CheckError
 from openai import OpenAIError
-from server import Server, ServerError
+
+from offline_quantize.benchmark.server import Server, ServerError
 
 SECONDS = float(os.environ.get("SMOKE_SECONDS", "300"))  # to become ready
 

@@ -29,6 +29,7 @@ PACKAGES = {
 BEYOND_CORE = MappingProxyType(
     {
         "precalib_kernels.backends.triton": {"triton": "cuda"},
+        "offline_quantize.benchmark": {"psutil": "bench", "matplotlib": "report"},
         "offline_quantize.calibration": {"transformers": "eval", "accelerate": "eval"},
         "offline_quantize.evaluation": {"transformers": "eval"},
         "offline_quantize.report": {"matplotlib": "report"},

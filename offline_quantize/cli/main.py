@@ -21,7 +21,7 @@ from offline_quantize.checkpoint.manifest import read_manifest
 from offline_quantize.checkpoint.packed import open_packed
 from offline_quantize.checkpoint.run import State
 from offline_quantize.checkpoint.source import open_checkpoint
-from offline_quantize.cli import console, evaluation_tables, inspection, sharing
+from offline_quantize.cli import console, evaluation_tables, inspection, serving, sharing
 from offline_quantize.cli import doctor as diagnosis
 from offline_quantize.cli.device import check_device
 from offline_quantize.commands.dequantize import dequantize as run_dequantize
@@ -358,6 +358,7 @@ def report(
 
 app.command()(sharing.card)
 app.command()(sharing.push)
+app.command()(serving.bench)
 
 
 @app.command()

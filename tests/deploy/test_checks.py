@@ -7,9 +7,10 @@ from pathlib import Path
 import checks
 import fake_vllm
 import pytest
-import server as servers
 from checks import CheckError
-from server import Server
+
+from offline_quantize.benchmark import server as servers
+from offline_quantize.benchmark.server import Server
 
 FAKE = Path(fake_vllm.__file__)
 

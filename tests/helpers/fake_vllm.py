@@ -1,6 +1,7 @@
 """Stands in for `vllm serve`: OpenAI's routes and metrics, right or with one fault.
 
     python fake_vllm.py serve MODEL --port N [--fault NAME]
+    python fake_vllm.py bench serve --base-url URL --result-dir FOLDER …
 
 Faults are those that `tests/deploy/test_checks.py` lists.
 """
@@ -12,7 +13,9 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 TEXT = [" Paris", ".", " It", " is"]
@@ -69,8 +72,17 @@ def handler(model: Model) -> type[BaseHTTPRequestHandler]:
                 self.send(model.metrics() if self.path == "/metrics" else "")
 
         def do_POST(self) -> None:
-            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            chat = "messages" in asked
+            data = self.rfile.read(int(self.headers["Content-Length"]))
+            try:
+                asked = json.loads(data)
+                chat = isinstance(asked["messages"], list) if "messages" in asked else False
+                known = asked["model"] == "another" or asked["max_tokens"] > 0
+                fits = len(data) < 10_000 and asked["model"] != "another"
+            except (ValueError, LookupError, TypeError):
+                known = fits = False
+            if not (known and fits):
+                self.send({"error": {"message": "bad"}}, 500 if model.fault == "rude" else 400)
+                return
             if chat and model.fault == "no template":
                 self.send({"error": {"message": "no chat template is defined"}}, 400)
                 return
@@ -87,8 +99,9 @@ def handler(model: Model) -> type[BaseHTTPRequestHandler]:
             self.send_response(200)
             self.send_header("Content-Type", "text/event-stream")
             self.end_headers()
-            for piece in pieces:
+            for number, piece in enumerate(pieces, 1):
                 part = {"delta": {"content": piece}} if chat else {"text": piece}
+                part["finish_reason"] = "stop" if number == len(pieces) else None
                 event = json.dumps({"choices": [{"index": 0, **part}]})
                 self.wfile.write(f"data: {event}\n\n".encode())
                 time.sleep(0.01 if asked["max_tokens"] > 1000 else 0)
@@ -104,9 +117,36 @@ def serve(model: Model, port: int = 0) -> ThreadingHTTPServer:
     return server
 
 
+def bench(words: list[str]) -> None:
+    """The result that `vllm bench serve` writes: 100 tokens/s for each request at once, and 1 more
+    in each round; half of that on a server with a fault, whose `crash` ends without a result.
+    """
+
+    def given(name: str) -> str:
+        return words[words.index(f"--{name}") + 1]
+
+    asked = {"model": given("model"), "prompt": "x", "max_tokens": 4}
+    url = f"{given('base-url')}/v1/completions"
+    with urllib.request.urlopen(urllib.request.Request(url, json.dumps(asked).encode())) as answer:
+        slow = len(json.load(answer)["choices"][0]["text"]) != len("".join(TEXT))
+    if slow and "BENCH_CRASHES" in os.environ:
+        sys.exit("out of luck")
+    speed = (100 * int(given("max-concurrency")) + int(given("seed"))) / (2 if slow else 1)
+    lost = int(os.environ.get("BENCH_LOSES", "0"))
+    result = {"completed": int(given("num-prompts")) - lost, "duration": 1.0}
+    result |= {"output_throughput": speed, "median_ttft_ms": 5.0, "p99_ttft_ms": 9.0}
+    result |= {"median_tpot_ms": 1000 / speed, "p99_tpot_ms": 2000 / speed}
+    Path(given("result-dir"), given("result-filename")).write_text(json.dumps(result))
+
+
 def main() -> None:
     words = sys.argv
+    if words[1] == "bench":
+        bench(words)
+        return
     fault = words[words.index("--fault") + 1] if "--fault" in words else ""
+    if Path(words[2]).name == "slow":
+        fault = "unequal"
     serve(Model(fault), int(words[words.index("--port") + 1]))
     ended = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: ended.set())

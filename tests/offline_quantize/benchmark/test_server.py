@@ -2,8 +2,9 @@ import sys
 
 import psutil
 import pytest
-import server
-from server import Server, ServerError
+
+from offline_quantize.benchmark import server
+from offline_quantize.benchmark.server import Server, ServerError
 
 # Stands in for `vllm`: a child in the group, a child in a session of its own, deaf to SIGTERM.
 FAKE_VLLM = f"""#!{sys.executable}

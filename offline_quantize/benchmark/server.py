@@ -12,20 +12,19 @@ from pathlib import Path
 
 import psutil
 
+from precalib_kernels.errors import PrecalibError
+
 COMMANDS = Path(sys.executable).parent  # where this environment's `vllm` and `precalib` are
 LOG_LINES_SHOWN = 25
 STOP_SECONDS = 20
 
-# Nothing is downloaded or reported, and no proxy stands between this machine and itself.
+# Nothing is downloaded or reported, unless the caller's environment says otherwise.
 QUIET_ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; the default takes a large part of the memory
-    "NO_PROXY": "127.0.0.1",
-    "no_proxy": "127.0.0.1",
 }
-
-
+DIRECT = {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}  # from this machine to itself
 # Eager: compiling a small model takes longer than all that is asked of it.
 SMALL = ("--enforce-eager", "--max-model-len", "1024", "--max-num-seqs", "8")
 
@@ -35,15 +34,15 @@ def environment(**more: str) -> dict[str, str]:
 
     more: variables that are set whatever the caller has.
     """
-    return QUIET_ENVIRONMENT | os.environ | more
+    return QUIET_ENVIRONMENT | os.environ | DIRECT | more
 
 
-class ServerError(Exception):
+class ServerError(PrecalibError):
     """A server died or never became ready; the text ends with its last log lines."""
 
 
 class Server:
-    """One model served on a free port of 127.0.0.1 until `stop`.
+    """One model served by `vllm serve` on a free port of 127.0.0.1 until `stop`.
 
     name:  what requests call the model.
     model: a directory, or an id that vLLM resolves.

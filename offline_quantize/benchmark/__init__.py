@@ -1,0 +1,1 @@
+"""`precalib bench`: servers measured beside each other by `vllm bench serve`, in rounds."""

@@ -1,0 +1,176 @@
+"""`precalib bench` before a stand-in of vLLM: rounds, results, going on, and what is refused."""
+
+import json
+import sys
+
+import fake_vllm
+import pytest
+
+from offline_quantize.benchmark.load import Case, Measurement
+from offline_quantize.benchmark.results import markdown, paired, rows
+from offline_quantize.benchmark.rounds import Journal, Plan, run
+
+
+@pytest.fixture
+def vllm(tmp_path, monkeypatch):
+    script = tmp_path / "vllm"
+    script.write_text(f'#!/bin/sh\nexec {sys.executable} {fake_vllm.__file__} "$@"\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("VLLM", str(script))
+    monkeypatch.chdir(tmp_path)
+    for name in ("fast", "slow"):
+        (tmp_path / name).mkdir()
+    return tmp_path
+
+
+SMALL = ("--concurrency", "1,4", "--prompts", "short", "--rounds", 2, "--out", "out")
+
+
+@pytest.mark.slow
+def test_two_models_are_measured_in_rounds(vllm, precalib):
+    ran = precalib("bench", "fast", "--against", "slow", *SMALL)
+    assert ran.code == 0, ran.err
+    assert "1 of 8: round 1, short prompts, 1 at once, fast" in ran.out
+    assert "round 2, short prompts, 1 at once, slow" in ran.out
+    assert "s left" in ran.out
+    found = json.loads((vllm / "out" / "bench.json").read_text())
+    assert [(r["case"]["concurrency"], r["server"]) for r in found["rows"]] == [
+        (1, "slow"),
+        (1, "fast"),
+        (4, "slow"),
+        (4, "fast"),
+    ]
+    assert len(found["measurements"]) == 8
+    one = found["rows"][1]
+    assert one["tokens_per_second"] == 101.5
+    assert one["ratio"]["mean"] == pytest.approx(2)
+    assert one["ratio"]["pairs"] == 2
+    assert found["about"]["servers"] == ["slow", "fast"]
+    assert found["about"]["versions"]["vllm-precalib"]
+    assert "| short prompts, 4 at once | fast | 2 | 401.5 |" in (vllm / "out/bench.md").read_text()
+    assert (vllm / "out" / "bench.png").read_bytes().startswith(b"\x89PNG")
+
+    again = precalib("bench", "fast", "--against", "slow", *SMALL)  # all is there
+    assert again.code == 0, again.err
+    assert "starting" not in again.out
+    more = precalib("bench", "fast", "--against", "slow", *SMALL, "--serve-flags=--fault deaf")
+    assert "is of another run" in more.sentence
+
+
+@pytest.mark.slow
+def test_a_running_server_is_measured_and_left_running(vllm, precalib):
+    server = fake_vllm.serve(fake_vllm.Model())
+    address = f"http://127.0.0.1:{server.server_port}"
+    ran = precalib("bench", "fast", "--against", f"{address}/", "--quick", "--out", "out")
+    assert ran.code == 0, ran.err
+    found = json.loads((vllm / "out" / "bench.json").read_text())
+    assert found["about"]["servers"] == [address, "fast"]
+    assert len(found["measurements"]) == 8
+    assert precalib("bench", "fast", "--against", address, "--out", "out").code == 1  # other loads
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.slow
+def test_requests_that_are_lost_and_a_crash_are_errors(vllm, precalib, monkeypatch):
+    monkeypatch.setenv("BENCH_LOSES", "1")
+    ran = precalib("bench", "fast", *SMALL)
+    assert "fast, short prompts, 1 at once: 3 of 4 requests were answered" in ran.err
+    monkeypatch.delenv("BENCH_LOSES")
+    monkeypatch.setenv("BENCH_CRASHES", "1")
+    ran = precalib("bench", "slow", *SMALL[:-1], "crash")
+    assert ran.code == 1
+    assert "vllm bench serve failed" in ran.err
+    assert "out of luck" in ran.err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--concurrency", "1,x"), "'1,x' is no list of numbers"),
+        (("--concurrency", "0"), "numbers of requests above 0"),
+        (("--prompts", "medium"), "there are no medium prompts; choose from short, long"),
+        (("--against", "fast"), "two servers would be called the same: fast, fast"),
+        (("--against", "http://127.0.0.1:9"), "is no server that can be measured"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(vllm, precalib, options, message):
+    assert message in precalib("bench", "fast", "--out", "out", *options).sentence
+
+
+def test_without_vllm_it_says_so(vllm, precalib, monkeypatch):
+    monkeypatch.setenv("VLLM", str(vllm / "gone"))
+    assert "bench needs vLLM" in precalib("bench", "fast").sentence
+
+
+def measurement(server="a", number=1, speed=100.0, concurrency=1):
+    return Measurement(
+        server=server,
+        prompts="short",
+        concurrency=concurrency,
+        round=number,
+        seconds=1.0,
+        tokens_per_second=speed,
+        first_token_ms=10.0,
+        first_token_ms_99=20.0,
+        token_ms=5.0,
+        token_ms_99=6.0,
+    )
+
+
+def test_every_round_begins_with_another_server():
+    plan = Plan(["a", "b"], [Case("short", 1)], 3)
+    assert "".join(server for _, _, server in plan.steps()) == "baabba"
+
+
+def test_a_run_ends_in_time_and_goes_on_later(tmp_path):
+    plan = Plan(["a", "b"], [Case("short", 1)], 2, seconds=1e9)
+    said, done = [], []
+
+    def measure(server, case, number):
+        done.append((number, server))
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        return measurement(server, number)
+
+    file = tmp_path / "new" / "journal"
+    with pytest.raises(KeyboardInterrupt):
+        run(plan, Journal(file, {"x": 1}), measure, said.append)
+    assert len(Journal(file, {"x": 1}).measurements) == 2
+    late = Plan(plan.servers, plan.cases, 2, seconds=-1)
+    assert len(run(late, Journal(file, {"x": 1}), measure, said.append)) == 2
+    assert said[-1] == "out of time with 2 measurements left; run it again"
+    assert len(run(plan, Journal(file, {"x": 1}), measure, said.append)) == 4
+    assert sorted(done) == [(1, "a"), (1, "b"), (2, "a"), (2, "a"), (2, "b")]
+
+
+def test_a_damaged_journal_is_an_error(tmp_path):
+    (tmp_path / "journal").write_text('{"x": 1}\n{"server": 1}\n')
+    with pytest.raises(Exception, match="is damaged; remove it and measure again"):
+        Journal(tmp_path / "journal", {"x": 1})
+
+
+def test_a_paired_ratio_has_an_interval():
+    assert paired({1: 2.0}, {2: 1.0}) is None
+    one = paired({1: 3.0}, {1: 2.0})
+    assert (one.mean, one.low, one.pairs) == (pytest.approx(1.5), None, 1)
+    three = paired({1: 2.0, 2: 4.0, 3: 8.0, 4: 1.0}, {1: 2.0, 2: 2.0, 3: 2.0})
+    assert three.mean == pytest.approx(2)
+    # logarithms 0, ln 2, 2 ln 2: mean ln 2, deviation ln 2, t = 4.303 with 2 degrees of freedom
+    assert three.high / three.mean == pytest.approx(2 ** (4.303 / 3**0.5), rel=1e-3)
+    assert three.low * three.high == pytest.approx(three.mean**2)
+    assert str(three) == f"2.00 [{three.low:.2f}–{three.high:.2f}]"
+    constant = paired({1: 2.0, 2: 2.0}, {1: 1.0, 2: 1.0})
+    assert (constant.low, constant.high) == (pytest.approx(2), pytest.approx(2))
+
+
+def test_rows_are_medians():
+    speeds = {"a": (100.0, 300.0, 200.0), "b": (50.0, 50.0, 60.0)}
+    every = [measurement(s, n, v) for s, vs in speeds.items() for n, v in enumerate(vs, 1)]
+    first, second = rows(every, ["a", "b"])
+    assert (first.tokens_per_second, first.ratio) == (200.0, None)
+    assert second.tokens_per_second == 50.0
+    assert second.ratio.pairs == 3
+    text = markdown({"processor": "P"}, [first, second])
+    assert "| short prompts, 1 at once | a | 3 | 200.0 | 10 | 5.0 |  |" in text
+    assert "- processor: P" in text
