@@ -111,6 +111,14 @@ bench-cpu: $(STAMP) ## products and serving on this CPU, beside bfloat16 and oth
 	@$(BIN)/python deploy/gguf_checkpoint.py smollm2 demo-output/SmolLM2-135M-Instruct
 	@$(BIN)/python benchmarks/cpu_serving.py demo-output/SmolLM2-135M-Instruct
 
+.PHONY: load
+load: $(STAMP) ## 200 clients, good and bad, on a served model and on its original, 10 minutes each
+	@$(BIN)/python deploy/gguf_checkpoint.py smollm2 demo-output/SmolLM2-135M-Instruct
+	@test -e demo-output/SmolLM2-135M-Instruct-balanced-4/config.json || \
+	  $(BIN)/precalib quantize demo-output/SmolLM2-135M-Instruct demo-output/SmolLM2-135M-Instruct-balanced-4
+	@$(BIN)/python benchmarks/load.py demo-output/SmolLM2-135M-Instruct-balanced-4 \
+	  demo-output/SmolLM2-135M-Instruct --minutes 10 --serve-flags="--max-model-len 1024 --enforce-eager"
+
 sanitize: $(STAMP) ## tests of the compiled CPU kernels under AddressSanitizer and UBSan
 	@LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
 	  $(BIN)/python tests/kernels/backends/x86/rebuilt_suite.py --sanitize --software-tiles

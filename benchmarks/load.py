@@ -1,0 +1,302 @@
+"""Many clients at once on a server, well-behaved and not: does it lose a request or grow?
+
+    python benchmarks/load.py MODEL [MODEL …] [--minutes 10] [--clients 200] [--name load]
+        [--serve-flags "…"]
+
+Each model is served by vLLM alone, one after another, under the same load. Clients stream chats at
+full speed or read slowly, leave in the middle, or send what is malformed or too long. Written are
+benchmarks/results/NAME.json and NAME.md. Exit code 1 if a server made an error that was not the
+client's own, lost a request, or did not come to rest.
+"""
+
+import argparse
+import asyncio
+import collections
+import dataclasses
+import datetime
+import json
+import random
+import shlex
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import psutil
+from load_report import markdown
+
+from offline_quantize.benchmark.command import about_machine
+from offline_quantize.benchmark.server import Server
+
+RESULTS = Path(__file__).parent / "results"
+SHARES = {"chat": 5, "slow": 3, "leaver": 2, "malformed": 1, "oversized": 1}
+VALID = ("chat", "slow", "leaver")
+QUESTIONS = (
+    "Tell me about rivers.",
+    "Write a short story.",
+    "What is 17 times 23?",
+    "Why is it so?",
+)
+TOKENS = 48
+WARM_UP = 1 / 3  # of the time; memory is compared after it
+GROWTH = 0.02  # of memory, from the second to the last third, that counts as flat
+REST_SECONDS = 120
+SAMPLE_SECONDS = 2.0
+SILENCE_SECONDS = 600  # of one request
+MALFORMED: tuple[tuple[str, Any], ...] = (
+    ("application/json", b"{not json"),
+    ("application/json", b"[]"),
+    ("application/json", {"model": "load", "messages": "hello"}),
+    ("application/json", {"model": "load", "messages": [], "max_tokens": -1}),
+    ("application/json", {"model": "another", "messages": [{"role": "user", "content": "x"}]}),
+    ("application/json", {"messages": [{"role": "user", "content": "x"}], "temperature": "hot"}),
+    ("text/plain", b"hello"),
+)
+
+
+@dataclasses.dataclass
+class Tally:
+    """How requests of one kind ended: `fine` as they should, otherwise with a reason."""
+
+    fine: int = 0
+    tokens: int = 0
+    faults: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+
+
+class Clients:
+    """A number of clients that send requests of all kinds until told to stop."""
+
+    def __init__(self, address: str, clients: int, seed: int = 0) -> None:
+        self.address, self.clients = f"{address}/v1/chat/completions", clients
+        self.random = random.Random(seed)
+        self.tallies = {kind: Tally() for kind in SHARES}
+        self.over = asyncio.Event()
+
+    async def run(self, seconds: float) -> None:
+        """Send for that long; requests that have begun are finished."""
+        limits = aiohttp.ClientTimeout(total=None, sock_read=SILENCE_SECONDS)
+        connector = aiohttp.TCPConnector(limit=0)
+        async with aiohttp.ClientSession(timeout=limits, connector=connector) as session:
+            working = [asyncio.create_task(self._client(session)) for _ in range(self.clients)]
+            await asyncio.sleep(seconds)
+            self.over.set()
+            await asyncio.gather(*working)
+
+    async def _client(self, session: aiohttp.ClientSession) -> None:
+        kinds, weights = list(SHARES), list(SHARES.values())
+        while not self.over.is_set():
+            kind = self.random.choices(kinds, weights)[0]
+            how: dict[str, Callable[..., Awaitable[str | None]]] = {
+                "malformed": self._malformed,
+                "oversized": self._oversized,
+            }
+            tally = self.tallies[kind]
+            try:
+                fault = await how.get(kind, self._stream)(session, kind)
+            except (aiohttp.ClientError, OSError, ValueError, TimeoutError) as error:
+                fault = type(error).__name__
+            if fault is None:
+                tally.fine += 1
+            else:
+                tally.faults[fault] += 1
+
+    async def _stream(self, session: aiohttp.ClientSession, kind: str) -> str | None:
+        """A streamed chat; what is wrong with its answer."""
+        message = {"role": "user", "content": self.random.choice(QUESTIONS)}
+        body = {"model": "load", "messages": [message], "max_tokens": TOKENS, "stream": True}
+        leave_after = self.random.randrange(1, TOKENS // 2) if kind == "leaver" else None
+        finished, count = False, 0
+        async with session.post(self.address, json=body) as answer:
+            if answer.status != 200:
+                return f"status {answer.status}"
+            async for line in answer.content:
+                if line.strip() == b"data: [DONE]":
+                    return None if finished else "an end without a reason"
+                if not line.startswith(b"data: "):
+                    continue
+                event = json.loads(line[6:])
+                if "error" in event:
+                    return "an error in the stream"
+                for choice in event.get("choices", ()):
+                    count += 1
+                    finished = finished or choice.get("finish_reason") is not None
+                self.tallies[kind].tokens += 1
+                if leave_after is not None and count >= leave_after:
+                    answer.close()
+                    return None
+                if kind == "slow":
+                    await asyncio.sleep(self.random.uniform(0.05, 0.4))
+        return "a stream that was cut"
+
+    async def _malformed(self, session: aiohttp.ClientSession, _: str) -> str | None:
+        content_type, value = self.random.choice(MALFORMED)
+        data = value if isinstance(value, bytes) else json.dumps(value).encode()
+        return await self._refused(session, data, content_type)
+
+    async def _oversized(self, session: aiohttp.ClientSession, _: str) -> str | None:
+        message = {"role": "user", "content": "word " * self.random.choice((10_000, 200_000))}
+        body = {"model": "load", "messages": [message], "max_tokens": 1}
+        return await self._refused(session, json.dumps(body).encode(), "application/json")
+
+    async def _refused(
+        self, session: aiohttp.ClientSession, data: bytes, content_type: str
+    ) -> str | None:
+        headers = {"Content-Type": content_type}
+        async with session.post(self.address, data=data, headers=headers) as answer:
+            await answer.read()
+            return None if 400 <= answer.status < 500 else f"status {answer.status}"
+
+
+async def watch(process: psutil.Process, samples: list[tuple[float, int]]) -> None:
+    """Memory of a server and all of its processes, bytes, until cancelled."""
+    started = time.monotonic()
+    while True:
+        total = 0
+        for each in (process, *process.children(recursive=True)):
+            try:
+                total += each.memory_info().rss
+            except psutil.NoSuchProcess:
+                continue
+        samples.append((time.monotonic() - started, total))
+        await asyncio.sleep(SAMPLE_SECONDS)
+
+
+def metrics(address: str) -> dict[str, float]:
+    """vLLM's counters that requests are counted by."""
+    import urllib.request
+
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with direct.open(f"{address}/metrics", timeout=60) as answer:
+        text = answer.read().decode()
+    found: dict[str, float] = collections.defaultdict(float)
+    for line in text.splitlines():
+        name = line.partition("{")[0].partition(" ")[0]
+        if name.startswith("vllm:") and name.endswith(("running", "waiting", "success_total")):
+            found[name] += float(line.rpartition(" ")[2])
+    return found
+
+
+async def rest(address: str) -> dict[str, float]:
+    """The counters once no request is at work any more, or after two minutes."""
+    deadline = time.monotonic() + REST_SECONDS
+    while True:
+        found = await asyncio.to_thread(metrics, address)
+        busy = found["vllm:num_requests_running"] + found["vllm:num_requests_waiting"]
+        if not busy or time.monotonic() > deadline:
+            return found
+        await asyncio.sleep(1)
+
+
+async def load(server: Server, minutes: float, clients: int) -> dict[str, Any]:
+    """Put the load on a server that is ready; what happened."""
+    samples: list[tuple[float, int]] = []
+    watching = asyncio.create_task(watch(psutil.Process(server.process.pid), samples))
+    before = await asyncio.to_thread(metrics, server.url)
+    group = Clients(server.url, clients)
+    started = time.monotonic()
+    await group.run(60 * minutes)
+    seconds = time.monotonic() - started
+    watching.cancel()
+    after = await rest(server.url)
+    ended = after["vllm:request_success_total"] - before["vllm:request_success_total"]
+    return summary(group.tallies, samples, seconds, after, ended)
+
+
+def summary(
+    tallies: dict[str, Tally],
+    samples: list[tuple[float, int]],
+    seconds: float,
+    after: dict[str, float],
+    ended: float,
+) -> dict[str, Any]:
+    """Numbers of a run, and what is wrong with them."""
+    sent = {kind: tally.fine + sum(tally.faults.values()) for kind, tally in tallies.items()}
+    valid = sum(sent[kind] for kind in VALID)
+    busy = after["vllm:num_requests_running"] + after["vllm:num_requests_waiting"]
+    middle, last = thirds(samples)
+    growth = last / middle - 1 if middle else 0.0
+    read = tallies["chat"].fine + tallies["slow"].fine
+    faults = [
+        f"{kind}: {number} times {what}"
+        for kind, tally in tallies.items()
+        for what, number in tally.faults.items()
+    ]
+    if busy:
+        faults.append(f"{busy:.0f} requests were still at work {REST_SECONDS} s after the last")
+    if not read <= ended <= valid:  # vLLM does not count requests whose client left
+        faults.append(
+            f"{valid} valid requests were sent and {read} were read to their end, but vLLM counted "
+            f"{ended:.0f}"
+        )
+    if growth > GROWTH:
+        faults.append(f"memory grew by {growth:.1%} from the second to the last third")
+    return {
+        "seconds": seconds,
+        "requests": sent,
+        "valid": valid,
+        "read": read,
+        "ended": int(ended),
+        "tokens": sum(tally.tokens for tally in tallies.values()),
+        "memory_middle_mb": middle / 1e6,
+        "memory_last_mb": last / 1e6,
+        "growth": growth,
+        "faults": faults,
+    }
+
+
+def thirds(samples: list[tuple[float, int]]) -> tuple[float, float]:
+    """Mean memory in the second and in the last third of the time."""
+    if not samples:
+        return 0.0, 0.0
+    end = samples[-1][0]
+    middle = [n for at, n in samples if end * WARM_UP <= at < 2 * end * WARM_UP] or [0]
+    last = [n for at, n in samples if at >= 2 * end * WARM_UP]
+    return sum(middle) / len(middle), sum(last) / len(last)
+
+
+def serve_and_load(model: Path, minutes: float, clients: int, flags: list[str]) -> dict[str, Any]:
+    """The numbers of one model."""
+    with tempfile.TemporaryDirectory() as folder:
+        server = Server("load", model, Path(folder) / "log", *flags)
+        try:
+            server.wait_until_ready(1800)
+            return asyncio.run(load(server, minutes, clients))
+        finally:
+            server.stop()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("models", nargs="+", type=Path)
+    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--clients", type=int, default=200)
+    parser.add_argument("--name", default="load")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--serve-flags", default="")
+    given = parser.parse_args()
+    flags = shlex.split(given.serve_flags)
+    found = {}
+    for model in given.models:
+        print(f"load: {model.name}, {given.clients} clients, {given.minutes:g} minutes", flush=True)
+        found[model.name] = serve_and_load(model, given.minutes, given.clients, flags)
+        for fault in found[model.name]["faults"]:
+            print(f"load: {model.name}: {fault}", flush=True)
+    about = {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        **about_machine(),
+        "clients": given.clients,
+        "minutes": given.minutes,
+        "flags": given.serve_flags,
+    }
+    result = json.dumps({"about": about, "models": found}, indent=1) + "\n"
+    (given.out / f"{given.name}.json").write_text(result)
+    (given.out / f"{given.name}.md").write_text(markdown(about, found))
+    if any(numbers["faults"] for numbers in found.values()):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

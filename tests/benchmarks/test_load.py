@@ -1,0 +1,78 @@
+"""The load of `benchmarks/load.py` on a stand-in of vLLM: what it counts and finds wrong."""
+
+import collections
+import json
+import sys
+
+import fake_vllm
+import pytest
+
+
+@pytest.fixture
+def script(load):
+    return load("load")
+
+
+@pytest.fixture
+def vllm(tmp_path, monkeypatch):
+    program = tmp_path / "vllm"
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} {fake_vllm.__file__} "$@"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("VLLM", str(program))
+    return tmp_path
+
+
+def run(script, folder, *options, monkeypatch):
+    words = ["load.py", str(folder / "model"), "--minutes", "0.05", "--clients", "8"]
+    monkeypatch.setattr(sys, "argv", [*words, "--out", str(folder), *options])
+    script.main()
+
+
+@pytest.mark.slow
+def test_a_server_without_fault_passes(script, vllm, monkeypatch):
+    run(script, vllm, monkeypatch=monkeypatch)
+    found = json.loads((vllm / "load.json").read_text())["models"]["model"]
+    assert found["faults"] == []
+    assert min(found["requests"].values()) > 0
+    assert found["read"] <= found["ended"] <= found["valid"]
+    assert found["memory_last_mb"] > 1
+    page = (vllm / "load.md").read_text()
+    assert f"| malformed requests | {found['requests']['malformed']:,} |" in page
+    assert "| faults | none |" in page
+
+
+@pytest.mark.slow
+def test_errors_that_are_not_the_clients_are_faults(script, vllm, monkeypatch):
+    with pytest.raises(SystemExit, match="1"):
+        run(script, vllm, "--serve-flags=--fault rude", monkeypatch=monkeypatch)
+    faults = json.loads((vllm / "load.json").read_text())["models"]["model"]["faults"]
+    assert any(text.startswith("malformed: ") for text in faults)
+    assert any(text.startswith("oversized: ") for text in faults)
+    assert all("status 500" in text for text in faults)
+
+
+def tallies(script, **fine):
+    found = {kind: script.Tally() for kind in script.SHARES}
+    for kind, number in fine.items():
+        found[kind].fine = number
+    return found
+
+
+def judge(script, sent, samples=((0, 100), (5, 100), (9, 100)), ended=9, running=0):
+    after = collections.defaultdict(float, {"vllm:num_requests_running": running})
+    return script.summary(sent, list(samples), 10.0, after, ended)["faults"]
+
+
+def test_what_counts_as_a_fault(script):
+    sent = tallies(script, chat=6, slow=3, leaver=2, malformed=4)
+    assert judge(script, sent) == []
+    assert judge(script, sent, ended=11) == []  # who left may have been answered in full
+    assert "but vLLM counted 8" in judge(script, sent, ended=8)[0]
+    assert "but vLLM counted 12" in judge(script, sent, ended=12)[0]
+    assert judge(script, sent, running=2) == ["2 requests were still at work 120 s after the last"]
+    growing = ((0, 1), (5, 100), (9, 103))
+    (fault,) = judge(script, sent, growing)
+    assert fault == "memory grew by 3.0% from the second to the last third"
+    assert judge(script, sent, ((0, 1), (5, 100), (9, 101))) == []
+    sent["chat"].faults["a stream that was cut"] = 1
+    assert judge(script, sent) == ["chat: 1 times a stream that was cut"]
