@@ -99,17 +99,18 @@ class PackedCheckpoint:
 
     def expert_tensor(self, name: str, dtype: torch.dtype) -> Tensor:
         """A 3-D tensor that was packed as modules. Raises FormatError as `tensors` does."""
+        self.check_expert_tensor(name)
+        return self.config.expert_tensors[name].assemble(self.weight, dtype)
+
+    def check_expert_tensor(self, name: str) -> None:
+        """Raise FormatError if a module of a 3-D tensor has another shape than its part."""
         tensor = self.config.expert_tensors[name]
-
-        def weight(module: str) -> Tensor:
-            if (shape := self.shape(module)) != tensor.part_shape:
+        for part in tensor.parts():
+            if (shape := self.shape(part.module)) != tensor.part_shape:
                 raise FormatError(
-                    f"{self.root}: {module} has shape {list(shape)}, but '{name}' is made of parts "
-                    f"of shape {list(tensor.part_shape)}; {REQUANTIZE_REMEDY}"
+                    f"{self.root}: {part.module} has shape {list(shape)}, but '{name}' is made of "
+                    f"parts of shape {list(tensor.part_shape)}; {REQUANTIZE_REMEDY}"
                 )
-            return self.weight(module)
-
-        return tensor.assemble(weight, dtype)
 
     def weight(self, module: str) -> Tensor:
         """Ŵ [N, K] of a packed module in float32. Raises FormatError as `tensors` does."""

@@ -113,6 +113,11 @@ def _table_faults(packed: PackedCheckpoint, manifest: Manifest) -> Iterator[str]
             f"{packed.root}: {module} is not both in config.json and in precalib.json; "
             f"{REQUANTIZE_REMEDY}"
         )
+    for name in packed.config.expert_tensors:
+        try:
+            packed.check_expert_tensor(name)
+        except PrecalibError as error:
+            yield str(error)
     for name in manifest.unquantized:
         if name not in packed.locations:
             yield f"{packed.root}: tensor '{name}' is missing; {REQUANTIZE_REMEDY}"

@@ -1,6 +1,7 @@
 """Experts in 3-D tensors: the same bytes as of experts apart, and the same tensors back."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from offline_quantize.checkpoint.manifest import read_manifest
 from offline_quantize.checkpoint.packed import open_packed
 from offline_quantize.planning.weight_choice import KEPT
+from precalib_kernels.errors import FormatError
 
 EXPERTS, INNER, HIDDEN = 3, 64, 128
 LAYER = "model.layers.0"
@@ -209,7 +211,7 @@ def test_a_weight_that_cannot_be_packed_names_all_experts(checkpoint, weights, p
     assert precalib("quantize", source, tmp_path / "x", *options, "--keep", pattern).code == 0
 
 
-def test_dequantizing_checks_the_parts(checkpoint, weights, quantize, precalib, tmp_path):
+def test_parts_of_another_shape_are_refused(checkpoint, weights, quantize, precalib):
     source = checkpoint(tensors=stacked(weights()), config=CONFIG | {"model_type": "qwen3_moe"})
     packed = quantize(source, "--group-size", 64, "--recipe", "rtn-4")
     tensors = load(packed)
@@ -217,6 +219,8 @@ def test_dequantizing_checks_the_parts(checkpoint, weights, quantize, precalib, 
     for suffix in ("qweight", "scales", "zeros"):
         tensors[f"{name}.{suffix}"] = tensors[f"{name}.{suffix}"][:32].contiguous()
     save_file(tensors, packed / "model.safetensors", {"format": "pt"})
-    ran = precalib("dequantize", packed, tmp_path / "back")
-    assert f"{name} has shape [32, 128], but '{LAYER}.mlp.experts.gate_up_proj'" in ran.sentence
-    assert not (tmp_path / "back").exists()
+    whole = f"{LAYER}.mlp.experts.gate_up_proj"
+    message = re.escape(f"{name} has shape [32, 128], but '{whole}' is made of parts of shape [64,")
+    with pytest.raises(FormatError, match=message):
+        open_packed(packed).expert_tensor(whole, torch.float32)
+    assert re.search(message, precalib("verify", packed).err)

@@ -34,7 +34,9 @@ def test_the_configuration_comes_back(checkpoint):
     written = json.loads(made.files.metadata_files["config.json"])
     assert (
         written.pop("quantization_config")
-        == checkpoint_config(made.options, made.weight_plans, made.unquantized, made.tied).to_dict()
+        == checkpoint_config(
+            made.options, made.weight_plans, made.unquantized, made.tied, {}
+        ).to_dict()
     )
     assert written == {"model_type": "llama", "num_hidden_layers": 2}
     config = CheckpointConfig.from_dict(
