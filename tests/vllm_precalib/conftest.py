@@ -20,12 +20,20 @@ import torch
 HERE = Path(__file__).parent
 
 # How each suite of engines_suite.py is started; see section "Start-up" of vLLM's notes on CPUs.
+# Those of experts/experts_suite.py have names that begin with "experts".
 SUITE_SECONDS = 600
 IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+EAGER = {**IN_PROCESS, "TORCHDYNAMO_DISABLE": "1"}  # the sampler would start a compiler
+COMPILED = {**IN_PROCESS, "VLLM_CPU_CI_ENV": "1", "VLLM_USE_AOT_COMPILE": "0"}
+PARALLEL = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "TORCHDYNAMO_DISABLE": "1"}
 SUITE_ENVIRONMENT = {
-    "eager": {**IN_PROCESS, "TORCHDYNAMO_DISABLE": "1"},  # the sampler would start a compiler
-    "compiled": {**IN_PROCESS, "VLLM_CPU_CI_ENV": "1", "VLLM_USE_AOT_COMPILE": "0"},
-    "parallel": {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "TORCHDYNAMO_DISABLE": "1"},
+    "eager": EAGER,
+    "compiled": COMPILED,
+    "parallel": PARALLEL,
+    "experts": EAGER,
+    "experts_families": EAGER,
+    "experts_compiled": COMPILED,
+    "experts_parallel": PARALLEL,
 }
 
 
@@ -53,11 +61,13 @@ def suite(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str,
     def run(name: str) -> dict[str, Any]:
         if name not in done:
             common = {"OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+            of_experts = name.startswith("experts")
+            script = "experts/experts_suite.py" if of_experts else "engines_suite.py"
             folder = tmp_path_factory.mktemp(name)
             log, results = folder / "log", folder / "results.json"
             with log.open("wb") as output:
                 process = subprocess.Popen(
-                    [sys.executable, HERE / "engines_suite.py", name, folder],
+                    [sys.executable, HERE / script, name, folder],
                     env={**os.environ, **common, **SUITE_ENVIRONMENT[name]},
                     stdout=output,
                     stderr=subprocess.STDOUT,

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from precalib_kernels.errors import ServingError
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from vllm.model_executor.models.utils import WeightsMapper
 
 GATE_UP = "gate_up_proj"  # gate and up in one matrix, as gpt-oss has them
+LAYER = re.compile(r"(?:^|\.)layers\.\d+\.")
 EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
 
@@ -61,10 +62,12 @@ def find_packed_experts(
     count:          number of experts in the checkpoint.
     gate, up, down: what the model calls an expert's modules; up is None without a gate.
 
-    Raises ServingError unless all experts are packed, and stored alike.
+    Raises ServingError unless all experts are packed, and stored alike, or if there are packed ones
+    of this layer under another name.
     """
     stored = _by_expert(checkpoint.modules, prefix)
     if not stored:
+        _check_names(checkpoint.modules, prefix)
         return None
     first = stored.get(0, {})
     split = (gate,) if up is None else (gate, up)
@@ -109,6 +112,19 @@ def _by_expert(modules: Mapping[str, str], prefix: str) -> dict[int, dict[str, s
             if number.isdecimal():
                 found.setdefault(int(number), {})[leaf] = layout_name
     return found
+
+
+def _check_names(modules: Iterable[str], prefix: str) -> None:
+    """Raise ServingError if experts of this layer are packed, but vLLM calls them otherwise."""
+    layer = LAYER.search(prefix)
+    for module in modules:
+        found = LAYER.search(module)
+        if layer and found and found[0] == layer[0] and EXPERT.search(module):
+            raise ServingError(
+                f"{prefix}: the checkpoint has packed experts of this layer under another name, "
+                f"{module}, which precalib cannot serve; "
+                r"quantize the model again with --keep '\.experts\.'"
+            )
 
 
 def _matrix(

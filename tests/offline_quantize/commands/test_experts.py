@@ -118,6 +118,18 @@ def test_the_source_is_compared(checkpoint, weights, quantize, precalib, tmp_pat
     assert "gate_proj" not in ran.err
 
 
+def test_all_experts_of_a_layer_share_what_target_bits_gives(checkpoint, weights, quantize):
+    tensors = stacked(lambda *shape: weights(torch.float32)(*(2 * n for n in shape)))
+    config = CONFIG | {"model_type": "qwen3_moe"}
+    packed = open_packed(quantize(checkpoint(tensors=tensors, config=config), "--target-bits", 3.9))
+    found = {}
+    for module, layout in packed.config.modules.items():
+        found.setdefault(module.rpartition(".")[2], set()).add(layout)
+    assert {leaf: len(layouts) for leaf, layouts in found.items()} == dict.fromkeys(found, 1)
+    assert found["gate_proj"] == found["up_proj"]
+    assert len(set.union(*found.values())) > 1
+
+
 def test_granite_names_its_tensors_otherwise(checkpoint, weights, quantize, precalib, tmp_path):
     make, prefix = weights(), f"{LAYER}.block_sparse_moe"
     tensors = {

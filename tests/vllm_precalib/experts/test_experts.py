@@ -232,6 +232,19 @@ def test_what_is_not_whole_or_not_alike_is_refused(make, spoil, message):
         make({}, edit=spoil)
 
 
+def test_experts_that_vllm_calls_otherwise_are_refused(tiny):
+    from vllm_precalib.experts.packed_experts import find_packed_experts
+
+    modules = {f"model.layers.1.ffn.experts.0.{leaf}": "row" for leaf in SPLIT}
+    checkpoint = CheckpointConfig("test", tiny.LAYOUTS, modules)
+    names = ("gate_proj", "up_proj", "down_proj")
+    with pytest.raises(ServingError, match="packed experts of this layer under another name, mod"):
+        find_packed_experts(checkpoint, "language_model.layers.1.mlp.experts", 1, *names)
+    assert find_packed_experts(checkpoint, "model.layers.11.mlp.experts", 1, *names) is None
+    found = find_packed_experts(checkpoint, "model.layers.1.ffn.experts", 1, *names)
+    assert found.gate_up.shards == ("gate_proj", "up_proj")
+
+
 def test_the_experts_of_another_rank_need_not_come(make):
     def lacking(tensors):
         tensors[0, "up_proj"][0].pop("scales")

@@ -1,0 +1,91 @@
+"""vLLM engines on packed mixtures, against transformers or vLLM on the unpacked model."""
+
+import pytest
+
+pytestmark = pytest.mark.engine
+
+# Both sides compute in float32; what differs is the order of additions. Observed: 3e-6.
+TOLERANCE = 1e-4
+
+
+@pytest.fixture
+def case(suite):
+    def get(suite_name, case_name):
+        result = suite(suite_name)[case_name]
+        assert "failed" not in result, result["failed"]
+        return result
+
+    return get
+
+
+def assert_same(pair, tolerance=TOLERANCE):
+    served, truth = pair
+    assert len(served) == len(truth) == 3
+    for steps, true_steps in zip(served, truth, strict=True):
+        assert [token for token, _ in steps] == [token for token, _ in true_steps]
+        for (_, logprob), (_, true_logprob) in zip(steps, true_steps, strict=True):
+            assert abs(logprob - true_logprob) <= tolerance
+
+
+@pytest.mark.parametrize("weights", ["first", "reloaded"])
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_answers_are_those_of_transformers(case, family, weights):
+    assert_same(case("experts", family)[weights])
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_both_matrices_of_every_layer_get_a_backend(case, family):
+    layers = [choice["layer"] for choice in case("experts", family)["choices"]]
+    inner = "block_sparse_moe" if family == "mixtral" else "mlp"
+    expected = [f"model.layers.{i}.{inner}.experts.{w}" for i in range(2) for w in ("w13", "w2")]
+    assert [layer for layer in layers if ".experts." in layer] == expected
+
+
+def test_adapters_are_refused_in_a_sentence(case):
+    text = case("experts", "lora")["text"]
+    assert text.startswith("ServingError: model.layers.0.block_sparse_moe.experts: vLLM adds LoRA")
+    assert "\n" not in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mixtral_dense",
+        "mixtral_reference",
+        "gpt_oss_dense",
+        "llama4",
+        "granitemoe",
+        "qwen2_moe",
+        "qwen3_moe",
+    ],
+)
+def test_families_and_backends(case, name):
+    assert_same(case("experts_families", name)["first"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["deepseek_v2", "deepseek_v3"])
+def test_dense_experts_are_those_of_vllm(case, name):
+    assert_same(case("experts_families", name)["first"], tolerance=0)
+
+
+@pytest.mark.slow
+def test_vllm_quantizes_experts_that_were_kept(case):
+    result = case("experts_families", "online")
+    pairs = zip(result["plain"], result["online"], strict=True)
+    errors = [abs(plain[0][1] - online[0][1]) for plain, online in pairs]  # of the likeliest token
+    assert 0 < max(errors) < 0.2
+
+
+@pytest.mark.slow
+def test_torch_compile_calls_the_operator(case):
+    result = case("experts_compiled", "compiled")
+    assert result["mode"] == "DYNAMO_TRACE_ONCE"
+    assert_same(result["first"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tensor_parallel", "expert_parallel"])
+def test_two_ranks_answer_like_one(case, name):
+    assert_same(case("experts_parallel", name)["first"])
