@@ -123,6 +123,23 @@ sanitize: $(STAMP) ## tests of the compiled CPU kernels under AddressSanitizer a
 	@LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
 	  $(BIN)/python tests/kernels/backends/x86/rebuilt_suite.py --sanitize --software-tiles
 
+dist: $(STAMP) ## source archive and wheel of the commit, byte for byte the same every time, in build/dist
+	@$(BIN)/python deploy/dist.py build/dist
+
+sbom: ## bill of materials of the environment that is tested, build/sbom.json
+	@mkdir -p build; $(PYTHON) deploy/sbom.py >build/sbom.json; echo "sbom: build/sbom.json"
+
+lock: .venv-audit/.installed ## hashes of all files of deploy/constraints.txt, in deploy/constraints.lock (torch's by hand)
+	@.venv-audit/bin/uv pip compile deploy/constraints.txt --no-deps --generate-hashes --python-version 3.11 	  --no-header --no-annotate -o deploy/constraints.lock --quiet
+
+audit: .venv-audit/.installed ## known vulnerabilities of the pinned packages, with pip-audit (needs PyPI's JSON API)
+	@.venv-audit/bin/pip-audit --strict --no-deps --disable-pip -r <(grep -v +cpu deploy/constraints.txt)
+
+.venv-audit/.installed:
+	@$(PYTHON) -m venv --clear .venv-audit
+	@.venv-audit/bin/python -m pip install --quiet uv==0.13.9 pip-audit==2.10.1
+	@touch $@
+
 FUZZ_CASES ?= 100000
 FUZZ_MINUTES ?= 60
 fuzz: $(STAMP) ## damaged checkpoints, 100,000 cases or an hour; goes on where it stopped: make fuzz [FUZZ_CASES=… FUZZ_MINUTES=…]
@@ -148,7 +165,7 @@ vllm-contract: $(STAMP) ## the plugin against the Python files of another vLLM's
 	@PYTHONPATH=$(CURDIR)/$(VLLM_WHEEL)/unpacked OMP_NUM_THREADS=1 $(BIN)/pytest -m 'not engine' tests/vllm_precalib \
 	  -k 'not dense-dtype0' # needs a compiled operator
 
-.PHONY: docs gpu-acceptance fuzz vllm-contract
+.PHONY: docs gpu-acceptance fuzz dist sbom lock audit vllm-contract
 docs: .venv-docs/.installed ## the documentation site, in build/docs; links are checked
 	@.venv-docs/bin/python docs/check_links.py
 	@NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
@@ -160,7 +177,7 @@ docs: .venv-docs/.installed ## the documentation site, in build/docs; links are 
 	@touch $@
 
 clean: ## remove .venv, caches and the demo's output
-	rm -rf .venv .venv-docs demo-output build deploy/vllm-metapackage/build *.egg-info deploy/*/*.egg-info \
+	rm -rf .venv .venv-docs .venv-audit demo-output build deploy/vllm-metapackage/build *.egg-info deploy/*/*.egg-info \
 	  .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 help: ## this list

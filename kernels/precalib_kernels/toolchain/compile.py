@@ -22,6 +22,14 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from precalib_kernels.toolchain.cache import (
+    UnsafeCacheError,
+    cache_directory,
+    keep_private,
+    make_private,
+    why_unsafe,
+)
+
 COMPILED = Path(__file__).with_name("compiled")  # of a wheel; no such folder in the sources
 COMPILERS = ("g++", "c++")
 WARNINGS = ("-Wall", "-Wextra")
@@ -87,13 +95,18 @@ def load(source: Path) -> ctypes.CDLL:
 def load_library(library: Library) -> ctypes.CDLL:
     """The library as installation or an earlier use left it, else compiled now.
 
-    One that cannot be loaded, such as a newer system's in a shared home, is compiled again.
+    One that cannot be loaded, such as a newer system's in a shared home, is compiled again, and so
+    is one in the cache that somebody else may have written.
 
     Raises BuildError when there is no compiler, it fails, or the result cannot be loaded.
     """
     kept = cache_directory() / library.file_name()
     failures: list[str] = []
     for path in (COMPILED / kept.name, kept):
+        if path is kept and (reason := why_unsafe(kept)):
+            failures.append(f"{kept} is not loaded, as {reason}")
+            warnings.warn(f"{failures[-1]}; it is compiled again", stacklevel=2)
+            continue
         try:
             return ctypes.CDLL(str(path))
         except OSError as error:
@@ -107,12 +120,6 @@ def load_library(library: Library) -> ctypes.CDLL:
         raise BuildError("; ".join([*failures, str(error)])) from error
     except OSError as error:
         raise BuildError(f"cannot load {error}") from error
-
-
-def cache_directory() -> Path:
-    """Where libraries are kept: $XDG_CACHE_HOME/precalib, by default ~/.cache/precalib."""
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "precalib"
 
 
 def find_compiler() -> str | None:
@@ -144,6 +151,8 @@ def compile_library(library: Library, path: Path) -> tuple[str, ...]:
     for compiler in compilers:
         try:
             left_out = _compile_by(compiler, library, path)
+        except UnsafeCacheError as error:
+            raise BuildError(str(error)) from error
         except OSError as error:
             raise BuildError(f"{path.parent} cannot be written ({error.strerror})") from error
         except BuildError as error:
@@ -154,6 +163,8 @@ def compile_library(library: Library, path: Path) -> tuple[str, ...]:
 
 
 def _compile_by(compiler: str, library: Library, path: Path) -> list[str]:
+    if path.parent == cache_directory():
+        make_private(path.parent)
     path.parent.mkdir(parents=True, exist_ok=True)
     with (
         tempfile.TemporaryDirectory(dir=path.parent) as work,
@@ -170,6 +181,7 @@ def _compile_by(compiler: str, library: Library, path: Path) -> list[str]:
         built = Path(work) / path.name
         made = [str(unit) for unit in objects if unit.exists()]
         _run([compiler, "-shared", *made, *library.link, "-o", str(built)])
+        keep_private(built)
         built.replace(path)  # another process may have been faster, with the same library
     return left_out
 
