@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ def compile_gemm(layout: Layout, blocks: Blocks, target: str, split: bool = True
         "BLOCK_M": blocks.block_m,
         "STAGES": blocks.stages,
     }
-    return _compile(gemm_kernel, constants, target, blocks.options)
+    return compile_kernel(gemm_kernel, constants, target, blocks.options)
 
 
 def compile_dequantize(layout: Layout, target: str) -> Compiled:
@@ -85,7 +86,7 @@ def compile_dequantize(layout: Layout, target: str) -> Compiled:
         "ENTRIES_PER_UNIT": form.entries_per_unit,
         "IN_DOTS": form.mode == "trellis",
     }
-    return _compile(
+    return compile_kernel(
         dequantize_kernel, constants, target, {"num_warps": DEQUANTIZE_WARPS, "num_stages": 3}
     )
 
@@ -107,7 +108,7 @@ def compile_prepare(layout: Layout, block_m: int, columns: int, target: str) -> 
         "ROW_BLOCK": row_block,
     }
     options = {"num_warps": PREPARE_WARPS, "num_stages": 3}
-    return _compile(prepare_kernel, constants, target, options)
+    return compile_kernel(prepare_kernel, constants, target, options)
 
 
 def compile_sparse(layout: Layout, blocks: SparseBlocks, target: str) -> Compiled:
@@ -117,7 +118,7 @@ def compile_sparse(layout: Layout, blocks: SparseBlocks, target: str) -> Compile
         "COUNT": layout.salient_count,
     }
     options = {"num_warps": blocks.warps, "num_stages": 3}
-    return _compile(sparse_kernel, constants, target, options)
+    return compile_kernel(sparse_kernel, constants, target, options)
 
 
 def compile_vllm(block_m: int, block_n: int, block_k: int, target: str) -> Compiled:
@@ -147,13 +148,14 @@ def compile_vllm(block_m: int, block_n: int, block_k: int, target: str) -> Compi
     return _built(source, target, {"num_warps": 4, "num_stages": 3})
 
 
-def _compile(
+def compile_kernel(
     kernel: Any,
     constants: dict[str, Any],
     target: str,
     options: dict[str, int],
+    pointers: Mapping[str, str] = POINTERS,
 ) -> Compiled:
-    pointers = POINTERS
+    """A kernel whose pointers have these types, aligned; other arguments are 32-bit integers."""
     signature, aligned = {}, {}
     for i, name in enumerate(kernel.arg_names):
         if name in constants:

@@ -11,8 +11,8 @@
 `prepare_matrix` and `prepare_rows` settle what groups share; `encode_groups` then codes any
 consecutive groups of the rows, one or all. With the Hessian of the inputs `encode_rows` takes its
 place: errors of earlier columns move the target of later ones. Rows are independent, so a matrix is
-taken in blocks of rows that fit the second-level cache. Everything is computed where the weight
-lies.
+taken in blocks of rows, on a CPU such that fit the second-level cache. Everything is computed where
+the weight lies.
 """
 
 import dataclasses
@@ -36,6 +36,7 @@ from precalib_kernels.errors import SourceError, UnfitError
 from precalib_kernels.format.layout import Layout
 
 BLOCK_WEIGHTS = 1 << 18  # 1 MiB of float32
+GPU_BLOCK_WEIGHTS = 1 << 24  # a search has a thread per group, and every stage starts many kernels
 SHRINKS = (1.0, 2 ** (-1 / 16), 2 ** (-2 / 16))  # of group scales, tried where the loss is known
 FEEDBACK_ROWS = 128  # at least so many at once: all of them read the factor of the Hessian
 
@@ -118,7 +119,8 @@ def encode_unchecked(
     if matrix.column_scale is not None:
         tensors["column_scale"].copy_(matrix.column_scale)
     statistics = Statistics(matrix.largest, weight.device)
-    step = max(1 if matrix.factor is None else FEEDBACK_ROWS, BLOCK_WEIGHTS // columns)
+    block_weights = BLOCK_WEIGHTS if weight.device.type == "cpu" else GPU_BLOCK_WEIGHTS
+    step = max(1 if matrix.factor is None else FEEDBACK_ROWS, block_weights // columns)
     for start in range(0, rows, step):
         block = weight[start : start + step].float()
         prepared = prepare_rows(block, matrix, recipe)

@@ -1,7 +1,10 @@
 """The trellis search: optimal, the same compiled and in torch, and it pays."""
 
 import itertools
+import sys
 import warnings
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -154,3 +157,22 @@ def test_importances_choose_the_path_of_least_weighed_error():
         found = ((entries[g] - weights[g] * unit[g]).square() * importance[g]).sum()
         errors = ((values - weights[g] * unit[g]).square() * importance[g]).sum(1)
         assert float(found) == pytest.approx(float(errors.min()), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_the_search_of_a_gpu_is_that_of_the_cpu_under_the_interpreter(run_suite):
+    suite = Path(__file__).with_name("interpreted_trellis_suite.py")
+    run_suite(["-m", "pytest", suite], TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+
+
+def test_a_gpu_takes_triton_where_it_can(monkeypatch):
+    taken = []
+    monkeypatch.setattr(trellis, "has_triton", lambda: True)
+    module = SimpleNamespace(search_triton=lambda *_: taken.append("triton"))
+    monkeypatch.setitem(sys.modules, "offline_quantize.method.trellis_triton", module)
+    monkeypatch.setattr(trellis, "search_torch", lambda *_: taken.append("torch"))
+    weights = SimpleNamespace(device=torch.device("cuda"))
+    trellis.search(weights, None, None, layout(4))
+    monkeypatch.setattr(trellis, "has_triton", lambda: False)
+    trellis.search(weights, None, None, layout(4))
+    assert taken == ["triton", "torch"]

@@ -1,0 +1,153 @@
+"""What `precalib quantize --device cuda` costs on a GPU, counted: `quantize_cost.py`.
+
+A weight is encoded on the CPU the way it would be on a GPU, in the GPU's blocks, and every operator
+of torch that it goes through is counted: a kernel, which reads its inputs and writes its results
+once. The trellis search is counted in its compiled code. Times are the counts over a chip's
+figures, as if nothing overlapped: bytes over bandwidth plus launches times LAUNCH. Operators that
+sort read more than that and are marked. Reading files, copying, hashing and writing are left out.
+"""
+
+import argparse
+import dataclasses
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import aot_compile
+import instruction_count
+import torch
+from cost_model import CHIPS, Cost, integer_operations
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from offline_quantize.method import encode, trellis, trellis_triton
+from offline_quantize.method.recipes import RECIPES
+
+POINTERS = {
+    "weights": "fp32", "unit": "fp32", "low_bits": "i32", "importance": "fp32",
+    "value_table": "i32", "rank_table": "i32", "survivors": "i32", "codes": "i32",
+    "entries": "fp32",
+}  # fmt: skip
+LAUNCH = 5e-6  # seconds that a CPU takes to start a kernel through torch, an assumption
+SORTING = ("aten.topk", "aten.sort", "aten.kthvalue", "aten.argmin", "aten.bincount", "aten.histc")
+MODEL = 8.03e9  # weights of Llama-3-8B, its embeddings among them
+
+
+@dataclasses.dataclass
+class Counts:
+    """Kernels and the bytes that they read and write, by the name of the operator."""
+
+    kernels: Counter[str] = dataclasses.field(default_factory=Counter)
+    bytes: Counter[str] = dataclasses.field(default_factory=Counter)
+
+
+class Counting(TorchDispatchMode):
+    """Counts every operator that makes or changes a tensor's data; views cost nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.counts = Counts()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operator and count it."""
+        result = func(*args, **(kwargs or {}))
+        given = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
+        made = [each for each in tree_leaves(result) if isinstance(each, Tensor)]
+        known = {each.untyped_storage().data_ptr() for each in given}
+        writes = [each for each in made if each.untyped_storage().data_ptr() not in known]
+        if writes or func._schema.is_mutable:
+            name = str(func).rpartition(".")[0]
+            self.counts.kernels[name] += 1
+            self.counts.bytes[name] += sum(map(size, given)) + sum(map(size, made))
+        return result
+
+
+def size(tensor: Tensor) -> int:
+    """Bytes of memory that an operator touches for a tensor: once where it is expanded."""
+    elements = 1
+    for length, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        elements *= length if stride else 1
+    return elements * tensor.element_size()
+
+
+def search_cost(weighted: bool, target: str, group_size: int = 128) -> Cost:
+    """The trellis search per weight: a thread's way through a group and back, eight at a turn.
+
+    bits: weights and importances in float32, given low bits, points and codes written, points read,
+    four survivors a weight written and read, values in float32.
+    """
+    constants = {"LIMIT": 127, "WEIGHTED": weighted, "GROUPS": trellis_triton.GROUPS}
+    compiled = aot_compile.compile_kernel(
+        trellis_triton.search_kernel,
+        constants | {"SIZE": group_size},
+        target,
+        {"num_warps": trellis_triton.WARPS, "enable_fp_fusion": False},
+        POINTERS,
+    )
+    forward, back = instruction_count.loops(compiled)
+    counters: list[Callable[[instruction_count.Loop], int]] = [
+        lambda loop: len(loop.operations),
+        integer_operations,
+    ]
+    each, integer = ((count(forward) + count(back)) / 8 for count in counters)
+    bits = 32 + 32 * weighted + 8 + 3 * 8 + 2 * 4 + 32
+    return Cost(each, 1, bits, compiled, integer)
+
+
+def count_encoding(recipe: str, rows: int, columns: int, in_torch: bool) -> Counts:
+    """Operators of encoding one weight; with `in_torch` those of the search in torch as well."""
+    weight = torch.randn(rows, columns).bfloat16()
+
+    def elsewhere(weights: Tensor, _: Any, low_bits: Tensor, *_more: Any) -> tuple[Tensor, Tensor]:
+        return torch.empty_like(low_bits).zero_(), torch.empty_like(weights).zero_()
+
+    kept = trellis.search, encode.BLOCK_WEIGHTS
+    trellis.search = trellis.search_torch if in_torch else elsewhere  # type: ignore[assignment]
+    encode.BLOCK_WEIGHTS = encode.GPU_BLOCK_WEIGHTS
+    try:
+        with Counting() as counting:
+            encode.encode_unchecked(weight, RECIPES[recipe], "counted")
+            counts: Counts = counting.counts
+    finally:
+        trellis.search, encode.BLOCK_WEIGHTS = kept
+    return counts
+
+
+def report(recipe: str, rows: int, columns: int, in_torch: bool) -> None:
+    """Print counts per weight, and what they come to for a model."""
+    counts, weights = count_encoding(recipe, rows, columns, in_torch), rows * columns
+    launches, total = counts.kernels.total(), counts.bytes.total()
+    print(f"{recipe}, one weight of {rows} x {columns}: {launches} kernels, ", end="")
+    print(f"{total / weights:.0f} bytes per weight")
+    for name, count in counts.bytes.most_common(12):
+        mark = " (sorts)" if name.startswith(SORTING) else ""
+        print(f"  {name}{mark}: {counts.kernels[name]} kernels, {count / weights:.1f} bytes")
+    for chip in CHIPS:
+        if not chip.target.startswith("sm_"):
+            continue
+        of_bytes = total / weights * MODEL / chip.terabytes / 1e12
+        of_launches = launches / weights * MODEL * LAUNCH
+        line = f"{chip.name}: {MODEL:.3g} weights: {of_bytes:.1f} s of bandwidth + "
+        line += f"{of_launches:.1f} s of launches"
+        if not in_torch:
+            cost = search_cost(False, chip.target)
+            times = chip.seconds(MODEL * cost.bits / 8, MODEL * cost.instructions, 0)
+            line += f" + search {max(times.values()):.2f} s "
+            line += f"({cost.instructions:.0f} instructions, {cost.bits / 8:.0f} bytes per weight)"
+        print(line, flush=True)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--recipe", default="balanced-4", choices=list(RECIPES))
+    parser.add_argument("--shape", type=int, nargs=2, default=[4096, 4096])
+    parser.add_argument("--torch", action="store_true", help="with the search in torch")
+    options = parser.parse_args()
+    rows, columns = options.shape
+    report(options.recipe, rows, columns, options.torch)
+
+
+if __name__ == "__main__":
+    main()
