@@ -4,12 +4,12 @@ import dataclasses
 import math
 
 import torch
-from arm_emulator import Problem
+from arm_emulator import Problem, Rows
 from torch import Tensor
 from x86_cases import LAYOUTS as X86_TESTED
 from x86_cases import PLAIN_CODEBOOK, ROUNDING, STEPS
 
-from precalib_kernels.backends.x86.memory_layout import X86Layout
+from precalib_kernels.backends.arm.memory_layout import ArmLayout
 from precalib_kernels.format.codebooks import TRELLIS_CODEBOOKS
 from precalib_kernels.format.layout import Layout
 
@@ -35,7 +35,7 @@ class ArmCase:
     scale: column scale of each shard, float64 [1, K].
     """
 
-    memory: X86Layout
+    memory: ArmLayout
     packed: Tensor
     base: list[Tensor]
     scale: list[Tensor]
@@ -47,10 +47,17 @@ class ArmCase:
     def problem(self, x: Tensor, isa: str, bias: Tensor | None = None) -> Problem:
         return Problem(self.memory, self.packed, x, isa, bias)
 
+    def rows(self, ids: Tensor, dtype: torch.dtype) -> Rows:
+        return Rows(self.memory, self.packed, ids, dtype)
+
+    @property
+    def weight(self) -> Tensor:
+        """Ŵ in float64 [N, K]."""
+        return torch.cat([b * s for b, s in zip(self.base, self.scale, strict=True)])
+
     def expected(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x·Ŵᵀ + bias in float64 [M, N]."""
-        weight = torch.cat([b * s for b, s in zip(self.base, self.scale, strict=True)])
-        product = x.double() @ weight.T
+        product = x.double() @ self.weight.T
         return product if bias is None else product + bias.double()
 
     def bound(self, x: Tensor, expected: Tensor, kernel: str) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from precalib_kernels.backends.arm import library
-from precalib_kernels.backends.x86.memory_layout import X86Layout
+from precalib_kernels.backends.arm.memory_layout import ArmLayout
 from precalib_kernels.toolchain import compile as build
 
 HERE = Path(__file__).parent
@@ -64,7 +64,7 @@ def sysroot(compiler: str) -> str:
 class Problem:
     """A product: y = x·Ŵᵀ + bias from a repacked weight, by the copy for an ISA."""
 
-    layout: X86Layout
+    layout: ArmLayout
     packed: Tensor
     x: Tensor
     isa: str
@@ -86,6 +86,33 @@ class Problem:
     def outputs(self) -> int:
         return sum(self.layout.shard_sizes)
 
+    @property
+    def result(self) -> tuple[tuple[int, int], torch.dtype]:
+        """Shape and type of y."""
+        return (len(self.x), self.outputs), self.x.dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Rows of a repacked weight by number, ids [M] int64, rounded to a type."""
+
+    layout: ArmLayout
+    packed: Tensor
+    ids: Tensor
+    dtype: torch.dtype
+
+    def to_bytes(self) -> bytes:
+        """As run_products.cpp reads it."""
+        parts = [self.layout.to_bytes(), _bytes(self.packed), _bytes(self.ids), b""]
+        y = len(self.ids) * self.layout.columns * self.dtype.itemsize
+        sizes = [len(self.ids), TYPES.index(self.dtype), -1, *map(len, parts), y]
+        return torch.tensor(sizes).numpy().tobytes() + b"".join(parts)
+
+    @property
+    def result(self) -> tuple[tuple[int, int], torch.dtype]:
+        """Shape and type of y."""
+        return (len(self.ids), self.layout.columns), self.dtype
+
 
 @dataclasses.dataclass(frozen=True)
 class Program:
@@ -96,7 +123,7 @@ class Program:
     library: Path
 
     def run(
-        self, problems: Sequence[Problem], work: Path, threads: int = 1
+        self, problems: Sequence[Problem | Rows], work: Path, threads: int = 1
     ) -> list[tuple[Tensor, str]]:
         """Result and kernel of each problem."""
         given, found = work / "problems", work / "results"
@@ -117,10 +144,10 @@ class Program:
         kernels = [line.split()[1] for line in ran.stdout.splitlines()]
         results, data, at = [], found.read_bytes(), 0
         for problem in problems:
-            shape = (len(problem.x), problem.outputs)
-            size = shape[0] * shape[1] * problem.x.element_size()
+            shape, dtype = problem.result
+            size = shape[0] * shape[1] * dtype.itemsize
             y = torch.frombuffer(bytearray(data[at : at + size] or b"\0"), dtype=torch.uint8)
-            results.append(y[:size].view(problem.x.dtype).view(shape))
+            results.append(y[:size].view(dtype).view(shape))
             at += size
         assert at == len(data)
         return list(zip(results, kernels, strict=True))

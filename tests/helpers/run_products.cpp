@@ -4,7 +4,8 @@
 //
 // PROBLEMS holds one problem after another: eight int64 (rows, type, isa, bytes of the layout, of
 // the packed weight, of x, of the bias and of y), then those bytes but for y. RESULTS gets y of all
-// of them. Prints "ISA kernel" for each problem.
+// of them. Prints "ISA kernel" for each problem. With isa -1, x are numbers of rows (int64) and y are
+// these rows of the weight.
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -18,6 +19,8 @@ using precalib::X86Layout;
 extern "C" int64_t precalib_layout_bytes();
 extern "C" int32_t precalib_isa_state(int64_t isa);
 extern "C" const char* precalib_kernel_for(const X86Layout*, int64_t type, int64_t rows);
+extern "C" void precalib_gather_rows(const X86Layout*, const uint8_t* packed, const int64_t* ids,
+                                     int64_t count, int64_t type, void* y);
 extern "C" int32_t precalib_linear(const X86Layout*, const uint8_t* packed, const void* x,
                                    const void* bias, void* y, int64_t rows, int64_t type,
                                    int64_t isa);
@@ -58,6 +61,13 @@ int main(int count, char** words) {
     X86Layout made;
     std::memcpy(&made, layout.data(), sizeof made);
     made.shard_rows = (const int64_t*)(layout.data() + sizeof made);
+    if (head[2] < 0) {
+      precalib_gather_rows(&made, (const uint8_t*)packed.data(), (const int64_t*)x.data(), head[0],
+                           head[1], y.data());
+      std::printf("-1 gather_rows\n");
+      std::fwrite(y.data(), 1, size_t(head[7]), out);
+      continue;
+    }
     if (precalib_linear(&made, (const uint8_t*)packed.data(), x.data(),
                         head[6] ? bias.data() : nullptr, y.data(), head[0], head[1], head[2]))
       fail("this machine or the library lacks the ISA");

@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 
 from precalib_kernels.backends.arm import library
-from precalib_kernels.backends.arm.memory_layout import repack
+from precalib_kernels.backends.arm.memory_layout import ArmLayout, repack
 from precalib_kernels.backends.base import Backend, LinearSpec
 from precalib_kernels.backends.x86 import op
-from precalib_kernels.backends.x86.memory_layout import X86Layout
 from precalib_kernels.toolchain.compile import BuildError
 
 
@@ -22,7 +21,7 @@ class ArmBackend(Backend):
 
     def __init__(self, spec: LinearSpec) -> None:
         super().__init__(spec)
-        self.layout = X86Layout(
+        self.layout = ArmLayout(
             spec.layout, spec.input_size, spec.shard_sizes, int8_inputs=spec.int8_activations
         )
         self.outputs = spec.output_size

@@ -74,7 +74,7 @@ def definition() -> Library:
 
 @functools.cache
 def load() -> ctypes.CDLL:
-    """The library of kernels, compiled if it is not there yet, as torch's `precalib::cpu_linear`.
+    """The library of kernels, compiled if it is not there yet, as torch's `precalib::cpu_…`.
 
     Raises BuildError with the reason why there is none for this machine.
     """

@@ -1,9 +1,9 @@
-"""The memory layout of a packed weight on Arm: that of backend x86 but for the planes of high bits.
+"""The memory layout of a packed weight on Arm: that of backend x86 with two differences.
 
 `backends/x86/memory_layout.py` describes the sections and holds their sizes. A NEON vector is a
 quarter of a 64-byte plane: four rows of a block by four columns. NEON shifts bytes where x86
-shifts words, and can shift into part of another vector, so other places are cheap for the bits of
-a step. `decode.h` reads them.
+shifts words, and can shift into part of another vector, so other places are cheap for the high
+bits of a step; `decode.h` reads them. And salient slots without a weight have another position.
 """
 
 from collections.abc import Mapping
@@ -29,6 +29,15 @@ _LEFT_OVER = (  # step, bit of its high bits, plane, bit of the plane
 )
 
 
+class ArmLayout(X86Layout):
+    """Sizes and offsets of a weight in this layout."""
+
+    @property
+    def no_position(self) -> int:
+        """Stands in salient slots that hold no weight: kernels keep a column of zeros there."""
+        return self.layout.group_size
+
+
 def high_planes(high: Tensor, bits: int) -> list[Tensor]:
     """The bits above the lowest, uint8 [8, ...] to bits - 1 planes."""
     planes = [torch.zeros_like(high[0]) for _ in range(bits - 1)]
@@ -41,7 +50,7 @@ def high_planes(high: Tensor, bits: int) -> list[Tensor]:
 
 
 def repack(
-    tensors: Mapping[str, Tensor], layout: X86Layout, where: str, arena: HugePageArena = WEIGHTS
+    tensors: Mapping[str, Tensor], layout: ArmLayout, where: str, arena: HugePageArena = WEIGHTS
 ) -> Tensor:
     """The tensors of a weight as one tensor in the memory layout, uint8 [layout.nbytes].
 

@@ -7,8 +7,7 @@ import pytest
 import torch
 from arm_cases import ArmCase
 
-from precalib_kernels.backends.arm.memory_layout import repack
-from precalib_kernels.backends.x86.memory_layout import X86Layout
+from precalib_kernels.backends.arm.memory_layout import ArmLayout, repack
 from precalib_kernels.format import reference
 
 
@@ -45,7 +44,7 @@ def make_case(make_packed):
         ones = torch.ones(1, columns)
         scale = [tensors.get("column_scale", ones).double() for tensors in made]
         fused = {name: torch.cat([tensors[name] for tensors in made]) for name in made[0]}
-        memory = X86Layout(layout, columns, shards, int8_inputs)
+        memory = ArmLayout(layout, columns, shards, int8_inputs)
         return ArmCase(memory, repack(fused, memory, "here"), base, scale)
 
     return make

@@ -10,10 +10,9 @@ from packed_tensors import RECIPE_LAYOUTS
 
 from precalib_kernels.backends.arm import library
 from precalib_kernels.backends.arm.backend import ArmBackend
-from precalib_kernels.backends.arm.memory_layout import repack
+from precalib_kernels.backends.arm.memory_layout import ArmLayout, repack
 from precalib_kernels.backends.base import LinearSpec
 from precalib_kernels.backends.x86 import op
-from precalib_kernels.backends.x86.memory_layout import X86Layout
 from precalib_kernels.format import reference
 from precalib_kernels.toolchain.compile import BuildError
 
@@ -64,7 +63,7 @@ def test_a_layer_calls_the_operator(make_packed, as_layer, monkeypatch):
     tensors = make_packed(LAYOUT, 48, 160).tensors
     tensors["column_scale"] = torch.cat([tensors["column_scale"], torch.ones(1, 160).half()])
     kept = {name: tensor.clone() for name, tensor in tensors.items()}
-    memory = X86Layout(LAYOUT, 160, (32, 16))
+    memory = ArmLayout(LAYOUT, 160, (32, 16))
     monkeypatch.setattr(library, "load", types.SimpleNamespace)
 
     def linear(x, packed, layout, bias, outputs, isa):

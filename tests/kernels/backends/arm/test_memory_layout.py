@@ -4,9 +4,8 @@ import pytest
 import torch
 from packed_tensors import RECIPE_LAYOUTS
 
-from precalib_kernels.backends.arm.memory_layout import high_planes, repack
+from precalib_kernels.backends.arm.memory_layout import ArmLayout, high_planes, repack
 from precalib_kernels.backends.x86 import repack as x86_repack
-from precalib_kernels.backends.x86.memory_layout import X86Layout
 from precalib_kernels.errors import FormatError
 
 
@@ -28,7 +27,7 @@ def test_every_bit_of_every_step_has_a_place_of_its_own(bits, planes_of):
 @pytest.mark.parametrize("bits", [2, 3, 4, 5])
 def test_only_planes_of_high_bits_differ_from_x86(make_packed, bits):
     layout = RECIPE_LAYOUTS[f"balanced-{bits}"]
-    memory = X86Layout(layout, 256, (32,))
+    memory = ArmLayout(layout, 256, (32,))
     tensors = make_packed(layout, 32, 256).tensors
     arm, x86 = repack(tensors, memory, "here"), x86_repack.repack(tensors, memory, "here")
     sections = memory.offsets[0]
@@ -43,4 +42,4 @@ def test_damaged_positions_are_refused(make_packed):
     tensors = make_packed(layout, 5, 160).tensors
     tensors["salient"] |= 255
     with pytest.raises(FormatError, match=r"^here: 'salient' names a weight outside its group"):
-        repack(tensors, X86Layout(layout, 160, (5,)), "here")
+        repack(tensors, ArmLayout(layout, 160, (5,)), "here")

@@ -68,6 +68,19 @@ def test_one_group_of_any_size(run, make_packed, make_case, bits):
             assert_right(run, case, *with_rows(case, (1, 3, 6), (torch.float32,)))
 
 
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_rows_by_number(run, make_case, name):
+    """As `tests/kernels/backends/x86/test_gather_rows.py` has it."""
+    case = make_case(LAYOUTS[name])
+    ids = torch.randperm(54)
+    results = [y for y, _ in run([case.rows(ids, dtype) for dtype in TYPES])]
+    expected = case.weight[ids]
+    bound = 2.0**-24 * (6 * expected.abs() + 3 * expected.abs().amax(1, keepdim=True))
+    assert bool(((results[0].double() - expected).abs() <= bound).all())
+    for dtype, rows in zip(TYPES[1:], results[1:], strict=True):
+        assert torch.equal(rows, results[0].to(dtype))
+
+
 def test_a_bias_is_added(run, make_case):
     case = make_case(LAYOUTS["balanced-3"])
     for dtype in TYPES:

@@ -89,11 +89,17 @@ inline QuantizedGroup quantize_group(const float* x, int64_t count, At&& at) {
   return out;
 }
 
+// Floats of a tile of x, [groups][group_size + 1][kTile]: each group is followed by a column of
+// zeros, at which the positions of unused salient slots point.
+inline int64_t tile_size(const PackedLayout& layout) {
+  return layout.salient_count ? layout.groups * (layout.group_size + 1) * kTile : 0;
+}
+
 // Some rows of x for one shard, as the kernels read them.
 struct Inputs {
   const int8_t* splits;          // [virtual rows][columns], see `split_place`
   const QuantizedGroup* groups;  // [rows][groups]
-  const float* tiles;            // [tile of rows][columns][kTile]; without salient weights unused
+  const float* tiles;            // [tile of rows][tile_size]; unused without salient weights
 };
 
 // Prepares kTile rows of x from `first` on, of which `count` exist: the others become zeros.
@@ -117,11 +123,17 @@ void prepare_tile(const PackedLayout& layout, const Call& call, const uint16_t* 
     }
   }
   if (!layout.salient_count) return;
-  float* const out = tiles + tile * columns * kTile;
-  for (int64_t k = 0; k < columns; k += 4)
-    store_alternating(out + k * kTile, load<F32x4>(scratch + k), load<F32x4>(scratch + columns + k),
-                      load<F32x4>(scratch + 2 * columns + k),
-                      load<F32x4>(scratch + 3 * columns + k));
+  float* out = tiles + tile * tile_size(layout);
+  for (int64_t first = 0; first < columns; first += layout.group_size) {
+    const int64_t count = min(layout.group_size, columns - first);
+    for (int64_t k = first; k < first + count; k += 4, out += 4 * kTile)
+      store_alternating(out, load<F32x4>(scratch + k), load<F32x4>(scratch + columns + k),
+                        load<F32x4>(scratch + 2 * columns + k),
+                        load<F32x4>(scratch + 3 * columns + k));
+    const int64_t rest = (layout.group_size + 1 - count) * kTile;
+    std::memset(out, 0, size_t(rest) * sizeof(float));
+    out += rest;
+  }
 }
 
 // Joins the sums of all splits. sum(d): those of split d.

@@ -71,7 +71,7 @@ struct Pairs {
   // The pair of step k at bits k - 1 and k, for odd k.
   U8x16 odd() const { return kTrellis ? select(all_bytes(0xaa), changed, low) : low; }
   // The same for even k, but for the first.
-  U8x16 even() const { return kTrellis ? select(all_bytes(0x55), changed, low) : low; }
+  U8x16 even() const { return kTrellis ? select(all_bytes(0xaa), low, changed) : low; }
   // The pair of step 0 at bits 0 and 1; bits above them mean nothing.
   U8x16 first() const {
     return kTrellis ? insert_above<1>(shift_right<7>(before), changed) : shift_left<1>(low);
@@ -80,7 +80,7 @@ struct Pairs {
   U8x16 even_from_zero() const {
     if constexpr (!kTrellis) return shift_left<1>(low);
     const U8x16 one_back = insert_above<1>(shift_right<7>(before), low);
-    return select(all_bytes(0x55), one_back, shift_left<1>(changed));
+    return select(all_bytes(0xaa), shift_left<1>(changed), one_back);
   }
 };
 
@@ -121,14 +121,13 @@ inline void decode_two(const Codebook<kBits>& codebook, const Pairs<kTrellis>& p
   else entries[k + 1] = codebook.table.lookup(insert_above<2>(next, plane & all_bytes(15)));
 }
 
-// Entries of the eight steps of chunk c. planes: of a group of `chunks`, at the part's four rows.
-// before: low bits of the chunk before; becomes those of this one.
+// Entries of the eight steps of chunk c. planes: of a group of `chunks`, at the part's four rows;
+// before: low bits of the chunk before.
 template <int kBits, bool kTrellis>
 inline void decode_chunk(const Codebook<kBits>& codebook, const uint8_t* planes, int64_t chunks,
-                         int64_t c, U8x16& before, I8x16* entries) {
+                         int64_t c, U8x16 before, I8x16* entries) {
   const U8x16 low = load<U8x16>(planes + c * kVector);
   const Pairs<kTrellis> pairs(low, before);
-  before = low;
   U8x16 high[kBits - 1];
   for (int p = 0; p < kBits - 1; ++p)
     high[p] = load<U8x16>(planes + (chunks + c * (kBits - 1) + p) * kVector);
@@ -147,10 +146,21 @@ inline void decode_chunk(const Codebook<kBits>& codebook, const uint8_t* planes,
   }
 }
 
-// Low bits before the first chunk: each segment begins where the one before it ends.
-inline U8x16 before_first(const uint8_t* planes, int64_t chunks) {
-  return next_byte(load<U8x16>(planes + (chunks - 1) * kVector));
-}
+// The plane of low bits before that of a chunk, which is in memory but for the first chunk: there
+// each segment begins where the one before it ends.
+class PlaneBefore {
+ public:
+  PlaneBefore(const uint8_t* planes, int64_t chunks) {
+    for (int at = 0; at < kVector; at += 16)
+      store(first_ + at, next_byte(load<U8x16>(planes + (chunks - 1) * kVector + at)));
+  }
+  void next(const uint8_t* low) { plane_ = low; }
+  U8x16 part(int p) const { return load<U8x16>(plane_ + 16 * p); }
+
+ private:
+  alignas(16) uint8_t first_[kVector];
+  const uint8_t* plane_ = first_;
+};
 
 // Whether entries depend on the codes before theirs.
 inline bool has_trellis(const PackedLayout& layout) {

@@ -17,14 +17,15 @@ constexpr int kRowsAtOnce = kSplits == 1                 ? 4
 // Codebook entries of a group of a block, in the order of `store_entries`.
 template <int kBits, bool kTrellis>
 inline void decode_panel(const Codebook<kBits>& codebook, const Group& group, int8_t* panel) {
-  for (int p = 0; p < kParts; ++p) {
-    const uint8_t* const planes = group.planes + 16 * p;
-    U8x16 before = before_first(planes, group.chunks);
-    for (int64_t c = 0; c < group.chunks; ++c) {
+  PlaneBefore before(group.planes, group.chunks);
+  for (int64_t c = 0; c < group.chunks; ++c) {
+    for (int p = 0; p < kParts; ++p) {
       I8x16 entries[8];
-      decode_chunk<kBits, kTrellis>(codebook, planes, group.chunks, c, before, entries);
+      decode_chunk<kBits, kTrellis>(codebook, group.planes + 16 * p, group.chunks, c,
+                                    before.part(p), entries);
       store_entries<kHasMatrix>(entries, p, panel + 8 * c * kVector);
     }
+    before.next(group.planes + c * kVector);
   }
 }
 
@@ -50,17 +51,20 @@ inline void multiply_panel(const PackedLayout& layout, const Group& group, int64
 // [rows][16], overwritten.
 template <int kBits, bool kTrellis, int kSplits>
 void gemm_block(const PackedLayout& layout, const Block& block, const Inputs& inputs, int64_t rows,
-                int8_t* panel, float* totals) {
+                int8_t* panel, SalientSums& salient, float* totals) {
   constexpr int kRows = kRowsAtOnce<kSplits>;
   const Codebook<kBits> codebook(layout);
   std::memset(totals, 0, size_t(rows) * kLanes * sizeof(float));
+  salient.begin();
   for (int64_t g = 0; g < layout.groups; ++g) {
     const Group group = find_group(layout, block, g);
     decode_panel<kBits, kTrellis>(codebook, group, panel);
     const F32x16 scale = group_scales(layout, block, group), zero = group_zeros(layout, group);
     for (int64_t row = 0; row < rows; row += kRows)
       multiply_panel<kSplits, kRows>(layout, group, g, panel, inputs, scale, zero, row, totals);
+    salient.add(block, group, g, scale, zero, inputs.tiles);
   }
+  salient.finish(inputs.tiles, totals);
 }
 
 template <int kBits, bool kTrellis, int kSplits>
@@ -78,14 +82,13 @@ void run_gemm_int8(const Problem& problem) {
 #pragma omp for
       for (int64_t i = 0; i < problem.variants * tiles; ++i)
         buffers.prepare(first, i / tiles, i % tiles, scratch.data);
-      const SalientScratch salient(layout, tiles);
+      SalientSums salient(layout, tiles);
 #pragma omp for
       for (int64_t b = 0; b < problem.blocks; ++b) {
         const Block block = find_block(layout, problem.call.packed, b);
         const Inputs inputs = buffers.of(problem.variant(block));
         gemm_block<kBits, kTrellis, kSplits>(layout, block, inputs, tiles * kTile, panel.data,
-                                             totals.data);
-        add_salient(layout, block, inputs.tiles, salient, totals.data);
+                                             salient, totals.data);
         store_totals(problem, block, first, rows, totals.data);
       }
     }

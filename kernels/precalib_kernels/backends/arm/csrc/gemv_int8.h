@@ -17,25 +17,25 @@ constexpr int parts_at_once(int virtual_rows) {
   return virtual_rows <= 3 ? kParts : virtual_rows <= 6 ? 2 : 1;
 }
 
-// A block of weights times kRows rows of x. totals: [kRows][16], overwritten.
+// A block of weights times kRows rows of x. totals: [kTile][16], overwritten. Not inlined: GCC finds
+// registers for all sums in a function of its own.
 template <int kBits, bool kTrellis, int kSplits, int kRows>
-void gemv_block(const PackedLayout& layout, const Block& block, const Inputs& inputs,
-                float* totals) {
+[[gnu::noinline]] void gemv_block(const PackedLayout& layout, const Block& block,
+                                  const Inputs& inputs, SalientSums& salient, float* totals) {
   constexpr int kVirtual = kSplits * kRows, kAtOnce = parts_at_once(kVirtual);
   constexpr bool kMatrix = kMatrixGemv<kSplits, kRows>;
   const Codebook<kBits> codebook(layout);
-  std::memset(totals, 0, kRows * kLanes * sizeof(float));
+  std::memset(totals, 0, kTile * kLanes * sizeof(float));
+  salient.begin();
   for (int64_t g = 0; g < layout.groups; ++g) {
     const Group group = find_group(layout, block, g);
     prefetch(group.scales + layout.groups * layout.metadata_bytes);
-    const F32x16 scale = group_scales(layout, block, group), zero = group_zeros(layout, group);
     const int8_t* const splits =
         inputs.splits + split_place<kMatrix>(layout.columns, 0, group.first);
+    F32x16 scale, zero;
     for (int first = 0; first < kParts; first += kAtOnce) {
       PartSums<kVirtual, kMatrix> sums[kAtOnce];
-      U8x16 before[kAtOnce];
-      for (int p = 0; p < kAtOnce; ++p)
-        before[p] = before_first(group.planes + 16 * (first + p), group.chunks);
+      PlaneBefore before(group.planes, group.chunks);
       for (int64_t c = 0; c < group.chunks; ++c) {
         if (first == 0)
           for (int p = 0; p < kBits; ++p)
@@ -44,10 +44,15 @@ void gemv_block(const PackedLayout& layout, const Block& block, const Inputs& in
         for (int p = 0; p < kAtOnce; ++p) {
           I8x16 entries[8];
           decode_chunk<kBits, kTrellis>(codebook, group.planes + 16 * (first + p), group.chunks, c,
-                                        before[p], entries);
+                                        before.part(first + p), entries);
           sums[p].add(entries, splits + split_place<kMatrix>(layout.columns, 0, c * kChunk),
                       layout.columns);
         }
+        before.next(group.planes + c * kVector);
+      }
+      if (first == 0) {
+        scale = group_scales(layout, block, group);
+        zero = group_zeros(layout, group);
       }
       for (int p = 0; p < kAtOnce; ++p)
         for (int r = 0; r < kRows; ++r) {
@@ -58,7 +63,9 @@ void gemv_block(const PackedLayout& layout, const Block& block, const Inputs& in
                      totals + r * kLanes + (first + p) * kPart);
         }
     }
+    salient.add(block, group, g, scale, zero, inputs.tiles);
   }
+  salient.finish(inputs.tiles, totals);
 }
 
 template <int kBits, bool kTrellis, int kSplits, int kRows>
@@ -70,16 +77,13 @@ void run_gemv_int8(const Problem& problem) {
   for (int64_t v = 0; v < problem.variants; ++v) buffers.prepare(0, v, 0, scratch.data);
 #pragma omp parallel if (!problem.single_thread)
   {
-    const SalientScratch salient(layout, 1);
+    SalientSums salient(layout, 1);
 #pragma omp for
     for (int64_t b = 0; b < problem.blocks; ++b) {
       const Block block = find_block(layout, problem.call.packed, b);
       const Inputs inputs = buffers.of(problem.variant(block));
       alignas(64) float totals[kTile * kLanes];
-      gemv_block<kBits, kTrellis, kSplits, kRows>(layout, block, inputs, totals);
-      if (kRows < kTile)
-        std::memset(totals + kRows * kLanes, 0, (kTile - kRows) * kLanes * sizeof(float));
-      add_salient(layout, block, inputs.tiles, salient, totals);
+      gemv_block<kBits, kTrellis, kSplits, kRows>(layout, block, inputs, salient, totals);
       store_totals(problem, block, 0, kRows, totals);
     }
   }

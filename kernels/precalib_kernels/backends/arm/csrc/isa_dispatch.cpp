@@ -3,6 +3,8 @@
 // function for programs without torch.
 #include "../../x86/csrc/isa_dispatch.h"
 
+#include "../../x86/csrc/gather_rows.h"
+
 #include <sys/auxv.h>
 
 #include <cstring>
@@ -103,6 +105,13 @@ extern "C" EXPORT int32_t precalib_linear(const X86Layout* layout, const uint8_t
   if (precalib_isa_state(isa) != 3) return 1;
   linear(Isa(isa), {layout, packed, x, bias, y, rows, type, {}});
   return 0;
+}
+
+// Rows of W by number, for programs without torch. y: [count][columns] of `type`.
+extern "C" EXPORT void precalib_gather_rows(const X86Layout* layout, const uint8_t* packed,
+                                            const int64_t* ids, int64_t count, int64_t type,
+                                            void* y) {
+  gather_rows(*layout, packed, ids, count, Type(type), y);
 }
 
 // Bytes of X86Layout, for Python to compare with its own.

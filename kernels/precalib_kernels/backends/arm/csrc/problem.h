@@ -41,29 +41,26 @@ class InputBuffers {
         rows_(tiles * kTile),
         splits_(problem.variants * rows_ * kSplits * problem.layout.columns),
         groups_(problem.variants * rows_ * problem.layout.groups),
-        tiles_(problem.layout.salient_count ? problem.variants * rows_ * problem.layout.columns
-                                            : 0) {}
+        tiles_(problem.variants * tiles * tile_size(problem.layout)) {}
 
   // Prepares a tile of the rows from `first` on. scratch: [kTile][columns].
   void prepare(int64_t first, int64_t variant, int64_t tile, float* scratch) const {
     const PackedLayout& layout = problem_.layout;
     const int64_t row = first + tile * kTile;
-    prepare_tile<kMatrix, kSplits>(
-        layout, problem_.call, problem_.column_scale(variant), row,
-        min(kTile, problem_.call.rows - row), tile, scratch, splits_.data + variant * split_size(),
-        groups_.data + variant * rows_ * layout.groups, tiles_.data + variant * tile_size());
+    prepare_tile<kMatrix, kSplits>(layout, problem_.call, problem_.column_scale(variant), row,
+                                   min(kTile, problem_.call.rows - row), tile, scratch,
+                                   splits_.data + variant * split_size(),
+                                   groups_.data + variant * rows_ * layout.groups,
+                                   tiles_.data + variant * rows_ / kTile * tile_size(layout));
   }
   Inputs of(int64_t variant) const {
-    return {splits_.data + variant * split_size(),
-            groups_.data + variant * rows_ * problem_.layout.groups,
-            tiles_.data + variant * tile_size()};
+    const PackedLayout& layout = problem_.layout;
+    return {splits_.data + variant * split_size(), groups_.data + variant * rows_ * layout.groups,
+            tiles_.data + variant * rows_ / kTile * tile_size(layout)};
   }
 
  private:
   int64_t split_size() const { return rows_ * kSplits * problem_.layout.columns; }
-  int64_t tile_size() const {
-    return problem_.layout.salient_count ? rows_ * problem_.layout.columns : 0;
-  }
   const Problem& problem_;
   const int64_t rows_;
   const Buffer<int8_t> splits_;

@@ -83,27 +83,36 @@ inline F32x16 group_zeros(const PackedLayout& layout, const Group& group) {
 // What a salient weight of each row differs by from the base weight that it replaces.
 struct SalientResidual {
   alignas(16) float delta[kLanes];
-  int32_t column[kLanes];  // of permuted x
+  const uint8_t* positions;  // as the layout has them; in unused slots of a column of zeros
+  int64_t column;            // of tiles of x, to which positions are added
 };
 
-inline void find_residual(const PackedLayout& layout, const Block& block, const Group& group,
-                          const F32x16& scale, const F32x16& zero, int64_t slot,
-                          SalientResidual& out) {
-  const uint8_t* at = group.salient + slot * kLanes * (layout.position_bytes + 2);
-  const I32x16 positions = layout.position_bytes == 1 ? load_u8(at) : load_u16(at);
-  at += kLanes * layout.position_bytes;
-  const I32x16 codes = load_u8(at), entries = load_i8(at + kLanes);
-  const int32_t magnitude = int32_t(layout.salient_mask);  // bits of a code that are not its sign
+// Decodes the slots of a group. out: [salient_count]; column: where the group begins in tiles of x.
+template <bool kSigned, bool kUniform>
+inline void find_residuals(const PackedLayout& layout, const Block& block, const Group& group,
+                           const F32x16& scale, const F32x16& zero, int64_t column,
+                           SalientResidual* out) {
+  F32x4 step[kParts], offset[kParts], factor[kParts], zeros[kParts];
   for (int p = 0; p < kParts; ++p) {
-    const I32x4 position = positions.part[p], code = codes.part[p];
-    const I32x4 used = (I32x4)(position < int32_t(layout.group_size));
-    const float* const row_values = block.row_values + kLanes + p * kPart;
-    const I32x4 bits = (I32x4)(to_f32(code & magnitude) * load<F32x4>(row_values) +
-                               load<F32x4>(row_values + kLanes));
-    const F32x4 value = (F32x4)(bits ^ (code & ~magnitude) << 24);
-    const F32x4 base = (to_f32(entries.part[p]) - zero.part[p]) * scale.part[p];
-    store(out.delta + p * kPart, (I32x4)(value - base) & used);
-    store(out.column + p * kPart, (position & used) + int32_t(group.first));
+    step[p] = load<F32x4>(block.row_values + kLanes + p * kPart);
+    offset[p] = load<F32x4>(block.row_values + 2 * kLanes + p * kPart);
+    factor[p] = scale.part[p];
+    if constexpr (kUniform) zeros[p] = zero.part[p];
+  }
+  const uint8_t* at = group.salient;
+  const int64_t count = layout.salient_count, positions = kLanes * layout.position_bytes;
+  for (int64_t slot = 0; slot < count; ++slot, at += positions + 2 * kLanes, ++out) {
+    out->positions = at;
+    out->column = column;
+    const I32x16 codes = load_u8(at + positions), entries = load_i8(at + positions + kLanes);
+    for (int p = 0; p < kParts; ++p) {
+      const I32x4 code = codes.part[p];
+      F32x4 value = fused_add(offset[p], to_f32(kSigned ? code & 127 : code), step[p]);
+      if constexpr (kSigned) value = (F32x4)((I32x4)value ^ (code & 128) << 24);
+      F32x4 entry = to_f32(entries.part[p]);
+      if constexpr (kUniform) entry -= zeros[p];
+      store(out->delta + p * kPart, value - entry * factor[p]);
+    }
   }
 }
 

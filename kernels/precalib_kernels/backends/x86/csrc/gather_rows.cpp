@@ -68,24 +68,20 @@ Row find_row(const X86Layout& layout, const uint8_t* packed, int64_t number) {
 }
 
 // The bits above the lowest of the code of a step, from the bytes of a row's segment in the planes.
-#if defined(__aarch64__)  // their places are those of `arm/memory_layout.py`
+// Arm has an order of its own, `backends/arm/memory_layout.py`.
 template <int kBits>
 int high_bits(const uint8_t* high, int step) {
-  if constexpr (kBits == 2) return high[0] >> (step < 4 ? 3 - step : 11 - step) & 1;
-  if constexpr (kBits == 3) {
-    constexpr int kLowest[] = {2, 0, 6, 4};
-    return high[step % 2 * kVector] >> kLowest[step / 2] & 3;
-  }
+#if defined(__aarch64__)
+  if constexpr (kBits == 2) return high[0] >> (step ^ 3) & 1;
+  if constexpr (kBits == 3) return high[step % 2 * kVector] >> ((step & 6) ^ 2) & 3;
   if constexpr (kBits == 4) {
-    if (step < 6) return high[step / 2 * kVector] >> (step % 2 ? 2 : 5) & 7;
-    const int a = high[0], b = high[kVector], c = high[2 * kVector];
-    return step == 7 ? (a & 3) | (b & 1) << 2 : (b >> 1 & 1) | (c & 1) << 1 | (c & 2) << 1;
+    const uint8_t *const second = high + kVector, *const third = second + kVector;
+    if (step == 6) return (*second >> 1 & 1) | (*third & 3) << 1;
+    if (step == 7) return (*high & 3) | (*second & 1) << 2;
+    return high[step / 2 * kVector] >> (step % 2 ? 2 : 5) & 7;
   }
   if constexpr (kBits == 5) return high[step / 2 * kVector] >> (step % 2 ? 0 : 4) & 15;
-}
 #else
-template <int kBits>
-int high_bits(const uint8_t* high, int step) {
   if constexpr (kBits == 2) return high[0] >> step & 1;
   if constexpr (kBits == 3) return high[step / 4 * kVector] >> 2 * (step % 4) & 3;
   if constexpr (kBits == 4) {
@@ -93,8 +89,8 @@ int high_bits(const uint8_t* high, int step) {
     return (high[(step - 6) * kVector] >> 6 & 3) | (high[2 * kVector] >> step & 1) << 2;
   }
   if constexpr (kBits == 5) return high[step / 2 * kVector] >> 4 * (step % 2) & 15;
-}
 #endif
+}
 
 // Codebook entries of a row's group of `columns`, with the zero point taken off.
 template <int kBits>
