@@ -140,6 +140,7 @@ void prepare_tile(const PackedLayout& layout, const Call& call, const uint16_t* 
 template <int kSplits, class Sum>
 inline F32x4 join_splits(Sum&& sum) {
   F32x4 joined = to_f32(sum(0));
+#pragma GCC unroll 2  // else GCC keeps the sums in memory
   for (int d = 1; d < kSplits; ++d) joined = joined * 256 + to_f32(sum(d));
   return joined;
 }

@@ -54,7 +54,9 @@ template <int kBits, bool kTrellis, int kSplits, int kRows>
         scale = group_scales(layout, block, group);
         zero = group_zeros(layout, group);
       }
+#pragma GCC unroll 4
       for (int p = 0; p < kAtOnce; ++p)
+#pragma GCC unroll 4
         for (int r = 0; r < kRows; ++r) {
           const F32x4 dot =
               join_splits<kSplits>([&](int d) { return sums[p].of(r * kSplits + d); });

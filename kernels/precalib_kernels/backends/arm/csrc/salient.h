@@ -8,6 +8,7 @@
 namespace precalib {
 namespace {
 
+static_assert(kTile == 4);          // a vector
 constexpr int64_t kResiduals = 64;  // about: decoded at a time, for all rows of x
 
 // Adds residuals times x. tile: [groups][group_size + 1][kTile]; sums: [row of the block][row of x],
@@ -20,9 +21,8 @@ inline void add_residuals(const SalientResidual* residuals, int64_t count, const
     for (int64_t i = 0; i < count; ++i) {
       const F32x4* const delta = (const F32x4*)residuals[i].delta;
       const Position* const at = (const Position*)residuals[i].positions;
-      const float* const x = tile + residuals[i].column * kTile;
-      ((sum[lane] = fused_add_lane<lane % kPart>(
-            sum[lane], load<F32x4>(x + at[lane] * int64_t(kTile)), delta[lane / kPart])),
+      const F32x4* const x = (const F32x4*)tile + residuals[i].column;
+      ((sum[lane] = fused_add_lane<lane % kPart>(sum[lane], x[at[lane]], delta[lane / kPart])),
        ...);
     }
     (store(sums + lane * kTile, sum[lane]), ...);
