@@ -82,12 +82,26 @@ def load() -> ctypes.CDLL:
 
     made = definition()
     x86.check_torch_version(torch.__version__)
+    if runtime := openmp_runtime(Path("/proc/self/maps").read_text()):
+        # torch's wheels for aarch64 keep it to themselves; the kernels look for its functions.
+        ctypes.CDLL(runtime, mode=ctypes.RTLD_GLOBAL)
     library = load_library(made)
     library.precalib_isa_index.restype = ctypes.c_int64
     library.precalib_isa_state.argtypes = (ctypes.c_int64,)
     library.precalib_layout_bytes.restype = ctypes.c_int64
     x86.register(library)
     return library
+
+
+def openmp_runtime(maps: str) -> str | None:
+    """File of the GNU OpenMP runtime in a process, of several that of torch; None without one.
+
+    maps: /proc/PID/maps.
+    """
+    fields = (line.split(None, 5) for line in maps.splitlines())
+    files = [field[5] for field in fields if len(field) == 6]
+    found = [file for file in files if Path(file).name.startswith("libgomp")]
+    return min(found, key=lambda file: "torch" not in file, default=None)
 
 
 @functools.cache

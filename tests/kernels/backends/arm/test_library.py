@@ -43,6 +43,16 @@ def test_it_is_loaded_and_registered_as_the_operator(monkeypatch):
         library.load.__wrapped__()
 
 
+def test_the_openmp_runtime_of_torch_is_found():
+    line = "7f00-7f01 r-xp 00000000 fe:00 4242 {}\n"
+    maps = "7f00-7f01 rw-p 00000000 00:00 0\n" + line.format("/usr/lib/libm.so.6")
+    assert library.openmp_runtime(maps) is None
+    other = "/a b/numpy.libs/libgomp-1.so.1"
+    assert library.openmp_runtime(maps + line.format(other)) == other
+    own = "/a b/torch.libs/libgomp-a49a47f9.so.1.0.0"
+    assert library.openmp_runtime(maps + line.format(other) + line.format(own)) == own
+
+
 def test_isas_are_those_of_library_and_machine(monkeypatch):
     states = {"dotprod": 3, "i8mm": 2}
     monkeypatch.setattr(library.Isa, "_state", lambda isa: states[isa.name])

@@ -84,11 +84,15 @@ struct Pairs {
   }
 };
 
+// What follows is always inlined: GCC else calls it, entries go through memory, and that doubles the
+// instructions.
+
 // Entries of the eight steps, with 2 and 3 bits: pairs and high bits, both two bits wide, become
 // nibbles. even, odd: planes of the high bits of even and odd steps.
 template <int kBits, bool kTrellis>
-inline void decode_nibbles(const Codebook<kBits>& codebook, const Pairs<kTrellis>& pairs,
-                           U8x16 even, U8x16 odd, I8x16* entries) {
+[[gnu::always_inline]] inline void decode_nibbles(const Codebook<kBits>& codebook,
+                                                  const Pairs<kTrellis>& pairs, U8x16 even,
+                                                  U8x16 odd, I8x16* entries) {
   const auto look_up = [&](U8x16 pair, U8x16 high, int parity) {
     const U8x16 mask = all_bytes(0x33);
     const U8x16 first = select(mask, pair, high), second = select(mask, high, pair);
@@ -108,8 +112,9 @@ inline void decode_nibbles(const Codebook<kBits>& codebook, const Pairs<kTrellis
 // Entries of steps k and k + 1, with 4 and 5 bits, whose high bits share a plane: those of the even
 // step lie at the top.
 template <int kBits, int k, bool kTrellis>
-inline void decode_two(const Codebook<kBits>& codebook, const Pairs<kTrellis>& pairs, U8x16 plane,
-                       I8x16* entries) {
+[[gnu::always_inline]] inline void decode_two(const Codebook<kBits>& codebook,
+                                              const Pairs<kTrellis>& pairs, U8x16 plane,
+                                              I8x16* entries) {
   U8x16 pair;
   if constexpr (k == 0) pair = pairs.first();
   else pair = shift_right<k - 1>(pairs.even());
@@ -124,8 +129,9 @@ inline void decode_two(const Codebook<kBits>& codebook, const Pairs<kTrellis>& p
 // Entries of the eight steps of chunk c. planes: of a group of `chunks`, at the part's four rows;
 // before: low bits of the chunk before.
 template <int kBits, bool kTrellis>
-inline void decode_chunk(const Codebook<kBits>& codebook, const uint8_t* planes, int64_t chunks,
-                         int64_t c, U8x16 before, I8x16* entries) {
+[[gnu::always_inline]] inline void decode_chunk(const Codebook<kBits>& codebook,
+                                                const uint8_t* planes, int64_t chunks, int64_t c,
+                                                U8x16 before, I8x16* entries) {
   const U8x16 low = load<U8x16>(planes + c * kVector);
   const Pairs<kTrellis> pairs(low, before);
   U8x16 high[kBits - 1];

@@ -32,12 +32,15 @@ template <int kBits, bool kTrellis, int kSplits, int kRows>
     prefetch(group.scales + layout.groups * layout.metadata_bytes);
     const int8_t* const splits =
         inputs.splits + split_place<kMatrix>(layout.columns, 0, group.first);
+    if constexpr (kAtOnce < kParts)
+      for (int64_t at = 0; at < group.chunks * kBits * kVector; at += kVector)
+        prefetch(group.planes + at + layout.block_bytes);
     F32x16 scale, zero;
     for (int first = 0; first < kParts; first += kAtOnce) {
       PartSums<kVirtual, kMatrix> sums[kAtOnce];
       PlaneBefore before(group.planes, group.chunks);
       for (int64_t c = 0; c < group.chunks; ++c) {
-        if (first == 0)
+        if constexpr (kAtOnce == kParts)
           for (int p = 0; p < kBits; ++p)
             prefetch(group.planes + (c * kBits + p) * kVector + layout.block_bytes);
 #pragma GCC unroll 4  // else GCC keeps the sums in memory

@@ -23,7 +23,7 @@ struct PartSums {
   I32x4 sums[kVirtual] = {};
 
   // Adds eight steps. x: the first virtual row's values for these steps.
-  void add(const I8x16* entries, const int8_t* x, int64_t columns) {
+  [[gnu::always_inline]] void add(const I8x16* entries, const int8_t* x, int64_t columns) {
     for (int v = 0; v < kVirtual; ++v) {
       const I8x16 low = load<I8x16>(x + v * columns), high = load<I8x16>(x + v * columns + 16);
       I32x4& sum = sums[v];
@@ -46,7 +46,7 @@ struct PartSums<kVirtual, true> {
   static constexpr int kPairs = (kVirtual + 1) / 2;
   I32x4 low[kPairs] = {}, high[kPairs] = {};  // of the first two rows, and of the last two
 
-  void add(const I8x16* entries, const int8_t* x, int64_t columns) {
+  [[gnu::always_inline]] void add(const I8x16* entries, const int8_t* x, int64_t columns) {
     for (int i = 0; i < 4; ++i) {
       const I8x16 first = zip_low(entries[2 * i], entries[2 * i + 1]);
       const I8x16 last = zip_high(entries[2 * i], entries[2 * i + 1]);
@@ -66,7 +66,7 @@ struct PartSums<kVirtual, true> {
 // Stores eight steps of entries of part p in a panel, in the order in which `TileSums` reads them:
 // 128 bytes for two steps.
 template <bool kMatrix>
-inline void store_entries(const I8x16* entries, int part, int8_t* panel) {
+[[gnu::always_inline]] inline void store_entries(const I8x16* entries, int part, int8_t* panel) {
   for (int i = 0; i < 4; ++i) {
     const I8x16 a = entries[2 * i], b = entries[2 * i + 1];
     int8_t* const to = panel + i * 2 * kVector;
@@ -80,7 +80,8 @@ template <int kVirtual, bool kMatrix>
 struct TileSums {
   I32x4 sums[kVirtual][kParts] = {};
 
-  void add(const int8_t* panel, int64_t steps, const int8_t* x, int64_t columns) {
+  [[gnu::always_inline]] void add(const int8_t* panel, int64_t steps, const int8_t* x,
+                                  int64_t columns) {
     for (int64_t t = 0; t < steps; t += 4) {
       I8x16 inputs[kVirtual];
       for (int v = 0; v < kVirtual; ++v) inputs[v] = load<I8x16>(x + v * columns + 4 * t);
@@ -94,7 +95,7 @@ struct TileSums {
 
  private:
   template <int kStep>
-  void add_step(const int8_t* panel, const I8x16* inputs) {
+  [[gnu::always_inline]] void add_step(const int8_t* panel, const I8x16* inputs) {
     for (int p = 0; p < kParts; ++p) {
       const I8x16 entries = load<I8x16>(panel + 16 * p);
       for (int v = 0; v < kVirtual; ++v)
@@ -109,7 +110,8 @@ struct TileSums<kVirtual, true> {
   static constexpr int kPairs = kVirtual / 2;
   I32x4 sums[kPairs][2 * kParts] = {};
 
-  void add(const int8_t* panel, int64_t steps, const int8_t* x, int64_t columns) {
+  [[gnu::always_inline]] void add(const int8_t* panel, int64_t steps, const int8_t* x,
+                                  int64_t columns) {
     for (int64_t t = 0; t < steps; t += 2) {
       I8x16 inputs[kPairs];
       for (int p = 0; p < kPairs; ++p) inputs[p] = load<I8x16>(x + p * 2 * columns + 8 * t);
