@@ -3,12 +3,13 @@
 import dataclasses
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from offline_quantize.planning.options import Options as RecipeOptions
 from precalib_kernels.backends.base import LinearSpec
 from precalib_kernels.backends.registry import BackendChoice, BackendRegistry, default_registry
 from precalib_kernels.errors import ServingError
@@ -44,12 +45,14 @@ class Options:
     int8_activations: whether products are to round activations to 8 bits.
     choices_file:     file that gets the choice for every layer, a line of JSON each.
     against:          address of a server whose model the page compares answers with.
+    recipes:          recipes and kept modules of a checkpoint that is quantized while it is loaded.
     """
 
     backend: str | None = None
     int8_activations: bool = False
     choices_file: Path | None = None
     against: str | None = None
+    recipes: RecipeOptions = dataclasses.field(default_factory=RecipeOptions)
 
     @classmethod
     def parse(cls, additional_config: Any) -> "Options":
@@ -59,20 +62,47 @@ class Options:
         share compiled code.
         """
         ours = additional_config.get("precalib", {}) if isinstance(additional_config, dict) else {}
-        names = {"backend", "activations", "choices_file", "against"}
-        known = isinstance(ours, dict) and not set(ours) - names
+        known = isinstance(ours, dict) and not set(ours) - set(KINDS)
         if (
             not known
+            or not all(isinstance(value, KINDS[key]) for key, value in ours.items())
             or ours.get("activations", "int8") != "int8"
-            or not isinstance(ours.get("choices_file", ""), str)
             or not str(ours.get("against", "http://")).startswith(("http://", "https://"))
+            or not all(isinstance(item, str) for item in _words(ours))
         ):
             raise ServingError(
                 f'additional_config: "precalib" is {ours!r}, but only {{"backend": NAME, '
-                '"activations": "int8", "choices_file": PATH, "against": URL} is known'
+                '"activations": "int8", "choices_file": PATH, "against": URL} is known, and for a '
+                'checkpoint that is not packed {"recipe": NAME, "keep": [PATTERN], "overrides": {PATTERN: NAME}, '
+                '"head": NAME}'
             )
+        recipes = RecipeOptions(
+            ours.get("recipe"),
+            overrides=tuple(ours.get("overrides", {}).items()),
+            keep=tuple(ours.get("keep", ())),
+            head=ours.get("head"),
+        )
         file = Path(ours["choices_file"]) if "choices_file" in ours else None
-        return cls(ours.get("backend"), "activations" in ours, file, ours.get("against"))
+        return cls(ours.get("backend"), "activations" in ours, file, ours.get("against"), recipes)
+
+
+# Keys under "precalib", and what kind of value each has.
+KINDS: Mapping[str, type] = {
+    "backend": str,
+    "activations": str,
+    "choices_file": str,
+    "against": str,
+    "recipe": str,
+    "keep": list,
+    "overrides": dict,
+    "head": str,
+}
+
+
+def _words(ours: Mapping[str, Any]) -> Iterator[Any]:
+    """What has to be a text inside of lists and objects."""
+    yield from ours.get("keep", ())
+    yield from ours.get("overrides", {}).values()
 
 
 def choose(

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -24,6 +24,9 @@ with vllm_names():
     )
 
 
+if TYPE_CHECKING:
+    from vllm_precalib.online_quantizer import OnlineQuantizer
+
 WEIGHT = ".weight"
 PACKED_WEIGHT = ".qweight"
 
@@ -33,6 +36,7 @@ class PrecalibConfig(QuantizationConfig):
 
     It is built in the main process and pickled to the others, so it holds plain data only.
 
+    packed:     whether the checkpoint is; else it is quantized while it is loaded.
     checkpoint: quantization_config, parsed.
     registry:   backends to choose from, None for the plugin's own.
     head_expected: whether this process has made packed layers of a model that it generates with,
@@ -47,13 +51,10 @@ class PrecalibConfig(QuantizationConfig):
         registry: BackendRegistry | None = None,
     ) -> None:
         super().__init__()
-        if checkpoint is None:  # vLLM passes nothing when config.json has no quantization_config
-            raise ServingError(
-                "--quantization precalib was given, but this checkpoint is not packed "
-                "(its config.json has no quantization_config); pack it first with "
-                "'precalib quantize SRC DST' and serve DST"
-            )
-        self.checkpoint = checkpoint
+        # vLLM passes nothing when config.json has no quantization_config
+        self.packed = checkpoint is not None
+        self.checkpoint = checkpoint or CheckpointConfig("", {}, {})
+        self.quantizer: OnlineQuantizer | None = None
         self.registry = registry
         self.choices: dict[str, BackendChoice] = {}
         self.head_expected: bool | None = None
@@ -112,7 +113,7 @@ class PrecalibConfig(QuantizationConfig):
 
         Raises ServingError for a packed output head that no layer of the model takes.
         """
-        heads = [module for module in self.checkpoint.modules if HEAD.search(module)]
+        heads = self._packed_heads()
         if heads and self.head_expected:
             raise ServingError(
                 f"{heads[0]} is packed, but vLLM computes this model's logits with its embeddings "
@@ -121,9 +122,21 @@ class PrecalibConfig(QuantizationConfig):
         return super().get_checkpoint_weight_mapper() | expert_names(self.checkpoint)
 
     def _check_model(self, modules: Iterable[str]) -> None:
-        """Raise ServingError for a packed module whose weight vLLM's loader would change."""
+        """Raise ServingError for a packed module whose weight vLLM's loader would change, and for
+        options that do not go with a packed checkpoint.
+        """
+        from vllm_precalib.backends import Options
+
         config = get_current_vllm_config()
         model = config.model_config
+        recipes = Options.parse(config.additional_config).recipes
+        if given := next(
+            (k for k in ("recipe", "keep", "overrides", "head") if getattr(recipes, k)), None
+        ):
+            raise ServingError(
+                f'additional_config: "{given}" is for an ordinary checkpoint, but this one is '
+                "already packed; leave it out"
+            )
         if model is None:
             return
         if self.head_expected is None:
@@ -135,10 +148,7 @@ class PrecalibConfig(QuantizationConfig):
             raise ServingError(f"{reason}, which it cannot do with packed ones; serve the original")
         for module in modules:
             if what := families.rewritten(architectures, module):
-                raise ServingError(
-                    f"{module}: vLLM {what} when it loads them, which it cannot do with packed "
-                    "ones; quantize the model again"
-                )
+                raise ServingError(f"{module} is packed, but vLLM {what}; quantize the model again")
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """The method for the layer `prefix`; None where vLLM's own default is right.
@@ -147,9 +157,14 @@ class PrecalibConfig(QuantizationConfig):
         """
         # imported here so that a vLLM without these names can still serve other models
         from vllm_precalib import linear_method as methods
+        from vllm_precalib.online_quantizer import OnlineQuantizer
         from vllm_precalib.undecided_linear_method import UndecidedLinearMethod
 
         kind = methods.layer_kind(layer)
+        if not self.packed:
+            if self.quantizer is None:
+                self.quantizer = OnlineQuantizer(self.registry, self.choices)
+            return self.quantizer.method(kind, layer, prefix, self.packed_modules_mapping)
         if kind == "experts":
             from vllm_precalib.experts.method import experts_method
 
@@ -161,6 +176,8 @@ class PrecalibConfig(QuantizationConfig):
         if kind == "embedding" and not prefix:  # some models do not tell
             prefix = self._packed_embeddings() or ""
         module = self.packed_module(prefix) if kind else None
+        if module is None and kind == "head" and len(self._packed_heads()) == 1:
+            module = self.packed_module(self._packed_heads()[0])  # StableLM calls it ".lm_head"
         if module is None and kind == "linear":
             return UndecidedLinearMethod(prefix, self.checkpoint, self.registry, self.choices)
         if module is None:
@@ -170,6 +187,9 @@ class PrecalibConfig(QuantizationConfig):
             self.head_expected = False
         rows = kind == "embedding"
         return methods.PrecalibLinearMethod(prefix, module, self.registry, self.choices, rows)
+
+    def _packed_heads(self) -> list[str]:
+        return [module for module in self.checkpoint.modules if HEAD.search(module)]
 
     def _packed_embeddings(self) -> str | None:
         """The one packed module that is the input embeddings by its name, if there is one."""

@@ -64,7 +64,7 @@ class WeightLoadGuard:
             loaded_weight: Tensor,
             loaded_shard_id: Any = None,
         ) -> None:
-            shards = self._shards(name, loaded_shard_id)
+            shards = self.shards_of(name, loaded_shard_id)
             self._check_stored(name, loaded_weight, shards, layer)
             shard_id = () if loaded_shard_id is None else (loaded_shard_id,)
             if name != "column_scale" and loaded_shard_id in self.heads:
@@ -111,8 +111,11 @@ class WeightLoadGuard:
                 "the checkpoint is damaged, quantize the model again"
             )
 
-    def _shards(self, name: str, shard_id: Any) -> list[int]:
-        """Indices of the fused shards that vLLM's shard id stands for."""
+    def shards_of(self, name: str, shard_id: Any) -> list[int]:
+        """Indices of the fused shards that vLLM's shard id stands for.
+
+        name: of the tensor, for the ServingError that an unknown id raises.
+        """
         if shard_id is None:
             return list(range(len(self.shard_sizes)))
         if isinstance(shard_id, tuple):

@@ -21,12 +21,53 @@ with vllm_names():
 
 
 @register_weight_loader_v2_supported_method
-class UndecidedLinearMethod(UnquantizedLinearMethod):
-    """An unquantized layer, unless packed tensors arrive; then it becomes a packed one.
+class CheckedLinearMethod(UnquantizedLinearMethod):
+    """An unquantized layer with a guard: vLLM has none in a quantized model.
 
-    An unquantized one has a guard: vLLM has none in a quantized model. A weight that is still
-    not-a-number in the whole first row of a shard was never loaded: unlike a wrapped loader, that
-    mark works for every loader of vLLM's, and a weight of numbers cannot carry it.
+    A weight that is still not-a-number in the whole first row of a shard was never loaded: unlike a
+    wrapped loader, that mark works for every loader of vLLM's, and a weight of numbers cannot carry
+    it.
+
+    prefix: the layer's name in vLLM.
+    """
+
+    def __init__(self, prefix: str) -> None:
+        super().__init__()
+        self.prefix = prefix
+
+    def create_weights(
+        self,
+        layer: torch.nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        """As vLLM does, with not-a-number in the first row of every shard."""
+        sizes = input_size_per_partition, output_partition_sizes
+        super().create_weights(layer, *sizes, *args, **kwargs)
+        self.shard_sizes = output_partition_sizes
+        for shard in self._shards(layer):
+            shard[0] = torch.nan
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """As vLLM does. Raises ServingError if a shard was never loaded."""
+        for shard in self._shards(layer):
+            if bool(shard[0].isnan().all()):
+                raise ServingError(
+                    f"{self.prefix}.weight was not in the checkpoint, or only in part, and "
+                    "config.json does not list the layer as packed; copy the checkpoint again or "
+                    "quantize the model again"
+                )
+        super().process_weights_after_loading(layer)
+
+    def _shards(self, layer: torch.nn.Module) -> tuple[Tensor, ...]:
+        return torch.split(layer.get_parameter("weight").data, self.shard_sizes)
+
+
+@register_weight_loader_v2_supported_method
+class UndecidedLinearMethod(CheckedLinearMethod):
+    """An unquantized layer, unless packed tensors arrive; then it becomes a packed one.
 
     prefix:     the layer's name in vLLM.
     checkpoint: the layouts there are.
@@ -41,8 +82,7 @@ class UndecidedLinearMethod(UnquantizedLinearMethod):
         registry: BackendRegistry | None = None,
         choices: MutableMapping[str, BackendChoice] | None = None,
     ) -> None:
-        super().__init__()
-        self.prefix = prefix
+        super().__init__(prefix)
         self.receiver = PackedTensorReceiver(prefix, checkpoint)
         self.registry = registry
         self.choices = {} if choices is None else choices
@@ -55,12 +95,9 @@ class UndecidedLinearMethod(UnquantizedLinearMethod):
         *args: Any,
         **kwargs: Any,
     ) -> None:
-        """As vLLM does, with not-a-number in the first row of every shard, and a receiver."""
+        """As for a layer that is not packed, and a place for what may arrive."""
         self.arguments = (input_size_per_partition, output_partition_sizes, *args), kwargs
         super().create_weights(layer, *self.arguments[0], **kwargs)
-        self.shard_sizes = output_partition_sizes
-        for shard in self._shards(layer):
-            shard[0] = torch.nan
         self.receiver.register(layer)
 
     def process_weights_after_loading(self, layer: Any) -> None:
@@ -71,15 +108,8 @@ class UndecidedLinearMethod(UnquantizedLinearMethod):
         self.receiver.unregister(layer)
         if arrived := self.receiver.take():
             self._bind(layer, arrived)
-            return
-        for shard in self._shards(layer):
-            if bool(shard[0].isnan().all()):
-                raise ServingError(
-                    f"{self.prefix}.weight was not in the checkpoint, or only in part, and "
-                    "config.json does not list the layer as packed; copy the checkpoint again or "
-                    "quantize the model again"
-                )
-        super().process_weights_after_loading(layer)
+        else:
+            super().process_weights_after_loading(layer)
 
     def _bind(self, layer: Any, arrived: Sequence[Arrival]) -> None:
         module = self.receiver.module_of(arrived, layer.input_size)
@@ -93,9 +123,6 @@ class UndecidedLinearMethod(UnquantizedLinearMethod):
             param.weight_loader(param, tensor, *(() if shard is None else (shard,)))
         layer.quant_method = method
         method.process_packed(layer)
-
-    def _shards(self, layer: torch.nn.Module) -> tuple[Tensor, ...]:
-        return torch.split(layer.get_parameter("weight").data, self.shard_sizes)
 
 
 @register_weight_loader_v2_supported_method

@@ -40,9 +40,11 @@ def column_scale(weight: Tensor, iterations: int, mean_square: Tensor | None = N
     peak = torch.maximum(weight.amax(0), -weight.amin(0)).float()  # of each column
     unit = power_of_two(float(peak.max()))
     device = weight.device
-    row, column = (torch.ones(n, device=device) for n in (rows, columns))  # 1 / factor²
+    row, column = (
+        torch.ones(n, dtype=torch.float32, device=device) for n in (rows, columns)
+    )  # 1 / factor²
     for _ in range(iterations):
-        spread = torch.zeros(columns, device=device)
+        spread = torch.zeros(columns, dtype=torch.float32, device=device)
         for start in range(0, rows, 256):
             block = (weight[start : start + 256].float() * unit).square()
             part = slice(start, start + 256)

@@ -85,7 +85,7 @@ def search_native(
     cpu = torch.device("cpu")
     codebook = torch.tensor(layout.codebook_values, dtype=torch.int32, device=cpu)
     codes = torch.empty(weights.shape, dtype=torch.uint8, device=cpu)
-    entries = torch.empty(weights.shape, device=cpu)
+    entries = torch.empty(weights.shape, dtype=torch.float32, device=cpu)
     unit, low_bits = unit.contiguous(), low_bits.contiguous()
     library.trellis_search(
         *(ctypes.c_void_p(t.data_ptr()) for t in (weights, unit, low_bits)),
@@ -131,7 +131,9 @@ def search_torch(
     constraint_cost[:, 0].masked_fill_(given == 1, torch.inf)
     constraint_cost[:, 1].masked_fill_(given == 0, torch.inf)
 
-    cost = torch.full((2, 2, count), torch.inf, device=device)  # [u[k-1], u[k-2], n]
+    cost = torch.full(
+        (2, 2, count), torch.inf, dtype=torch.float32, device=device
+    )  # [u[k-1], u[k-2], n]
     cost[0, 0] = 0
     # u[k-2] of the best path to each state
     survivors = torch.empty((size, 2, 2, count), dtype=torch.bool, device=device)

@@ -1,5 +1,5 @@
-"""What is special about families of models: weights that vLLM rewrites when it loads them, heads,
-and where the embeddings are that a tied head is a copy of.
+"""What is special about families of models: weights that vLLM takes unquantized only, heads, and
+where the embeddings are that a tied head is a copy of.
 
 Most models need no entry. `vllm_models` is the part that is read off vLLM's source; the tables here
 come from reading its loaders, and a test names every loader that rewrites a tensor.
@@ -15,11 +15,12 @@ from offline_quantize.planning.vllm_models import UNPACKABLE_HEADS
 
 @dataclasses.dataclass(frozen=True)
 class Rewrite:
-    """Weights that stay unquantized, because vLLM's loader would not rewrite packed tensors alike.
+    """Weights that stay unquantized: vLLM rewrites them, which it cannot do with packed tensors, or
+    takes nothing else.
 
     architectures: as config.json names them.
     modules:       pattern searched in the names of modules, fused ones whole.
-    what:          vLLM does, ending "vLLM …".
+    what:          vLLM does: "vLLM …".
     """
 
     architectures: frozenset[str]
@@ -31,13 +32,22 @@ def _rewrite(what: str, modules: str, *architectures: str) -> Rewrite:
     return Rewrite(frozenset(architectures), re.compile(modules), what)
 
 
+UNASKED = "does not ask how it is quantized"
+SPARSE_ATTENTION = ("DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM")  # with an indexer
 REWRITES = (
     _rewrite(
-        "folds a permutation into its rows", r"\.self_attn\.[qkv]_proj$", "K2HorizonForCausalLM"
+        "folds a permutation into its rows when it loads it",
+        r"\.self_attn\.[qkv]_proj$",
+        "K2HorizonForCausalLM",
     ),
-    _rewrite("splits its rows by heads", r"\.query_key_value$", "BloomForCausalLM", "BloomModel"),
     _rewrite(
-        "splits its rows in two",
+        "splits its rows by heads when it loads it",
+        r"\.query_key_value$",
+        "BloomForCausalLM",
+        "BloomModel",
+    ),
+    _rewrite(
+        "splits its rows in two when it loads it",
         r"\.up_gate_proj$",
         "GteModel",
         "GteNewModel",
@@ -45,13 +55,26 @@ REWRITES = (
         "NewModel",
         "NewForSequenceClassification",
     ),
-    _rewrite("splits its rows by heads", r"\.(?:query|key_value)$", "TeleChat2ForCausalLM"),
     _rewrite(
-        "copies its rows into another weight",
+        "splits its rows by heads when it loads it",
+        r"\.(?:query|key_value)$",
+        "TeleChat2ForCausalLM",
+    ),
+    _rewrite(
+        "copies its rows into another weight when it loads it",
         r"\.self_attn\.[qkv]_proj$",
         "Step3TextForCausalLM",
         "Step3VLForConditionalGeneration",
     ),
+    _rewrite(
+        UNASKED,
+        r"\.(?:mixer|mamba)\.(?:in_proj|x_proj|dt_proj|out_proj)$",
+        "MambaForCausalLM",
+        "FalconMambaForCausalLM",
+        "JambaForCausalLM",
+        "JambaForSequenceClassification",
+    ),
+    _rewrite(UNASKED, r"\.indexer\.(?:wk|weights_proj)$", *SPARSE_ATTENTION),
 )
 # Architectures none of whose weights can be packed, and what vLLM does.
 REFUSED = {
@@ -84,7 +107,7 @@ def architectures_of(*configs: Mapping[str, Any]) -> set[str]:
 
 
 def rewritten(architectures: Iterable[str], module: str) -> str | None:
-    """What vLLM's loader does to the weight of `module`, if a packed one would not be served."""
+    """What vLLM does with the weight of `module`, if a packed one would not be served."""
     found = set(architectures)
     for rewrite in REWRITES:
         if rewrite.architectures & found and rewrite.modules.search(module):

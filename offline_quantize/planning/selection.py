@@ -71,7 +71,7 @@ def classify(
     if any(pattern.search(module) for pattern in keep):
         return "--keep"
     if what := rewritten(architectures, module):
-        return f"vLLM {what} when it loads them"
+        return f"vLLM {what}"
     if dtype in FLOAT_TYPES and shape[1] % COLUMN_UNIT:
         return f"input size {shape[1]} is not a multiple of {COLUMN_UNIT}"
     return None

@@ -20,6 +20,7 @@ import vllm
 from safetensors.torch import save_file
 from vllm.lora.request import LoRARequest
 
+from offline_quantize import quantize_checkpoint
 from precalib_kernels.backends.x86 import library
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))  # as pyproject.toml does for pytest
@@ -29,6 +30,7 @@ PROMPTS = [[5, 17, 101, 44, 3, 150], [199, 1, 64], list(range(20, 70))]
 TOKENS = 8
 DENSE = {"additional_config": {"precalib": {"backend": "dense"}}}
 INT8 = {"additional_config": {"precalib": {"activations": "int8"}}}
+KEPT = ["k_proj|q_proj|v_proj"]
 REFERENCE = {"additional_config": {"precalib": {"backend": "reference"}}}
 
 Answers = list[list[tuple[int, float]]]  # per prompt, greedy tokens with their log-probability
@@ -248,6 +250,23 @@ def case_half_precision(folder: Path) -> dict[str, Any]:
     return result
 
 
+def case_online(folder: Path) -> dict[str, Any]:
+    """Ordinary checkpoints; the truth is what vLLM answers on the same ones quantized before."""
+    sources = [llama(folder / name, seed).dense for name, seed in (("1", 19), ("2", 20))]
+    packed = [folder / "3", folder / "4"]
+    for source, target in zip(sources, packed, strict=True):
+        quantize_checkpoint(source, target, "balanced-3", activations="none", keep=KEPT, jobs=1)
+    ours = {"recipe": "balanced-3", "keep": KEPT, "backend": "reference"}
+    options = {"additional_config": {"precalib": ours}, "quantization": "precalib"}
+    llm = start(sources[0], **options)
+    first = answers(llm)
+    llm.collective_rpc("reload_weights", kwargs={"weights_path": str(sources[1])})
+    llm.reset_prefix_cache()
+    reloaded = answers(llm)
+    truths = [answers(start(target, **REFERENCE)) for target in packed]
+    return {"first": (first, truths[0]), "reloaded": (reloaded, truths[1])}
+
+
 def case_dummy(folder: Path) -> dict[str, Any]:
     checkpoint = llama(folder, 6)
     llm = start(checkpoint.packed, load_format="dummy")
@@ -375,6 +394,7 @@ SUITES = {
         case_two_bits,
         case_int8_activations,
         case_half_precision,
+        case_online,
         case_dummy,
         case_lora,
         case_lora_dense,

@@ -188,7 +188,10 @@ def test_options():
 def test_anything_else_in_additional_config_is_refused(config_of, rank, ours):
     with (
         rank(additional_config={"precalib": ours}),
-        pytest.raises(ServingError, match=r'^additional_config: "precalib" is .* is known$'),
+        pytest.raises(
+            ServingError,
+            match=r'^additional_config: "precalib" is .* is known, and for a checkpoint',
+        ),
     ):
         ReplicatedLinear(160, 32, quant_config=config_of("fc"), prefix="fc")
 

@@ -106,6 +106,11 @@ def test_activations_of_8_bits_change_answers_a_little(case):
     assert LOGPROB_TOLERANCE < max(errors) < 0.05
 
 
+@pytest.mark.parametrize("weights", ["first", "reloaded"])
+def test_quantizing_while_loading_is_quantizing_before(case, weights):
+    assert_same(case("eager", "online")[weights], tolerance=0)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_is_exactly_the_unpacked_model(case, dtype):
     assert_same(case("eager", "half_precision")[dtype], tolerance=0)

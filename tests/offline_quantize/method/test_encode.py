@@ -254,3 +254,17 @@ def test_errors_count_by_the_size_of_the_inputs_where_it_is_known(name):
     after = loss(weighed)
     assert (after <= before * 1.0001).all()  # every group is searched for its own best path
     assert after.sum() < 0.95 * before.sum()
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_default_type_of_torch_changes_nothing(recipe):
+    """An engine that loads a model sets it to that of the model."""
+    weight = (torch.randn(48, 160) * 0.02).bfloat16()
+    expected = encode(weight, RECIPES[recipe], "test").tensors
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        tensors = encode(weight, RECIPES[recipe], "test").tensors
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for name, tensor in expected.items():
+        assert torch.equal(tensors[name].view(torch.uint8), tensor.view(torch.uint8))

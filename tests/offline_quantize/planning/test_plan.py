@@ -217,7 +217,7 @@ def test_weights_that_vllm_rewrites_stay_unquantized(checkpoint):
     made = plan(checkpoint(config=config))
     for part in "qkv":
         reason = made.unquantized[f"model.layers.1.self_attn.{part}_proj.weight"]
-        assert reason == "vLLM folds a permutation into its rows when it loads them"
+        assert reason == "vLLM folds a permutation into its rows when it loads it"
     assert "model.layers.1.self_attn.o_proj.weight" in made.weight_plans
 
 

@@ -1,0 +1,266 @@
+"""Layers that are quantized while they are loaded hold what the quantizer writes."""
+
+import copy
+import os
+import pickle
+
+import pytest
+import torch
+from vllm.model_executor.layers.linear import (
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    RowParallelLinear,
+)
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.model_loader.reload.meta import materialize_meta_tensor
+
+from offline_quantize.method.encode import encode
+from offline_quantize.method.recipes import RECIPES, for_head
+from offline_quantize.planning.options import Options as RecipeOptions
+from precalib_kernels.errors import ServingError
+from precalib_kernels.format.checkpoint_config import CheckpointConfig
+from vllm_precalib.backends import Options
+from vllm_precalib.config import PrecalibConfig
+from vllm_precalib.encoder_pool import EncoderPool, allowed_cores
+from vllm_precalib.online_linear_method import OnlineLinearMethod
+from vllm_precalib.online_plan import OnlinePlan
+from vllm_precalib.undecided_linear_method import CheckedLinearMethod
+
+FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+PREFIX = "model.layers.0.self_attn"
+ROWS = {"q": 128, "k": 64, "v": 64}
+
+
+@pytest.fixture
+def ours(rank):
+    """`with ours(recipe=…)`: as `rank`, with these options and the reference backend."""
+
+    def make(index=0, of=1, **options):
+        precalib = {"backend": "reference", **options}
+        return rank(index, of, additional_config={"precalib": precalib})
+
+    return make
+
+
+def online(fused=FUSED):
+    config = PrecalibConfig()
+    config.packed_modules_mapping = fused
+    return config
+
+
+def packed(modules, recipe):
+    layouts = {recipe: RECIPES[recipe].layout}
+    config = PrecalibConfig(CheckpointConfig("test", layouts, dict.fromkeys(modules, recipe)))
+    config.packed_modules_mapping = FUSED
+    return config
+
+
+def attention(config):
+    return QKVParallelLinear(
+        160, 32, 4, 2, bias=False, quant_config=config, prefix=f"{PREFIX}.qkv_proj"
+    )
+
+
+def load(layer, name, tensor, shard=None):
+    param = getattr(layer, name)
+    param.weight_loader(param, tensor, *([] if shard is None else [shard]))
+
+
+def process(layer):
+    layer.quant_method.process_weights_after_loading(layer)
+
+
+def weight(rows, columns=160):
+    return (torch.randn(rows, columns) * 0.02).bfloat16()
+
+
+@pytest.mark.parametrize("recipe", ["balanced-4", "paper-3"])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_every_rank_holds_its_slice_of_what_the_quantizer_writes(ours, recipe, ranks):
+    weights = {part: weight(rows) for part, rows in ROWS.items()}
+    encoded = {p: encode(w, RECIPES[recipe], p).tensors for p, w in weights.items()}
+    for index in range(ranks):
+        with ours(index, ranks, recipe=recipe):
+            made = attention(online())
+            for part in ROWS:
+                load(made, "weight", weights[part], part)
+            process(made)
+        with ours(index, ranks):
+            before = attention(packed([f"{PREFIX}.{part}_proj" for part in ROWS], recipe))
+            for part in ROWS:
+                for name, tensor in encoded[part].items():
+                    load(before, name, tensor, part)
+            process(before)
+        parameters = dict(made.named_parameters())
+        assert parameters.keys() == dict(before.named_parameters()).keys()
+        for name, tensor in before.named_parameters():
+            assert torch.equal(parameters[name].view(torch.uint8), tensor.view(torch.uint8))
+
+
+def test_a_head_is_quantized_on_demand(ours):
+    table = weight(100)
+    with ours(head="balanced-4"):
+        head = ParallelLMHead(100, 160, quant_config=online(), prefix="lm_head")
+        load(head, "weight", table)
+        process(head)
+        recipe = for_head("balanced-4")[1]
+        expected = encode(table, recipe, "head").tensors["qweight"]
+        assert torch.equal(head.qweight[:100], expected)
+        with pytest.raises(ServingError, match=r"^lm_head: this model's head is a copy of its emb"):
+            head.tie_weights(head)
+    with ours():
+        head = ParallelLMHead(100, 160, quant_config=online(), prefix="lm_head")
+    assert not isinstance(head.quant_method, OnlineLinearMethod)
+
+
+def test_a_reload_makes_it_again(ours):
+    with ours():
+        layer = attention(online())
+        fresh = dict(layer.named_parameters())
+        for part, rows in ROWS.items():
+            load(layer, "weight", weight(rows), part)
+        process(layer)
+        first = layer.qweight.clone()
+        for name in ("qweight", "scales", "row_scale", "salient", "column_scale", "weight"):
+            layer.register_parameter(name, fresh[name])
+        for part, rows in ROWS.items():
+            load(layer, "weight", weight(rows), part)  # on meta: vLLM counts
+        assert not layer.quant_method.arrived
+        layer.register_parameter("weight", None)
+        layer.register_parameter("weight", materialize_meta_tensor(fresh["weight"]))
+        for part, rows in ROWS.items():
+            load(layer, "weight", weight(rows), part)
+        process(layer)
+    assert layer.qweight.shape == first.shape
+    assert not torch.equal(layer.qweight, first)
+
+
+def test_weights_that_do_not_arrive_are_missed(ours):
+    with ours():
+        layer = attention(online())
+        load(layer, "weight", weight(128), "q")
+        with pytest.raises(ServingError, match=rf"^{PREFIX}\.k_proj\.weight was not in the check"):
+            process(layer)
+
+
+def test_weights_that_cannot_be_quantized_are_named(ours):
+    down = "model.layers.0.mlp.down_proj"
+
+    def loaded(tensor, **options):
+        with ours(**options):
+            layer = RowParallelLinear(160, 48, bias=False, quant_config=online(), prefix=down)
+            load(layer, "weight", tensor)
+            process(layer)
+
+    broken = weight(48)
+    broken[3, 5] = torch.nan
+    with pytest.raises(ServingError, match=rf"^{down}\.weight: weight \[3, 5\] is nan; "):
+        loaded(broken)
+    huge = torch.full((48, 160), 3e38)
+    with pytest.raises(ServingError, match=r'keep": \["down_proj\$"\]'):
+        loaded(huge, recipe="rtn-4")
+
+
+def test_unquantized_layers_are_guarded(ours):
+    with ours(keep=["gate_proj|up_proj"]):
+        layer = MergedColumnParallelLinear(
+            160, [32, 32], bias=False, quant_config=online(), prefix="model.layers.0.m.gate_up_proj"
+        )
+        assert isinstance(layer.quant_method, CheckedLinearMethod)
+        with pytest.raises(ServingError, match=r"gate_up_proj\.weight was not in the checkpoint"):
+            process(layer)
+
+
+def plan(*configs, **options):
+    return OnlinePlan(RecipeOptions(**options), *configs)
+
+
+def test_the_choice_is_that_of_the_quantizer():
+    chosen = plan({"num_hidden_layers": 2}, overrides=[("down_proj", "rtn-3")])
+    shape = 64, 128
+    module = chosen.module("model.layers.1.self_attn.qkv_proj", shape, FUSED)
+    assert module.module.shards == tuple(f"model.layers.1.self_attn.{x}_proj" for x in "qkv")
+    assert module.recipe == RECIPES["balanced-4"]
+    assert chosen.module("model.layers.1.mlp.down_proj", shape, {}).recipe == RECIPES["rtn-3"]
+    reasons = {
+        "model.layers.2.mlp.down_proj": "multi-token prediction head",
+        "model.layers.1.mlp.gate": "router or gate",
+        "visual.blocks.0.mlp.fc1": "vision or audio tower",
+        "": "outside the decoder layers",
+    }
+    for prefix, reason in reasons.items():
+        assert chosen.module(prefix, shape, FUSED) == reason
+    narrow = chosen.module("model.layers.0.a.dt_proj", (64, 96), {})
+    assert narrow == "its 96 inputs are fewer than a group of 128"
+    odd = chosen.module("model.layers.0.a.dt_proj", (64, 100), {})
+    assert odd == "input size 100 is not a multiple of 32"
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"keep": ["k_proj"]}, r'"keep" treats a\.layers\.0\.q_proj, .* differently, which vLLM'),
+        ({"overrides": [("k_proj", "rtn-3")]}, r'"overrides" treats a\.layers\.0\.q_proj, '),
+    ],
+)
+def test_parts_of_one_layer_are_treated_alike(options, text):
+    with pytest.raises(ServingError, match=text):
+        plan(**options).module("a.layers.0.qkv_proj", (64, 128), FUSED)
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "text"),
+    [
+        ({}, {"recipe": "none"}, r'^additional_config: "precalib": unknown recipe \'none\''),
+        ({}, {"keep": ["("]}, r'^additional_config: "precalib": --keep .* not a regular expr'),
+        (
+            {"architectures": ["OPTForCausalLM"]},
+            {"head": "rtn-4"},
+            r'serves OPTForCausalLM .* "hea',
+        ),
+    ],
+)
+def test_options_that_are_wrong(config, options, text):
+    with pytest.raises(ServingError, match=text):
+        plan(config, **options)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"recipe": 3}, {"keep": "a"}, {"keep": [1]}, {"overrides": {"a": 1}}, {"head": None}]
+)
+def test_options_of_another_kind_are_refused(wrong):
+    with pytest.raises(
+        ServingError, match=r'"precalib" is .* and for a checkpoint that is not pac'
+    ):
+        Options.parse({"precalib": wrong})
+
+
+def test_options_are_read():
+    fields = {"recipe": "rtn-3", "keep": ["a"], "overrides": {"b": "rtn-4"}, "head": "rtn-4"}
+    recipes = Options.parse({"precalib": fields}).recipes
+    assert recipes == RecipeOptions("rtn-3", overrides=(("b", "rtn-4"),), keep=("a",), head="rtn-4")
+
+
+def test_recipes_for_a_packed_checkpoint_are_refused(ours):
+    config = packed(["model.layers.0.mlp.down_proj"], "rtn-4")
+    with (
+        ours(recipe="rtn-3"),
+        pytest.raises(ServingError, match=r'"recipe" .* already packed; leave it out$'),
+    ):
+        RowParallelLinear(160, 48, quant_config=config, prefix="model.layers.0.mlp.down_proj")
+
+
+def test_the_pool_ends_with_its_last_result():
+    pool = EncoderPool()
+    futures = [pool.submit(weight(64), RECIPES["rtn-4"], "test") for _ in range(12)]
+    assert pool.pool is not None
+    for future in futures:
+        assert pool.result(future)["qweight"].shape == (64, 80)
+    assert pool.pool is None
+    assert pool.result(pool.submit(weight(64), RECIPES["rtn-4"], "test"))
+    assert isinstance(copy.deepcopy(pool), EncoderPool)
+    assert isinstance(pickle.loads(pickle.dumps(pool)), EncoderPool)
+
+
+def test_all_cores_that_any_thread_may_use():
+    assert allowed_cores() >= os.sched_getaffinity(0)

@@ -1,0 +1,79 @@
+"""Threads that quantize weights while others are read."""
+
+import os
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from threading import Semaphore
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from offline_quantize.method.encode import encode
+from offline_quantize.method.recipes import Recipe
+
+WAITING = 1  # weights per core that may wait beside those that are worked on
+
+
+class EncoderPool:
+    """A thread for each core; a weight is encoded by one of them, as `precalib quantize` does it.
+
+    There are threads only while there is work. So that not more than a few weights are in memory,
+    `submit` blocks while enough of them wait.
+    """
+
+    def __init__(self) -> None:
+        self.cores = allowed_cores()
+        self.pool: ThreadPoolExecutor | None = None
+        self.room = Semaphore((1 + WAITING) * len(self.cores))
+        self.unclaimed = 0  # weights whose result nobody has taken
+
+    def submit(self, weight: Tensor, recipe: Recipe, where: str) -> "Future[dict[str, Tensor]]":
+        """The packed tensors of `weight` [N, K], in the future; errors are those of `encode`.
+
+        The weight is not changed, and must not be changed by others until then.
+        """
+        if self.pool is None:
+            self.pool = ThreadPoolExecutor(len(self.cores), initializer=self._start_thread)
+        self.room.acquire()
+        self.unclaimed += 1
+        future = self.pool.submit(_tensors, weight, recipe, where)
+        future.add_done_callback(lambda _: self.room.release())
+        return future
+
+    def result(self, future: "Future[dict[str, Tensor]]") -> dict[str, Tensor]:
+        """The packed tensors that `submit` promised, once; the threads end with the last."""
+        self.unclaimed -= 1
+        try:
+            return future.result()
+        finally:
+            if self.pool is not None and not self.unclaimed:
+                self.pool.shutdown()
+                self.pool = None
+
+    def __deepcopy__(self, memo: Any) -> "EncoderPool":
+        return EncoderPool()
+
+    def __reduce__(self) -> tuple[Callable[[], "EncoderPool"], tuple[()]]:
+        return EncoderPool, ()
+
+    def _start_thread(self) -> None:
+        torch.set_num_threads(1)  # results do not depend on the number of threads then
+        os.sched_setaffinity(0, self.cores)  # vLLM pins the thread that began this one
+
+
+def _tensors(weight: Tensor, recipe: Recipe, where: str) -> dict[str, Tensor]:
+    with torch.no_grad():
+        return encode(weight, recipe, where).tensors
+
+
+def allowed_cores() -> set[int]:
+    """Cores that any thread of this process may run on."""
+    cores: set[int] = set()
+    for task in Path("/proc/self/task").iterdir():
+        try:
+            cores |= os.sched_getaffinity(int(task.name))
+        except ProcessLookupError:
+            continue  # ended since
+    return cores
