@@ -73,8 +73,8 @@ class Options:
             raise ServingError(
                 f'additional_config: "precalib" is {ours!r}, but only {{"backend": NAME, '
                 '"activations": "int8", "choices_file": PATH, "against": URL} is known, and for a '
-                'checkpoint that is not packed {"recipe": NAME, "keep": [PATTERN], "overrides": {PATTERN: NAME}, '
-                '"head": NAME}'
+                'checkpoint that is not packed {"recipe": NAME, "keep": [PATTERN], '
+                '"overrides": {PATTERN: NAME}, "head": NAME}'
             )
         recipes = RecipeOptions(
             ours.get("recipe"),
