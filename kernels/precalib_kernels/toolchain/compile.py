@@ -9,8 +9,10 @@ another machine sharing the cache meets a wrong build. The compiler is no part o
 is found again without one. The build imports this module, so it needs the standard library only.
 """
 
+import contextlib
 import ctypes
 import dataclasses
+import fcntl
 import functools
 import hashlib
 import os
@@ -19,6 +21,7 @@ import shutil
 import subprocess
 import tempfile
 import warnings
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -96,11 +99,13 @@ def load_library(library: Library) -> ctypes.CDLL:
     """The library as installation or an earlier use left it, else compiled now.
 
     One that cannot be loaded, such as a newer system's in a shared home, is compiled again, and so
-    is one in the cache that somebody else may have written.
+    is one in the cache that somebody else may have written. Of several processes that need it at
+    once, one compiles and the others wait.
 
     Raises BuildError when there is no compiler, it fails, or the result cannot be loaded.
     """
     kept = cache_directory() / library.file_name()
+    known = _inode(kept)
     failures: list[str] = []
     for path in (COMPILED / kept.name, kept):
         if path is kept and (reason := why_unsafe(kept)):
@@ -113,13 +118,44 @@ def load_library(library: Library) -> ctypes.CDLL:
             if path.exists():
                 failures.append(f"cannot load {error}")
     try:
-        for remark in compile_library(library, kept):
-            warnings.warn(f"{remark}; delete {kept} to have it compiled again", stacklevel=2)
-        return ctypes.CDLL(str(kept))
+        with _one_at_a_time(kept):
+            by_another = _inode(kept) not in (None, known) and not why_unsafe(kept)
+            for remark in () if by_another else compile_library(library, kept):
+                warnings.warn(f"{remark}; delete {kept} to have it compiled again", stacklevel=2)
+            return ctypes.CDLL(str(kept))
     except BuildError as error:
         raise BuildError("; ".join([*failures, str(error)])) from error
     except OSError as error:
         raise BuildError(f"cannot load {error}") from error
+
+
+def _inode(path: Path) -> int | None:
+    try:
+        return path.stat().st_ino
+    except OSError:
+        return None
+
+
+@contextlib.contextmanager
+def _one_at_a_time(kept: Path) -> Iterator[None]:
+    """Wait until no other process of this machine compiles `kept`.
+
+    Where a lock cannot be had, compiling says why, or does the work twice.
+    """
+    lock = kept.with_suffix(".lock")
+    try:
+        make_private(lock.parent)
+        handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    except (OSError, UnsafeCacheError):
+        yield
+        return
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        os.close(handle)
 
 
 def find_compiler() -> str | None:

@@ -1,5 +1,6 @@
 """Compiling native sources: cached by content, one clear reason when it cannot be done."""
 
+import os
 import re
 import subprocess
 import sys
@@ -179,3 +180,26 @@ def test_an_unwritable_cache_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(file))
     with pytest.raises(build.BuildError, match="cannot be written"):
         build.load(SOURCE)
+
+
+def test_of_two_processes_one_compiles(own_cache, tmp_path):
+    """The compiler is a script that takes long and writes down each of its calls."""
+    calls, compiler = tmp_path / "calls", tmp_path / "slow-compiler"
+    compiler.write_text(f'#!/bin/sh\necho >> {calls}\nsleep 1\nexec g++ "$@"\n')
+    compiler.chmod(0o755)
+    source = tmp_path / "one.cpp"
+    source.write_text('extern "C" int one() { return 1; }')
+    code = (
+        "import sys; from pathlib import Path; from precalib_kernels.toolchain import compile;"
+        "library = compile.Library('one', (compile.Unit(Path(sys.argv[1]), ('-fPIC',)),));"
+        "print(compile.load_library(library).one())"
+    )
+    environment = os.environ | {"CXX": str(compiler)}
+    command = [sys.executable, "-c", code, str(source)]
+    both = [
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    assert [process.communicate(timeout=100)[0] for process in both] == ["1\n", "1\n"]
+    assert calls.read_text().count("\n") == 2  # of one process: compiling and linking
+    assert [path.suffix for path in own_cache.iterdir()] == [".so"]
