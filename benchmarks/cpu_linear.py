@@ -1,10 +1,15 @@
-"""One product on the CPU: packed weights beside bfloat16 and vLLM's other low-bit operators.
+"""One product on the CPU: packed weights beside unquantized ones and other low-bit operators.
 
-    python benchmarks/cpu_linear.py [--size 4096] [--rounds 15] [--threads 1 2] [--rows 1 16 256]
+    python benchmarks/cpu_linear.py [--isa avx2] [--size 4096] [--rounds 15] [--threads 1 2]
+        [--rows 1 16 256] [--over NAME] [--fastest]
 
-Prints time over that of `onednn_mm` in bfloat16, which is what vLLM uses for dense weights: medians
-of interleaved rounds, a process for each number of threads. Weights are random; values do not
-matter to any of the operators.
+Prints time over that of one of the unquantized products: medians of interleaved rounds, a process
+for each number of threads. Weights are random; values do not matter to any of the operators.
+--fastest prints ratios of the fastest rounds, too, for a machine that is shared.
+
+--isa takes the kernels of an ISA below the machine's, and limits torch, oneDNN and MKL to about the
+same instructions, to see what a lesser machine would do. Its memory and its clock are still this
+machine's. Operators that cannot be limited are left out.
 """
 
 import argparse
@@ -16,20 +21,43 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from offline_quantize.method.recipes import RECIPES
-from precalib_kernels.backends.x86 import op
+from precalib_kernels.backends.x86 import library, op
 from precalib_kernels.backends.x86.memory_layout import X86Layout
+from precalib_kernels.processor import has_bfloat16
 
-Operators = dict[str, Callable[[Tensor], Tensor]]
+FLOAT32, BFLOAT16, ONEDNN = "torch float32 linear", "torch bf16 linear", "onednn_mm bf16"
+# Of torch's, oneDNN's and MKL's variables, by the ISA of ours.
+LIMITS = {
+    "avx2": ("avx2", "AVX2", "AVX2"),
+    "avx_vnni": ("avx2", "AVX2_VNNI", "AVX2"),
+    "avx512": ("avx512", "AVX512_CORE", "AVX512"),
+    "avx512_vnni": ("avx512", "AVX512_CORE_VNNI", "AVX512"),
+    "avx512_bf16": ("avx512", "AVX512_CORE_BF16", "AVX512"),
+}
+VARIABLES = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
 
 
-def packed_operators(size: int) -> Operators:
+@dataclasses.dataclass(frozen=True)
+class Operator:
+    """A product with a weight of its own; dtype: of the x that it takes."""
+
+    run: Callable[[Tensor], Tensor]
+    dtype: torch.dtype = torch.bfloat16
+
+
+Operators = dict[str, Operator]
+
+
+def packed_operators(size: int, isa: int) -> Operators:
     """Ours: both default recipes, and groups of 64 with 3 salient weights (4.7 %); a recipe again
-    with inputs in 8 bits, where this machine can.
+    with inputs in 8 bits, and with inputs in float32.
     """
     four = RECIPES["balanced-4"].layout
     layouts = {
@@ -43,15 +71,19 @@ def packed_operators(size: int) -> Operators:
     for name, plan in plans.items():
         packed = torch.randint(0, 64, (plan.nbytes,), dtype=torch.uint8)
         finite_values(packed, plan)
-        print(f"# {name}: {plan.nbytes / (2 * size * size):.3f} of the memory of bfloat16")
-        operators[name] = functools.partial(
-            _packed_product, packed=packed, plan=op.layout_tensor(plan), size=size
+        if not plan.int8_inputs:
+            print(f"# {name}: {plan.nbytes / (2 * size * size):.3f} of the memory of bfloat16")
+        run = functools.partial(
+            _packed_product, packed=packed, plan=op.layout_tensor(plan), size=size, isa=isa
         )
+        operators[name] = Operator(run)
+        if name == "balanced-4":
+            operators["balanced-4, float32 inputs"] = Operator(run, torch.float32)
     return operators
 
 
-def _packed_product(x: Tensor, packed: Tensor, plan: Tensor, size: int) -> Tensor:
-    return op.linear(x, packed, plan, None, size, isa=-1)
+def _packed_product(x: Tensor, packed: Tensor, plan: Tensor, size: int, isa: int) -> Tensor:
+    return op.linear(x, packed, plan, None, size, isa=isa)
 
 
 def finite_values(packed: Tensor, plan: X86Layout) -> None:
@@ -61,18 +93,43 @@ def finite_values(packed: Tensor, plan: X86Layout) -> None:
     packed[columns:end].view(torch.float16).fill_(1.0)
 
 
-def dense_operator(size: int) -> Operators:
-    from vllm import _custom_ops as ops
+def unquantized_operators(size: int) -> Operators:
+    """torch's own products, and the one that vLLM uses for bfloat16 weights."""
+    weight = torch.randn(size, size)
+    half = weight.bfloat16()
+    operators = {
+        FLOAT32: Operator(lambda x: linear(x, weight), torch.float32),
+        BFLOAT16: Operator(lambda x: linear(x, half)),
+    }
+    try:
+        from vllm import _custom_ops as ops
+        from vllm.platforms import current_platform
 
-    handler = ops.create_onednn_mm(torch.randn(size, size).bfloat16().t(), 64)
-    return {"onednn_mm bf16": lambda x: ops.onednn_mm(handler, x, None)}
+        current_platform.import_kernels()
+        handler = ops.create_onednn_mm(half.t(), 64)
+    except Exception as error:  # no vLLM, or a build of it without this operator
+        print(f"# {ONEDNN} is left out: {first_line(error)}")
+    else:
+        operators[ONEDNN] = Operator(lambda x: ops.onednn_mm(handler, x, None))
+    return operators
 
 
-def other_operators(size: int, group: int = 64) -> Operators:
+def other_operators(size: int, limited: bool, group: int = 64) -> Operators:
     """vLLM's and torch's own 4-bit operators, without salient weights or column scales.
 
     vLLM's W4A8 is for processors with AMX, and an illegal instruction elsewhere.
     """
+    codes = torch.randint(0, 16, (size, size), dtype=torch.int32)
+    stock = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+    both = torch.rand(size // group, size, 2).bfloat16()
+    operators = {
+        "_weight_int4pack_mm_for_cpu": Operator(
+            lambda x: torch.ops.aten._weight_int4pack_mm_for_cpu(x, stock, group, both)
+        )
+    }
+    if limited:
+        print("# vLLM's 4-bit operators are left out: they cannot be limited to an ISA")
+        return operators
     from vllm import _custom_ops as ops
 
     amx = torch.cpu._is_amx_tile_supported()
@@ -83,22 +140,16 @@ def other_operators(size: int, group: int = 64) -> Operators:
     scales = torch.rand(size // group, size).bfloat16()
     zeros = words(size // group, size // 8)
     blocked = words(size // 16, size * 16 // 8)
-    codes = torch.randint(0, 16, (size, size), dtype=torch.int32)
-    stock = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
-    both = torch.rand(size // group, size, 2).bfloat16()
-    operators: Operators = {
-        "cpu_gemm_wna16": lambda x: ops.cpu_gemm_wna16(
-            x, blocked, scales, zeros, None, 8, "amx" if amx else "vec"
-        ),
-        "_weight_int4pack_mm_for_cpu": lambda x: torch.ops.aten._weight_int4pack_mm_for_cpu(
-            x, stock, group, both
-        ),
-    }
+    operators["cpu_gemm_wna16"] = Operator(
+        lambda x: ops.cpu_gemm_wna16(x, blocked, scales, zeros, None, 8, "amx" if amx else "vec")
+    )
     if amx:
         eight = ops.convert_weight_packed_scale_zp(
             words(size, size // 8), zeros, scales, ops.CPUQuantAlgo.AWQ
         )
-        operators["int4_scaled_mm_cpu (W4A8)"] = lambda x: ops.int4_scaled_mm_cpu(x, *eight, None)
+        operators["int4_scaled_mm_cpu (W4A8)"] = Operator(
+            lambda x: ops.int4_scaled_mm_cpu(x, *eight, None)
+        )
     return operators
 
 
@@ -107,64 +158,106 @@ def working(operators: Operators, size: int) -> Operators:
     good: Operators = {}
     for name, operator in operators.items():
         try:
-            operator(torch.randn(1, size).bfloat16())
+            operator.run(torch.randn(1, size).to(operator.dtype))
             good[name] = operator
         except Exception as error:  # whatever it raises is the finding
-            print(f"# {name} does not run here: {str(error).splitlines()[0]}")
+            print(f"# {name} is left out: {first_line(error)}")
     return good
 
 
-def measure(operators: Operators, rows: int, size: int, rounds: int) -> dict[str, float]:
-    """Median seconds of each, round by round."""
+def first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def measure(operators: Operators, rows: int, size: int, rounds: int) -> dict[str, list[float]]:
+    """Seconds of each, round by round."""
     x = torch.randn(rows, size).bfloat16()
+    inputs = {dtype: x.to(dtype) for dtype in (torch.float32, torch.bfloat16)}
     repeat = max(1, 16 // rows)
     seconds: dict[str, list[float]] = {name: [] for name in operators}
     for _ in range(rounds):
         for name, operator in operators.items():
-            operator(x)
+            given = inputs[operator.dtype]
+            operator.run(given)
             start = time.perf_counter()
             for _ in range(repeat):
-                operator(x)
+                operator.run(given)
             seconds[name].append((time.perf_counter() - start) / repeat)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+    return seconds
 
 
-def run(threads: int, size: int, rounds: int, rows: list[int]) -> None:
-    from vllm.platforms import current_platform
+def describe(isa: str, limited: bool) -> None:
+    """Say what is measured."""
+    model = "unknown processor"
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            model = line.partition(":")[2].strip()
+            break
+    machine = library.supported_isas()[-1]
+    print(f"# {model}, ISA {machine}; torch {torch.__version__}")
+    if limited:
+        limits = " ".join(f"{name}={os.environ.get(name, '')}" for name in VARIABLES)
+        print(f"# simulated: kernels of {isa}, and {limits}")
 
-    current_platform.import_kernels()
+
+def run(options: argparse.Namespace) -> None:
+    threads, size, rows = options.threads[0], options.size, options.rows
     torch.set_num_threads(threads)
-    operators = dense_operator(size) | working(packed_operators(size), size)
+    isas = library.supported_isas()
+    isa, limited = options.isa or isas[-1], options.isa is not None
+    describe(isa, limited)
+    unquantized = working(unquantized_operators(size), size)
+    operators = unquantized | working(packed_operators(size, isas.index(isa)), size)
     try:
-        operators |= working(other_operators(size), size)
+        operators |= working(other_operators(size, limited), size)
     except Exception as error:  # private operators change from release to release
-        print(f"# other operators cannot be prepared: {str(error).splitlines()[0]}")
-    results = {count: measure(operators, count, size, rounds) for count in rows}
-    print(f"| {threads} thread(s), K = N = {size} | " + " | ".join(f"M = {m}" for m in rows) + " |")
+        print(f"# other operators are left out: {first_line(error)}")
+    over = options.over or (ONEDNN if ONEDNN in operators and has_bfloat16() else FLOAT32)
+    results = {m: measure(operators, m, size, options.rounds) for m in rows}
+    statistic = {"medians": statistics.median} | ({"fastest": min} if options.fastest else {})
+    print(f"# time over that of {over}; {' / '.join(statistic)} of {options.rounds} rounds")
+    print(
+        f"| {isa}, {threads} thread(s), K = N = {size} | "
+        + " | ".join(f"M = {m}" for m in rows)
+        + " |"
+    )
     print("|---|" + "--:|" * len(rows))
-    dense = "onednn_mm bf16"
-    print(f"| {dense}, ms | " + " | ".join(f"{1e3 * results[m][dense]:.2f}" for m in rows) + " |")
-    for name in operators:
-        if name != dense:
-            ratios = " | ".join(f"{results[m][name] / results[m][dense]:.2f}" for m in rows)
-            print(f"| {name} | {ratios} |")
+    for name in (over, *(name for name in operators if name != over)):
+        cells = []
+        for m in rows:
+            times = [choose(results[m][name]) for choose in statistic.values()]
+            if name != over:
+                shown = [
+                    f"{spent / choose(results[m][over]):.2f}"
+                    for spent, choose in zip(times, statistic.values(), strict=True)
+                ]
+            else:
+                shown = [f"{1e3 * spent:.2f}" for spent in times]
+            cells.append(" / ".join(shown))
+        print(f"| {name}{', ms' * (name == over)} | {' | '.join(cells)} |", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--isa", choices=library.supported_isas())
     parser.add_argument("--size", type=int, default=4096)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 16, 64, 256])
+    parser.add_argument("--over", choices=(FLOAT32, BFLOAT16, ONEDNN))
+    parser.add_argument("--fastest", action="store_true")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if len(options.threads) == 1:
-        run(options.threads[0], options.size, options.rounds, options.rows)
+    if options.child:
+        run(options)
         return
+    # The variables are read when libraries are loaded, so that each run is a new process.
+    limits = dict(zip(VARIABLES, LIMITS.get(options.isa, ()), strict=False))
+    given = [argument for argument in sys.argv[1:] if argument != "--child"]
     for threads in options.threads:
-        common = ["--size", options.size, "--rounds", options.rounds, "--rows", *options.rows]
         subprocess.run(
-            [sys.executable, __file__, "--threads", str(threads), *map(str, common)],
-            env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+            [sys.executable, __file__, *given, "--threads", str(threads), "--child"],
+            env=os.environ | limits | {"OMP_NUM_THREADS": str(threads)},
             check=True,
         )
 

@@ -1,12 +1,14 @@
 """Tokens per second of a model served by vLLM on the CPU: bfloat16, packed, W4A16.
 
     python benchmarks/cpu_serving.py MODEL [--rounds 9] [--threads 1] [--tokens 48] [--work DIR]
-        [--ways balanced-4 W4A16 ...]
+        [--ways balanced-4 W4A16 ...] [--isa avx2]
     python benchmarks/cpu_serving.py --llama-layers 16   # random weights, sizes of Llama-3.2-1B
 
 Every way is a process of its own; all stay, and one after another measures while the others wait.
 One takes about 3 GB and what the model's weights do: --ways takes fewer.
 vLLM compiles each, as it does unless it is told otherwise, which takes a minute or two.
+--isa limits the kernels, torch, oneDNN and MKL as in cpu_linear.py; vLLM's own operators, such as
+attention, are still those of this machine.
 Reported are medians of the ratios to bfloat16 in the same round. W4A16 is round-to-nearest in
 groups of 64 in compressed-tensors' format, which vLLM computes with 8-bit activations on processors
 with AMX.
@@ -25,8 +27,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cpu_linear import LIMITS, VARIABLES
 
 from precalib_kernels.backends.x86 import library
+from precalib_kernels.backends.x86.backend import X86Backend
 
 STREAMS = (1, 16)
 PACKED = {
@@ -35,8 +39,9 @@ PACKED = {
     "balanced-3": ("--recipe", "balanced-3"),
 }
 W4A16 = "W4A16"
+FLOAT32 = "float32"  # the original model in it
 INT8 = ", 8-bit activations"  # behind the name of a packed way
-WAYS = (*PACKED, W4A16, "balanced-4" + INT8, "balanced-4, head balanced-5" + INT8)
+WAYS = (*PACKED, W4A16, FLOAT32, "balanced-4" + INT8, "balanced-4, head balanced-5" + INT8)
 STEP_ROUNDS = 3
 MARK = "precalib: "  # before what a server answers; vLLM prints, too
 HEAD = "precalib output head"
@@ -44,6 +49,7 @@ PARTS = {  # of a step, and names of the operators in which torch's profiler fin
     "linear layers": (
         "cpu_linear",
         "onednn_mm",
+        "aten::linear",
         "weight_packed_linear",
         "int4_scaled_mm_cpu",
         "cpu_gemm_wna16",
@@ -115,16 +121,18 @@ def write_w4a16(source: Path, directory: Path, group: int = 64) -> None:
     (directory / "config.json").write_text(json.dumps(config))
 
 
-def serve(model: str, tokens: int, int8: bool) -> None:
+def serve(model: str, tokens: int, int8: bool, dtype: Any, isa: str | None) -> None:
     """In a process of its own: answers each line of numbers of streams by a line of JSON.
 
     The answer is tokens per second; to a negative number, milliseconds of a step by what.
     """
     from vllm import LLM, SamplingParams, TokensPrompt
 
+    if isa:
+        X86Backend.isa = library.supported_isas().index(isa)
     llm = LLM(
         model,
-        dtype="bfloat16",
+        dtype=dtype,
         max_model_len=256,
         max_num_seqs=max(STREAMS),
         skip_tokenizer_init=True,
@@ -192,15 +200,19 @@ class Server:
     """A process that serves one model and waits to be asked."""
 
     def __init__(
-        self, model: Path, tokens: int, threads: int, log: Path, *, int8: bool = False
+        self, model: Path, options: argparse.Namespace, log: Path, way: str = "bfloat16"
     ) -> None:
         self.model, self.log = model, log
-        command = [sys.executable, __file__, str(model), "--tokens", str(tokens), "--serve"]
-        command += ["--int8"] if int8 else []
+        command = [sys.executable, __file__, str(model), "--tokens", str(options.tokens), "--serve"]
+        command += ["--int8"] if way.endswith(INT8) else []
+        command += ["--dtype", FLOAT32 if way == FLOAT32 else "bfloat16"]
+        command += ["--isa", options.isa] if options.isa else []
+        limits = dict(zip(VARIABLES, LIMITS.get(options.isa, ()), strict=False))
+        threads = {"OMP_NUM_THREADS": str(options.threads)}
         with log.open("w") as errors:
             self.process = subprocess.Popen(
                 command,
-                env=os.environ | ENVIRONMENT | {"OMP_NUM_THREADS": str(threads)},
+                env=os.environ | ENVIRONMENT | limits | threads,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
@@ -227,17 +239,11 @@ class Server:
         raise SystemExit(f"{self.model} cannot be served: {self.log.read_text()[-3000:]}")
 
 
-def default_ways() -> list[str]:
-    """All that this machine has instructions for."""
-    rounding = bool(library.supported_isas())
-    return [way for way in WAYS if rounding or not way.endswith(INT8)]
-
-
 def compare(source: Path, work: Path, options: argparse.Namespace) -> None:
     ways = {"bfloat16": source}
-    for way in options.ways or default_ways():
+    for way in options.ways or WAYS:
         name = way.removesuffix(INT8)
-        ways[way] = work / name
+        ways[way] = source if way == FLOAT32 else work / name
         if ways[way].exists():
             continue
         if way == W4A16:
@@ -246,12 +252,7 @@ def compare(source: Path, work: Path, options: argparse.Namespace) -> None:
             script = Path(sys.executable).with_name("precalib")
             command = [script, "quantize", source, ways[way], *PACKED[name]]
             subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL)
-    servers = {
-        way: Server(
-            path, options.tokens, options.threads, work / f"{way}.log", int8=way.endswith(INT8)
-        )
-        for way, path in ways.items()
-    }
+    servers = {way: Server(path, options, work / f"{way}.log", way) for way, path in ways.items()}
     rates: dict[tuple[str, int], list[float]] = {(way, n): [] for way in ways for n in STREAMS}
     steps: dict[tuple[str, int], list[dict[str, float]]] = {key: [] for key in rates}
     for _ in range(options.rounds):
@@ -264,6 +265,8 @@ def compare(source: Path, work: Path, options: argparse.Namespace) -> None:
                 steps[way, n].append(server.ask(-n))
     for server in servers.values():
         server.stop()
+    if options.isa:
+        print(f"# simulated on this machine: ISA {options.isa}")
     report(list(ways), options.threads, rates, steps)
 
 
@@ -301,10 +304,12 @@ def main() -> None:
     parser.add_argument("--work", type=Path)
     parser.add_argument("--ways", nargs="+", choices=WAYS)
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--isa", choices=library.supported_isas())
     parser.add_argument("--int8", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--dtype", default="bfloat16", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
-        serve(str(options.model), options.tokens, options.int8)
+        serve(str(options.model), options.tokens, options.int8, options.dtype, options.isa)
         return
     with tempfile.TemporaryDirectory() as scratch:
         work = options.work or Path(scratch)

@@ -127,6 +127,7 @@ def _quantizer() -> Iterator[Finding]:
 def _cpu_kernels() -> Finding:
     from precalib_kernels.backends.arm import library as arm
     from precalib_kernels.backends.x86 import library as x86
+    from precalib_kernels.backends.x86.expectation import EXPECTATIONS
     from precalib_kernels.toolchain import compile as build
 
     on_arm = platform.machine() == "aarch64"
@@ -144,6 +145,8 @@ def _cpu_kernels() -> Finding:
         compiled += f"; the compiler could not build {', '.join(missing)}"
     if lacking := [isa.name for isa in library.ISAS if isa.name not in (*isas, *missing)]:
         compiled += f"; the processor lacks {', '.join(lacking)}"
+    if not on_arm:
+        compiled += f"; {EXPECTATIONS[isas[-1]].sentence(isas[-1])}"
     return Finding("CPU kernels", "ok", compiled)
 
 

@@ -4,8 +4,7 @@ from pathlib import Path
 
 import torch
 
-CPU_INFORMATION = Path("/proc/cpuinfo")
-BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # x86 twice, ARM
+from precalib_kernels.processor import CPU_INFORMATION, has_bfloat16
 
 
 def default_dtype(device: str, information: Path = CPU_INFORMATION) -> torch.dtype:
@@ -13,16 +12,3 @@ def default_dtype(device: str, information: Path = CPU_INFORMATION) -> torch.dty
     if not device.startswith("cpu") or has_bfloat16(information):
         return torch.bfloat16
     return torch.float32
-
-
-def has_bfloat16(information: Path = CPU_INFORMATION) -> bool:
-    """Whether the processor multiplies bfloat16; no if it does not say so."""
-    try:
-        lines = information.read_text().splitlines()
-    except OSError:
-        return False
-    for line in lines:
-        key, _, flags = line.partition(":")
-        if key.strip() in ("flags", "Features"):
-            return not BFLOAT16_FLAGS.isdisjoint(flags.split())
-    return False

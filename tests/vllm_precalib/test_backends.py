@@ -21,6 +21,7 @@ from precalib_kernels.backends.x86.backend import X86Backend
 from precalib_kernels.errors import ServingError
 from precalib_kernels.format.checkpoint_config import CheckpointConfig
 from precalib_kernels.format.reference import dequantize
+from vllm_precalib import dense_backend
 from vllm_precalib.backends import Options, choose, describe, plugin_registry
 from vllm_precalib.config import PrecalibConfig
 from vllm_precalib.dense_backend import DenseBackend
@@ -254,6 +255,27 @@ def test_activations_in_8_bits_change_a_product_a_little(make_layer, tiny, spec)
     assert 1e-4 < float(error) < 0.02
 
 
+@pytest.mark.parametrize("native", [True, False])
+def test_dense_products_are_in_float32_where_16_bits_are_emulated(tiny, spec, monkeypatch, native):
+    monkeypatch.setattr(dense_backend, "has_bfloat16", lambda: native)
+    spec = dataclasses.replace(spec, dtype=torch.bfloat16)
+    choice = BackendRegistry((DenseBackend,)).choose(spec)
+    assert ("weights take 4 bytes each" in choice.reason) != native
+    tensors = tiny.random_packed(tiny.ROW, 48, 160)
+    backend = choice.make()
+    prepared = backend.prepare(tensors, "fc")
+    assert prepared["weight"].dtype == (torch.bfloat16 if native else torch.float32)
+    if native:
+        return
+    layer = torch.nn.Module()
+    layer.weight = torch.nn.Parameter(prepared["weight"], requires_grad=False)
+    backend.finish(layer)
+    x, bias = torch.randn(3, 160).bfloat16(), torch.randn(48).bfloat16()
+    expected = x.float() @ dequantize(tensors, tiny.ROW, 160).T
+    assert torch.equal(backend.apply(layer, x, bias), (expected + bias.float()).bfloat16())
+    assert DenseBackend.expectation(dataclasses.replace(spec, dtype=torch.float32)) is None
+
+
 @pytest.mark.parametrize("name", ["row", "sign", "min-max", "plain", "trellis"])
 def test_dense_weights_are_the_reference_rounded_once(tiny, name):
     layout = tiny.LAYOUTS[name]
@@ -263,7 +285,7 @@ def test_dense_weights_are_the_reference_rounded_once(tiny, name):
     for dtype in (torch.float32, torch.bfloat16):
         spec = LinearSpec(layout, 160, (48, 17, 1), dtype, "cpu")
         prepared = DenseBackend(spec).prepare(tensors, "fc")
-        assert torch.equal(prepared["weight"], whole.to(dtype))
+        assert torch.equal(prepared["weight"], whole.to(prepared["weight"].dtype))
 
 
 def test_each_backend_keeps_only_its_own_tensors(make_layer, tiny, additional):

@@ -98,6 +98,15 @@ class Backend(ABC):
         del spec
         return "cannot look up rows of packed embeddings"
 
+    @classmethod
+    def expectation(cls, spec: LinearSpec) -> str | None:
+        """A sentence about the speed or the memory to expect on this machine, None for nothing.
+
+        It is asked of a backend that can run the layer, and reads well at the end of a list.
+        """
+        del spec
+        return None
+
     @abstractmethod
     def prepare(self, tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
         """The tensors to keep, which become parameters of the layer under these names.

@@ -39,10 +39,12 @@ class BackendChoice:
 
     @property
     def reason(self) -> str:
-        """Why this backend, with what spoke against better ones; for one line of a log."""
+        """Why this backend, what spoke against better ones, what to expect; one line of a log."""
         refused = [f"{name}: {why}" for name, why in self.reasons.items() if why != LOWER]
         why = "asked for" if self.asked_for else "; ".join(["first that can run", *refused])
-        return why + "; activations in 8 bits, as asked for" * self.spec.int8_activations
+        why += "; activations in 8 bits, as asked for" * self.spec.int8_activations
+        expected = self.backend.expectation(self.spec)
+        return why if expected is None else f"{why}; {expected}"
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""

@@ -55,6 +55,19 @@ def test_the_first_that_can_run_is_taken(registry):
     assert choice.reason == "first that can run; fussy: needs a quantum computer, not a cpu"
 
 
+def test_what_to_expect_is_part_of_the_reason(registry):
+    class Slow(Rounding):
+        name = "slow"
+
+        @classmethod
+        def expectation(cls, spec):
+            return f"slow for {spec.dtype}"
+
+    registry.register(Slow, before="rounding")
+    assert registry.choose(SPEC).reason.endswith(f"not a cpu; slow for {SPEC.dtype}")
+    assert registry.choose(SPEC, "slow").reason == f"asked for; slow for {SPEC.dtype}"
+
+
 def test_one_that_is_asked_for_is_taken(registry):
     choice = registry.choose(SPEC, "reference")
     assert choice.backend is ReferenceBackend

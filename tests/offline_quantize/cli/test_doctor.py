@@ -14,6 +14,7 @@ import pytest
 from offline_quantize.cli import doctor
 from precalib_kernels.backends.arm import library as arm
 from precalib_kernels.backends.x86 import library
+from precalib_kernels.backends.x86.expectation import EXPECTATIONS
 from precalib_kernels.diagnosis import Finding
 
 RUN = "from offline_quantize.cli.main import main; main()"
@@ -123,7 +124,8 @@ def test_isas_that_the_kernels_lack_are_named(monkeypatch: pytest.MonkeyPatch) -
         "CPU kernels",
         "ok",
         "compiled for avx512, cpu.so; the compiler could not build avx512_vnni; "
-        "the processor lacks avx512_bf16, amx",
+        "the processor lacks avx_vnni, avx512_bf16, amx; "
+        + EXPECTATIONS["avx512"].sentence("avx512"),
     )
     states.clear()
     text = "none, CPUs serve dense weights: they need AVX2"

@@ -1,13 +1,14 @@
 """Backend `x86`: compiled kernels for x86 processors, straight from packed weights."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from precalib_kernels.backends.base import Backend, LinearSpec
 from precalib_kernels.backends.x86 import library, op
+from precalib_kernels.backends.x86.expectation import expectation
 from precalib_kernels.backends.x86.memory_layout import X86Layout
 from precalib_kernels.backends.x86.repack import repack
 from precalib_kernels.toolchain.compile import BuildError
@@ -19,6 +20,7 @@ class X86Backend(Backend):
     name = "x86"
     int8_activations = True
     experts = True
+    isa: ClassVar[int] = -1  # of `library.supported_isas()`: the last; measurements set others
 
     def __init__(self, spec: LinearSpec) -> None:
         super().__init__(spec)
@@ -40,6 +42,11 @@ class X86Backend(Backend):
             return str(error)
         return None if isas else "needs AVX2, FMA and F16C"
 
+    @classmethod
+    def expectation(cls, spec: LinearSpec) -> str | None:
+        """The time of products on this machine, from measurements of its ISA."""
+        return expectation(library.supported_isas()[cls.isa], spec.dtype)
+
     def prepare(self, tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
         """Two tensors of bytes, one under a name by which vLLM's LoRA layers know a weight."""
         packed = repack(tensors, self.layout, where)
@@ -49,7 +56,7 @@ class X86Backend(Backend):
         """One call of `precalib::cpu_linear`."""
         packed: Any = layer.qweight  # get_parameter takes as long as a small product
         layout: Any = layer.x86_layout
-        return op.linear(x, packed, layout, bias, self.outputs, isa=-1)
+        return op.linear(x, packed, layout, bias, self.outputs, self.isa)
 
     @classmethod
     def can_embed(cls, spec: LinearSpec) -> str | None:

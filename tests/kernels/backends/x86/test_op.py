@@ -13,6 +13,7 @@ from precalib_kernels.backends.x86 import library, op
 from precalib_kernels.backends.x86.memory_layout import X86Layout, X86LayoutStruct
 from precalib_kernels.backends.x86.repack import repack
 from precalib_kernels.errors import FormatError
+from precalib_kernels.format.layout import Layout
 from precalib_kernels.toolchain.compile import BuildError
 
 try:
@@ -63,6 +64,48 @@ def test_products_with_inputs_of_8_bits(make_case, name, isa):
             assert_right(case, x, isa)
             if dtype == torch.float32:
                 assert not torch.equal(case.linear(x, isa), exact.linear(x, isa))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("bits", [2, 3, 4, 5])
+@pytest.mark.parametrize("kind", ["uniform", "codebook", "trellis"])
+@pytest.mark.parametrize(("group", "salient"), [(32, 1), (64, 3), (96, 0), (512, 32)])
+def test_products_of_any_layout(make_case, isa, bits, kind, group, salient):
+    """All widths, tables and group sizes, with a last group that is shorter."""
+    generator = torch.Generator().manual_seed(bits)
+    count = 2 ** (bits + (kind == "trellis"))
+    entries = (torch.randperm(256, generator=generator)[:count] - 128).sort()[0].tolist()
+    layout = Layout(
+        bits=bits,
+        group_size=group,
+        codebook=None if kind == "uniform" else tuple(entries),
+        trellis=kind == "trellis",
+        salient_count=salient,
+    )
+    case = make_case(layout, columns=544, shards=(19, 1))
+    for rows in (1, 4, 5, 13):
+        for dtype in (torch.float32, torch.bfloat16):
+            assert_right(case, torch.randn((rows, 544), generator=generator).to(dtype), isa)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("int8_inputs", [False, True])
+@pytest.mark.parametrize("entries", [(-128, -126, 1, 127), (-127, -125, 125, 127)])
+def test_sums_at_their_limit(make_case, isa, int8_inputs, entries):
+    """The largest sum of a group that has to be exact; a shorter group could hide an overflow."""
+
+    def edit(tensors):
+        tensors["qweight"].zero_()
+
+    layout = Layout(bits=2, group_size=512, codebook=entries)
+    case = dataclasses.replace(
+        make_case(layout, columns=512, shards=(20,), edit=edit), int8_inputs=int8_inputs
+    )
+    for rows in (1, 4, 7):
+        for dtype in ROUNDING:
+            x = torch.ones(rows, 512)
+            x[::2] = -1
+            assert_right(case, x.to(dtype), isa)
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -145,7 +188,8 @@ def test_one_thread_and_two_agree(make_case, isa):
 
 
 @pytest.mark.parametrize("isa", ISAS)
-def test_calls_of_several_threads_do_not_disturb_each_other(make_case, isa):
+@pytest.mark.parametrize("threads", [1, 2])
+def test_calls_of_several_threads_do_not_disturb_each_other(make_case, isa, threads):
     case = make_case(LAYOUTS["balanced-4"], columns=1024, shards=(520, 40))
     arguments = case.arguments(isa)
     generator = torch.Generator().manual_seed(2)
@@ -155,7 +199,7 @@ def test_calls_of_several_threads_do_not_disturb_each_other(make_case, isa):
         for dtype in ROUNDING
     ]
     alone = [op.linear(x, *arguments) for x in inputs]
-    with ThreadPoolExecutor(4) as pool:
+    with ThreadPoolExecutor(4, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
         for _ in range(3):
             together = list(pool.map(lambda x: op.linear(x, *arguments), inputs))
             assert all(map(torch.equal, together, alone))

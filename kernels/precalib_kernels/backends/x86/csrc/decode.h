@@ -9,7 +9,7 @@
 // equal entries for all states.
 #pragma once
 
-#include "simd_x86.h"
+#include "simd_lanes.h"
 
 namespace precalib {
 namespace {
@@ -180,43 +180,55 @@ inline void prefetch_metadata(const X86Layout& layout, const Group& group, int64
   for (int64_t at = 0; at < layout.metadata_bytes; at += 64) prefetch_l1(from + at);
 }
 
-// Scales of the group, float32.
-inline F32x16 group_scales(const X86Layout& layout, const Block& block, const Group& group) {
-  const F32x16 factor = load<F32x16>(block.row_values);
-  if (!layout.log_scales) return factor * load_fp16(group.scales);
-  const I32x16 code = load_u8(group.scales);
-  const I32x16 power =
-      permute16(layout.factors, code) - ((code & 0xf0) << 19);  // minus the power of two
-  return factor * (F32x16)(power & (code < 255));
+// Scales of the group in rows [first, first + lanes of L), float32.
+template <class L = SixteenLanes>
+inline typename L::F group_scales(const X86Layout& layout, const Block& block, const Group& group,
+                                  int first = 0) {
+  using F = typename L::F;
+  using I = typename L::I;
+  const F factor = load<F>(block.row_values + first);
+  if (!layout.log_scales) return factor * L::load_fp16(group.scales + 2 * first);
+  const I code = L::load_u8(group.scales + first);
+  const I power =
+      L::permute16(layout.factors, code) - ((code & 0xf0) << 19);  // minus the power of two
+  return factor * (F)(power & (code < 255));
 }
 
 // Zero points of the group, float32; zeros with a codebook, which has none.
-inline F32x16 group_zeros(const X86Layout& layout, const Group& group) {
-  return layout.uniform ? load_u8_as_f32(group.zeros) : F32x16{};
+template <class L = SixteenLanes>
+inline typename L::F group_zeros(const X86Layout& layout, const Group& group, int first = 0) {
+  using F = typename L::F;
+  return layout.uniform ? __builtin_convertvector(L::load_u8(group.zeros + first), F) : F{};
 }
 
 // One salient weight of each row.
-struct Salient {
-  I32x16 position;    // 4 * step + segment; `X86Layout.no_position` in an unused slot
-  F32x16 value;       // without column scale
-  F32x16 base_entry;  // codebook entry of the base weight that it replaces
-  I32x16 used;        // 0 or -1
+template <class L>
+struct SalientOf {
+  typename L::I position;    // 4 * step + segment; `X86Layout.no_position` in an unused slot
+  typename L::F value;       // without column scale
+  typename L::F base_entry;  // codebook entry of the base weight that it replaces
+  typename L::I used;        // 0 or -1
 };
+using Salient = SalientOf<SixteenLanes>;
 
-inline Salient find_salient(const X86Layout& layout, const Block& block, const Group& group,
-                            int64_t slot) {
+template <class L = SixteenLanes>
+inline SalientOf<L> find_salient(const X86Layout& layout, const Block& block, const Group& group,
+                                 int64_t slot, int first = 0) {
+  using F = typename L::F;
+  using I = typename L::I;
   const uint8_t* at = group.salient + slot * kLanes * (layout.position_bytes + 2);
-  Salient out;
-  out.position = layout.position_bytes == 1 ? load_u8(at) : load_u16(at);
+  const uint8_t* const positions = at + first * layout.position_bytes;
+  SalientOf<L> out;
+  out.position = layout.position_bytes == 1 ? L::load_u8(positions) : L::load_u16(positions);
   out.used = out.position < int32_t(layout.group_size);
-  at += kLanes * layout.position_bytes;
-  const I32x16 code = load_u8(at), base_entry = load_i8(at + kLanes);
+  at += kLanes * layout.position_bytes + first;
+  const I code = L::load_u8(at), base_entry = L::load_i8(at + kLanes);
   const int32_t size = int32_t(layout.salient_mask);  // bits of a code that are not its sign
-  const F32x16 step = load<F32x16>(block.row_values + kLanes);
-  const F32x16 offset = load<F32x16>(block.row_values + 2 * kLanes);
-  const I32x16 bits = (I32x16)(to_f32(code & size) * step + offset);
-  out.value = (F32x16)(bits ^ (code & ~size) << 24);
-  out.base_entry = to_f32(base_entry);
+  const F step = load<F>(block.row_values + kLanes + first);
+  const F offset = load<F>(block.row_values + 2 * kLanes + first);
+  const I bits = (I)(__builtin_convertvector(code & size, F) * step + offset);
+  out.value = (F)(bits ^ (code & ~size) << 24);
+  out.base_entry = __builtin_convertvector(base_entry, F);
   return out;
 }
 

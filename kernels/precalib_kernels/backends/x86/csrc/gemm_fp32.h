@@ -20,12 +20,9 @@ struct FloatProduct {
 template <int kBits, bool kTrellis>
 inline void dequantize_group(const X86Layout& layout, const Block& block, const Group& group,
                              const LevelTable<kBits, kTrellis>& table, float* weights) {
-  alignas(64) float scales[kLanes], zeros[kLanes];
-  store(scales, group_scales(layout, block, group));
-  store(zeros, group_zeros(layout, group));
   for (int part = 0; part < kParts; ++part) {
-    const Floats scale = load<Floats>(scales + part * kPartRows);
-    const Floats zero = load<Floats>(zeros + part * kPartRows);
+    const Floats scale = group_scales<NativeLanes>(layout, block, group, part * kPartRows);
+    const Floats zero = group_zeros<NativeLanes>(layout, group, part * kPartRows);
     for (int64_t c = 0; c < group.chunks; ++c)
       ChunkLevels<kBits, kTrellis>(group.planes + part * kWidth, group.chunks, c,
                                    layout.block_bytes)
@@ -38,11 +35,13 @@ inline void dequantize_group(const X86Layout& layout, const Block& block, const 
             }
           });
   }
-  for (int64_t j = 0; j < layout.salient_count; ++j) {
-    const Salient salient = find_salient(layout, block, group, j);
-    for (int lane = 0; lane < kLanes; ++lane)
-      if (salient.used[lane]) weights[salient.position[lane] * kLanes + lane] = salient.value[lane];
-  }
+  for (int64_t j = 0; j < layout.salient_count; ++j)
+    for (int row = 0; row < kLanes; row += kPartRows) {
+      const auto salient = find_salient<NativeLanes>(layout, block, group, j, row);
+      for (int lane = 0; lane < kPartRows; ++lane)
+        if (salient.used[lane])
+          weights[salient.position[lane] * kLanes + row + lane] = salient.value[lane];
+    }
 }
 
 // sums[row][16] += a panel of weights times all rows of x. x: [row][group_size].

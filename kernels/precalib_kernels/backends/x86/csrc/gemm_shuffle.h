@@ -36,15 +36,12 @@ inline void unpack_entries(const LevelTable<kBits, kTrellis>& table, const Group
           });
 }
 
-// totals[row][16] += a group of a block times all rows of x, in fixed point.
+// totals[row][16] += a group of a block times all rows of x, in fixed point. by: of the parts.
 template <class Product>
-void multiply_group(const uint8_t* panel, const Group& group, const SumScales& by,
+void multiply_group(const uint8_t* panel, const Group& group, const SumScales* by,
                     const Inputs<Product>& x, int64_t group_size, int64_t index, int64_t slab,
                     int64_t rows, float* totals) {
   constexpr int kUnit = 4 / sizeof(typename Product::Split);
-  alignas(64) float scale[kLanes], zero[kLanes];
-  store(scale, by.scale);
-  store(zero, by.zero);
   for_tiles(rows, [&]<int kRows>(int64_t first) {
     const int64_t at = index * slab + first;
     multiply_tile<Product, kRows>(
@@ -53,8 +50,8 @@ void multiply_group(const uint8_t* panel, const Group& group, const SumScales& b
         [&](int r, int) { return Ints{} + (Product::kShifted ? x.starts[at + r] : 0); },
         [&](int r, int p, Ints sum) {
           float* const to = totals + (first + r) * kLanes + p * kPartRows;
-          const Floats dot = to_float(sum) - load<Floats>(zero + p * kPartRows) * x.totals[at + r];
-          const Floats unit = load<Floats>(scale + p * kPartRows) * x.units[at + r];
+          const Floats dot = to_float(sum) - by[p].zero * x.totals[at + r];
+          const Floats unit = by[p].scale * x.units[at + r];
           store(to, load<Floats>(to) + dot * unit);
         });
   });

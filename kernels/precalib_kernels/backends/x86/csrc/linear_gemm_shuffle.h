@@ -92,8 +92,11 @@ class ShuffleTask {
           const Group group = find_group(layout_, blocks[b], g);
           prefetch_metadata(layout_, group, 1);
           unpack_entries<kBits, kTrellis, Product>(table_, group, layout_.block_bytes, panel_.data);
-          const SumScales by = sum_scales<Product>(bytes_, group_scales(layout_, blocks[b], group),
-                                                   group_zeros(layout_, group));
+          SumScales by[kParts];
+          for (int p = 0; p < kParts; ++p)
+            by[p] = sum_scales<Product>(
+                bytes_, group_scales<NativeLanes>(layout_, blocks[b], group, p * kPartRows),
+                group_zeros<NativeLanes>(layout_, group, p * kPartRows));
           multiply_group<Product>(panel_.data, group, by, x.of(blocks[b]), layout_.group_size, g,
                                   slab_, rows, totals + b * slab_ * kLanes);
         }

@@ -34,9 +34,11 @@ void run_gemv_shuffle(const Problem& problem, const EntryBytes& bytes, float lar
     const Block block = find_block(layout, problem.call.packed, b);
     const int64_t first = problem.variant(block) * kRows;
     alignas(64) float sums[kRows * kLanes];
-    gemv_shuffle_block<kBits, kTrellis, Product, kRows>(
-        layout, block, bytes, table, permuted.data + first * layout.columns,
-        splits.data + first * kSplits * layout.columns, groups.data + first * layout.groups, sums);
+    for (int part = 0; part < kParts; ++part)
+      gemv_shuffle_part<kBits, kTrellis, Product, kRows>(
+          layout, block, part, bytes, table, permuted.data + first * layout.columns,
+          splits.data + first * kSplits * layout.columns, groups.data + first * layout.groups,
+          sums);
     store_sums(problem, block, 0, kRows, sums);
   }
 }

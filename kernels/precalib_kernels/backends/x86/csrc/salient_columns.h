@@ -22,13 +22,18 @@ inline void find_salient_columns(const X86Layout& layout, const Block& block, in
                                  int64_t last, SalientColumn* out) {
   for (int64_t g = first; g < last; ++g) {
     const Group group = find_group(layout, block, g);
-    const F32x16 scale = group_scales(layout, block, group), zero = group_zeros(layout, group);
-    for (int64_t j = 0; j < layout.salient_count; ++j, ++out) {
-      const Salient salient = find_salient(layout, block, group, j);
-      const F32x16 base = (salient.base_entry - zero) * scale;
-      store(out->delta, (I32x16)(salient.value - base) & salient.used);
-      store(out->x_offset, ((salient.position & salient.used) + int32_t(group.first)) * kPartRows);
+    for (int row = 0; row < kLanes; row += kPartRows) {
+      const Floats scale = group_scales<NativeLanes>(layout, block, group, row);
+      const Floats zero = group_zeros<NativeLanes>(layout, group, row);
+      for (int64_t j = 0; j < layout.salient_count; ++j) {
+        const auto salient = find_salient<NativeLanes>(layout, block, group, j, row);
+        const Floats base = (salient.base_entry - zero) * scale;
+        store(out[j].delta + row, (Ints)(salient.value - base) & salient.used);
+        store(out[j].x_offset + row,
+              ((salient.position & salient.used) + int32_t(group.first)) * kPartRows);
+      }
     }
+    out += layout.salient_count;
   }
 }
 

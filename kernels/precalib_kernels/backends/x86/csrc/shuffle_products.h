@@ -81,11 +81,11 @@ struct EntryBytes {
 
 // Scales and zero points of a group by which its sums of bytes become those of entries.
 struct SumScales {
-  F32x16 scale, zero;
+  Floats scale, zero;
 };
 
 template <class Product>
-inline SumScales sum_scales(const EntryBytes& bytes, F32x16 scale, F32x16 zero) {
+inline SumScales sum_scales(const EntryBytes& bytes, Floats scale, Floats zero) {
   if constexpr (Product::kShifted) return {scale, zero};
   return {scale * float(bytes.stride), (zero - float(bytes.offset)) / float(bytes.stride)};
 }

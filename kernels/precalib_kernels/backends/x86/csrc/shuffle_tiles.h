@@ -8,7 +8,8 @@
 namespace precalib {
 namespace {
 
-constexpr int kTileRows = 6;  // rows of x at a time: their sums, weights and x fill 16 registers
+// Rows of x at a time: their sums, weights and x fill 16 registers, or half of 32.
+constexpr int kTileRows = kParts == 1 ? 12 : 6;
 
 // Micro-kernel: a panel [unit][16 rows] times kRows rows of x, both in units of four bytes.
 // start(row, part) gives sums to add to, use(row, part, sum) takes the results. Product::add adds
@@ -39,19 +40,20 @@ inline void multiply_tile(const uint8_t* panel, const uint8_t* x, int64_t stride
     for (int p = 0; p < kParts; ++p) use(r, p, sum[r][p]);
 }
 
+// Calls use<count>(first).
+template <int kMost, class Use>
+inline void for_tile(int64_t count, int64_t first, Use&& use) {
+  if constexpr (kMost > 1)
+    if (count < kMost) return for_tile<kMost - 1>(count, first, use);
+  use.template operator()<kMost>(first);
+}
+
 // Calls use<rows>(first row) for tiles of at most kTileRows rows, as equal as can be.
 template <class Use>
 inline void for_tiles(int64_t rows, Use&& use) {
   for (int64_t tiles = (rows + kTileRows - 1) / kTileRows, first = 0; tiles > 0; --tiles) {
     const int64_t count = (rows - first + tiles - 1) / tiles;
-    switch (count) {
-      case 1: use.template operator()<1>(first); break;
-      case 2: use.template operator()<2>(first); break;
-      case 3: use.template operator()<3>(first); break;
-      case 4: use.template operator()<4>(first); break;
-      case 5: use.template operator()<5>(first); break;
-      default: use.template operator()<kTileRows>(first);
-    }
+    for_tile<kTileRows>(count, first, use);
     first += count;
   }
 }

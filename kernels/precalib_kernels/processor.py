@@ -1,0 +1,19 @@
+"""What this machine's processor can do."""
+
+from pathlib import Path
+
+CPU_INFORMATION = Path("/proc/cpuinfo")
+BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # x86 twice, ARM
+
+
+def has_bfloat16(information: Path = CPU_INFORMATION) -> bool:
+    """Whether the processor multiplies bfloat16; no if it does not say so."""
+    try:
+        lines = information.read_text().splitlines()
+    except OSError:
+        return False
+    for line in lines:
+        key, _, flags = line.partition(":")
+        if key.strip() in ("flags", "Features"):
+            return not BFLOAT16_FLAGS.isdisjoint(flags.split())
+    return False
