@@ -74,7 +74,7 @@ class ArmCase:
             step = torch.zeros_like(size[-1])
             for first in range(0, self.columns, self.memory.layout.group_size):
                 group = slice(first, first + self.memory.layout.group_size)
-                largest = scaled[:, group].abs().amax(-1) / STEPS[kernel[-2:]]
+                largest = scaled[:, group].abs().amax(-1) / STEPS["int8" + kernel[-2:]]
                 step += largest[:, None] / 2 * base[:, group].abs().sum(-1)
             rounding.append(step)
         return (

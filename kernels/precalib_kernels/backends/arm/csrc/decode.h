@@ -168,13 +168,5 @@ class PlaneBefore {
   const uint8_t* plane_ = first_;
 };
 
-// Whether entries depend on the codes before theirs.
-inline bool has_trellis(const PackedLayout& layout) {
-  for (int i = 0; i < 4 << layout.bits; i += 4)
-    for (int state = 1; state < 4; ++state)
-      if (layout.codebook[i + state] != layout.codebook[i]) return true;
-  return false;
-}
-
 }  // namespace
 }  // namespace precalib

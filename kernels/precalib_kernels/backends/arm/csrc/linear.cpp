@@ -21,7 +21,7 @@ void run_kernel(const Problem& problem) {
 
 template <int kBits>
 void run(const Problem& problem) {
-  if (has_trellis(problem.layout)) run_kernel<kBits, true>(problem);
+  if (problem.layout.trellis) run_kernel<kBits, true>(problem);
   else run_kernel<kBits, false>(problem);
 }
 
