@@ -122,15 +122,3 @@ def test_vllms_kernel_is_counted_the_same_way():
     made = aot_compile.compile_vllm(32, 64, 32, "sm_80")
     (main,) = (loop for loop in instruction_count.loops(made) if loop.tensor)
     assert 15 < len(main.operations) * made.lanes * made.warps / (64 * 32) < 22
-
-
-@pytest.mark.parametrize(
-    ("target", "weighted", "most"), [("sm_80", False, 95), ("sm_90", True, 102)]
-)
-def test_the_trellis_search_rounds_as_a_cpu_does(target, weighted, most):
-    """No multiply-add is fused; thread-instructions per weight."""
-    cost = cost_model.search_cost(weighted, target)
-    assert "FMUL" in cost.compiled.code
-    assert "FFMA" not in cost.compiled.code
-    assert cost.compiled.spilled == 0
-    assert cost.instructions <= most
