@@ -85,6 +85,13 @@ class Package:
                 return own[name]
         return None
 
+    def receivers(self, method: str) -> set[str]:
+        """Last names of the expressions that a method is called on anywhere in the package."""
+        found: set[str] = set()
+        for path in self.folder.rglob("*.py"):
+            found |= set(re.findall(rf"(\w+)\.{method}\(", path.read_text(encoding="utf-8")))
+        return found
+
     def _starred(self, module: str, name: str) -> Definition | None:
         """The same for what `from other import *` brings."""
         path = self.path(module)

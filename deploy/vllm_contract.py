@@ -157,7 +157,7 @@ def class_faults(vllm: Package, ours: Definition) -> Iterator[str]:
                 continue
             if "abstractmethod" in decorators(theirs) and name not in own:
                 yield f"{where}: vLLM wants a method {name}"
-            elif name in own and name != "__init__" and (reason := unlike(theirs, own[name])):
+            elif name in own and name != "__init__" and (reason := unlike(vllm, theirs, own[name])):
                 yield f"{where}.{name}: {reason}"
         yield from super_faults(inherited, ours)
 
@@ -173,10 +173,13 @@ def super_faults(inherited: Mapping[str, ast.AST], ours: Definition) -> Iterator
                 yield f"{where}: super().{call.func.attr}(…): {reason}"
 
 
-def unlike(theirs: ast.AST, ours: ast.AST) -> str | None:
+def unlike(vllm: Package, theirs: ast.AST, ours: ast.AST) -> str | None:
     """Why our method cannot take the place of vLLM's, or None."""
     kinds = {"staticmethod", "classmethod", "property"}
-    if decorators(theirs) & kinds != decorators(ours) & kinds:
+    kind, own = decorators(theirs) & kinds, decorators(ours) & kinds
+    assert isinstance(theirs, Function)
+    on_objects = "property" not in kind and not own
+    if kind != own and not (on_objects and vllm.receivers(theirs.name) <= RECEIVERS.keys()):
         return "is another kind of method in vLLM"
     want, have = without_self(theirs).parameters, without_self(ours).parameters
     open_kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)

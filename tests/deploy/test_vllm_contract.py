@@ -78,6 +78,12 @@ CASES = {
         "    @abstractmethod\n    def get_config_filenames(self)",
         "PrecalibConfig.get_config_filenames: is another kind of method",
     ),
+    "a method of classes becomes one of objects": (
+        "vllm_precalib/config.py",
+        "    @staticmethod\n    def get_config_filenames()",
+        "    def get_config_filenames(self)",
+        "PrecalibConfig.get_config_filenames: is another kind of method",
+    ),
     "a new abstract method": (
         f"{LAYERS}/quantization/base_config.py",
         "    @abstractmethod\n    def get_name(",
