@@ -36,8 +36,8 @@ def read_record(
         return kind.model_validate(read_json(path, error, remedy))
     except ValidationError as cause:
         fault = cause.errors(include_url=False)[0]
-        text = fault["msg"][:1].lower() + fault["msg"][1:]
-        first, *inner = map(str, fault["loc"])
+        text = fault["msg"][:1].lower() + fault["msg"][1:300]
+        first, *inner = (str(part)[:300] for part in fault["loc"])
         what = f"'{first}'"
         if inner and first in kind.ENTRIES:
             what = f"the entry of {kind.ENTRIES[first]} '{inner.pop(0)}'"

@@ -93,7 +93,7 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
             pass
     except (SafetensorError, OSError, RuntimeError) as error:  # the last of torch, for its size
         raise SourceError(
-            f"{path}: not a whole safetensors file ({error}); download it again"
+            f"{path}: not a whole safetensors file ({str(error)[:300]}); download it again"
         ) from error
     with _reading(path) as file:
         length = int.from_bytes(file.read(8), "little")

@@ -235,7 +235,7 @@ def files(first: str) -> dict[str, Case]:
         "a shard that is no name": owner(first, 3),
         "a tensor in the wrong shard": Case(
             json_of(INDEX, lambda i: i["weight_map"].update({first: SECOND})),
-            "but is not in",
+            "but not in",
         ),
         "a shard that links outside": Case(put(FIRST, Link("/etc/passwd")), DAMAGED, VLLM),
         "a shard that links to itself": Case(put(FIRST, Link(FIRST)), "", VLLM),

@@ -20,12 +20,13 @@ import vllm
 from safetensors.torch import save_file
 from vllm.lora.request import LoRARequest
 
-from offline_quantize import quantize_checkpoint
+from offline_quantize import dequantize_checkpoint, quantize_checkpoint
 from precalib_kernels.backends.x86 import library
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))  # as pyproject.toml does for pytest
 import tiny
 
+RELEASED = Path(__file__).parents[1] / "upgrade" / "checkpoints"
 PROMPTS = [[5, 17, 101, 44, 3, 150], [199, 1, 64], list(range(20, 70))]
 TOKENS = 8
 DENSE = {"additional_config": {"precalib": {"backend": "dense"}}}
@@ -354,6 +355,18 @@ def case_refused(folder: Path) -> dict[str, Any]:
     return texts
 
 
+def case_released(folder: Path) -> dict[str, Any]:
+    """Checkpoints that earlier releases wrote, next to the same ones dequantized."""
+    results = {}
+    for packed in sorted(path for path in RELEASED.iterdir() if path.is_dir()):
+        dense = folder / packed.name
+        dequantize_checkpoint(packed, dense, dtype=torch.float32)
+        checkpoint = tiny.Checkpoint(packed, dense)
+        results[packed.name] = answers(start(packed)), truth(checkpoint)
+        gc.collect()
+    return results
+
+
 def case_compiled(folder: Path, **options: Any) -> dict[str, Any]:
     checkpoint = tied_llama(folder, 9)
     llm = start(checkpoint.packed, enforce_eager=False, **options)
@@ -400,6 +413,7 @@ SUITES = {
         case_lora_dense,
         case_lora_reference,
         case_refused,
+        case_released,
     ],
     "compiled": [case_compiled, case_compiled_dense, case_compiled_reference],
     "parallel": [case_parallel],

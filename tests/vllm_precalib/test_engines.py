@@ -143,6 +143,13 @@ def test_a_checkpoint_that_is_not_whole_is_refused(case):
     assert "'salient' names a weight outside its group" in result["ranks"]
 
 
+def test_checkpoints_of_earlier_releases_are_served(case):
+    result = case("eager", "released")
+    assert result
+    for pair in result.values():
+        assert_same(pair)
+
+
 @pytest.mark.parametrize("name", ["compiled", "compiled_dense", "compiled_reference"])
 def test_torch_compile_traces_it(case, name):
     result = case("compiled", name)
