@@ -32,7 +32,7 @@ COMMON = {
     "eos_token_id": None,
     "pad_token_id": None,
 }
-QWEN = {"moe_intermediate_size": 96, "num_experts": 4, "num_experts_per_tok": 2}
+QWEN = {"moe_intermediate_size": 128, "num_experts": 4, "num_experts_per_tok": 2}
 MIXTRAL = {"num_local_experts": 4, "num_experts_per_tok": 2}
 DEEPSEEK = {  # vLLM's attention for it takes no smaller sizes
     "num_key_value_heads": 4,
@@ -201,8 +201,7 @@ def case_online(folder: Path) -> dict[str, Any]:
     online = {"quantization_config": {"moe": "int8_per_channel_weight_only"}}
     found = {}
     for label, options in (("plain", {}), ("online", online)):
-        llm = start(checkpoint.packed, dtype="bfloat16", **options)
-        found[label] = answers(llm)
+        found[label] = answers(start(checkpoint.packed, dtype="bfloat16", **options))
     return found
 
 
