@@ -17,6 +17,7 @@ import datetime
 import json
 import random
 import shlex
+import signal
 import sys
 import tempfile
 import time
@@ -277,6 +278,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--serve-flags", default="")
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # servers are stopped then, too
     flags = shlex.split(given.serve_flags)
     found = {}
     for model in given.models:

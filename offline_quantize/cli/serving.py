@@ -2,6 +2,8 @@
 
 import importlib.util
 import shlex
+import signal
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -68,5 +70,6 @@ def bench(
         shlex.split(serve_flags),
         quick,
     )
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # servers are stopped then, too
     for path in run_bench(request, console.out.print):
         console.out.print(f"Wrote {path}")

@@ -1,14 +1,17 @@
 """`precalib bench` before a stand-in of vLLM: rounds, results, going on, and what is refused."""
 
 import json
+import subprocess
 import sys
 
 import fake_vllm
+import psutil
 import pytest
 
 from offline_quantize.benchmark.load import Case, Measurement
 from offline_quantize.benchmark.results import markdown, paired, rows
 from offline_quantize.benchmark.rounds import Journal, Plan, run
+from offline_quantize.benchmark.server import alive
 
 
 @pytest.fixture
@@ -82,6 +85,22 @@ def test_requests_that_are_lost_and_a_crash_are_errors(vllm, precalib, monkeypat
     assert ran.code == 1
     assert "vllm bench serve failed" in ran.err
     assert "out of luck" in ran.err
+
+
+@pytest.mark.slow
+def test_a_signal_stops_the_servers(vllm):
+    command = [sys.executable, "-m", "offline_quantize.cli.main", "bench", "fast", "--out", "out"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as running:
+        lines = iter(running.stdout.readline, "")
+        assert any("1 of " in line for line in lines)  # the server is ready
+        (server,) = [
+            child
+            for child in psutil.Process(running.pid).children(recursive=True)
+            if child.cmdline()[2] == "serve"
+        ]
+        running.terminate()
+        assert running.wait(60) == 143
+    assert not alive(server)
 
 
 @pytest.mark.parametrize(
