@@ -23,6 +23,7 @@ sys.path.insert(0, str(KERNELS))  # pip builds where nothing but setuptools is i
 
 from precalib_kernels.backends.arm import library as arm  # noqa: E402
 from precalib_kernels.backends.x86 import library as x86  # noqa: E402
+from precalib_kernels.toolchain import cache  # noqa: E402
 from precalib_kernels.toolchain import compile as build  # noqa: E402
 
 DEFINITIONS: dict[str, Callable[[], build.Library]] = {
@@ -50,7 +51,7 @@ class BuildPython(build_py):
     def run(self) -> None:
         """Copy, then compile; a library that cannot be is a line of the log."""
         super().run()
-        directory = build.cache_directory()
+        directory = cache.cache_directory()
         if not self.editable_mode:
             directory = Path(self.build_lib).resolve() / build.COMPILED.relative_to(KERNELS)
             shutil.rmtree(directory, ignore_errors=True)  # what an earlier version left in build/
