@@ -99,6 +99,23 @@ class Checkpoint:
         return marks
 
 
+def check_unchanged(source: Checkpoint, before: Mapping[str, Any]) -> None:
+    """Raise SourceError if a file is not as it was.
+
+    before: an earlier `Checkpoint.fingerprint`, with times.
+    """
+    try:
+        now = source.fingerprint()
+    except OSError as error:
+        raise SourceError(f"{error.filename}: went away while it was read; run again") from None
+    for name, mark in now.items():
+        if before.get(name) != mark:
+            raise SourceError(
+                f"{source.root / name}: changed while it was read, so nothing was written; run the "
+                "command again when nothing else writes there"
+            )
+
+
 def open_checkpoint(directory: Path) -> Checkpoint:
     """Read the headers of a checkpoint.
 

@@ -3,6 +3,7 @@
 import contextlib
 import enum
 import os
+import re
 import shlex
 import sys
 from collections.abc import Iterator
@@ -37,6 +38,8 @@ from offline_quantize.planning.options import Options
 from offline_quantize.planning.plan import make_plan
 from offline_quantize.report import Request, check_out, write_report
 from precalib_kernels.errors import PrecalibError, UsageError
+
+NO_MEMORY = re.compile("out of memory|(?:allocate|Cannot allocate) memory")  # as torch says it
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -417,6 +420,12 @@ def main() -> None:
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         console.err.print(f"precalib: {where}{error.strerror or error}", style="red")
+        sys.exit(1)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not NO_MEMORY.search(str(error)):
+            raise
+        hint = "use fewer --jobs, or a machine with more"
+        console.err.print(f"precalib: the memory is not enough; {hint}", style="red")
         sys.exit(1)
 
 

@@ -25,6 +25,7 @@ from offline_quantize.checkpoint.manifest import (
 from offline_quantize.checkpoint.progress import Progress
 from offline_quantize.checkpoint.run import Run, State
 from offline_quantize.checkpoint.safetensors_file import read_tensor
+from offline_quantize.checkpoint.source import check_unchanged
 from offline_quantize.checkpoint.transforms import NO_TRANSFORMS, Transforms
 from offline_quantize.checkpoint.writer import WriteJob, by_file, write_shards
 from offline_quantize.commands.value_output import transform_jobs
@@ -32,7 +33,7 @@ from offline_quantize.method.encode import encode
 from offline_quantize.method.input_statistics import InputStatistics
 from offline_quantize.planning import selection
 from offline_quantize.planning.plan import Plan, WeightPlan
-from precalib_kernels.errors import PrecalibError, UnfitError
+from precalib_kernels.errors import PrecalibError, SourceError, UnfitError
 from precalib_kernels.format.layout import FORMAT_VERSION, eq13_bits
 
 if TYPE_CHECKING:
@@ -89,6 +90,11 @@ def quantize(
             reports = write_shards(run, batches, jobs, progress)
         except UnfitError as error:
             raise _refusal(plan, error.faults) from None
+        try:
+            check_unchanged(plan.source, run.fingerprint["source"])
+        except SourceError:
+            run.discard()
+            raise
         run.finish(progress, functools.partial(_manifest, plan, reports))
         if plan.options.card:
             _write_card(plan, target)

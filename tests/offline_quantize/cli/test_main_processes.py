@@ -54,6 +54,8 @@ def test_sigkill_at_random_moments(checkpoint, weights, quantize, start, tmp_pat
             process.join()
             killed += process.exitcode == -signal.SIGKILL
             assert process.exitcode in (0, -signal.SIGKILL)
+            if process.exitcode == 0:  # the machine has become faster
+                usual /= 2
         process = start("quantize", source, target, *options, "--jobs", 5 - jobs, "--resume")
         process.join()
         assert process.exitcode == 0
