@@ -41,7 +41,7 @@ def dequantize(
         raise FormatError(f"{fault}; nothing was written ('precalib verify' shows all faults)")
     owner = _owners(packed)
     shards = {file: _lay_out(packed, file, owner, dtype) for file in packed.files.shards}
-    fingerprint = {
+    fingerprint: dict[str, Any] = {
         "dequantize": packed.files.fingerprint(),
         "dtype": str(dtype),
         "precalib": version("vllm-precalib"),
