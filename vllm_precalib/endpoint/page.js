@@ -19,9 +19,14 @@ function trouble(text) {
   byId("trouble").hidden = !text;
 }
 
+async function refusal(answer) {
+  const body = await answer.json().catch(() => ({}));
+  return new Error(body.error?.message || `The server refused (${answer.status}).`);
+}
+
 async function get(path) {
   const answer = await fetch(`${API}/${path}`);
-  if (!answer.ok) throw new Error((await answer.json().catch(() => ({}))).detail || answer.statusText);
+  if (!answer.ok) throw await refusal(answer);
   return answer.json();
 }
 
@@ -252,7 +257,7 @@ async function ask(event) {
     const answer = await fetch(`${API}/generate`, {
       method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body), signal: running.signal,
     });
-    if (!answer.ok) throw new Error(`The server refused (${answer.status}).`);
+    if (!answer.ok) throw await refusal(answer);
     for await (const part of eventsOf(answer)) take(part, shown);
   } catch (error) {
     byId("state").textContent = error.name === "AbortError" ? "Stopped." : String(error.message);

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from vllm_precalib.endpoint.generation import generate
 from vllm_precalib.endpoint.metrics import Sample
 from vllm_precalib.endpoint.schemas import About, Backends, Event, Live, Prompt, Report
-from vllm_precalib.endpoint.security import HEADERS, check, given_key
+from vllm_precalib.endpoint.security import StrictRoute, check, given_key
 from vllm_precalib.endpoint.served_model import ServedModel, served
 
 API = "/precalib/api/v1"
@@ -25,7 +25,7 @@ MOST_PROMPTS = 8
 MEDIA_TYPES = {"html": "text/html; charset=utf-8", "css": "text/css", "js": "text/javascript"}
 NOT_PACKED = "This model has no manifest of precalib, or one that this version cannot read."
 
-router = APIRouter(dependencies=[Depends(check)], tags=["precalib"])
+router = APIRouter(dependencies=[Depends(check)], tags=["precalib"], route_class=StrictRoute)
 
 
 class Places:
@@ -46,7 +46,7 @@ class Places:
     def check(self) -> None:
         """Raise HTTPException 503 if none is free."""
         if self.free <= 0:
-            raise HTTPException(503, "Too many of these at once; try again.", HEADERS)
+            raise HTTPException(503, "Too many of these at once; try again.")
 
 
 def _model(request: Request) -> ServedModel:
@@ -75,13 +75,13 @@ def page() -> Response:
 def page_file(name: str) -> Response:
     """Style and script of the page."""
     if name not in ("page.css", "page.js"):
-        raise HTTPException(404, "Not Found", HEADERS)
+        raise HTTPException(404, "Not Found")
     return _file(name)
 
 
 def _file(name: str) -> Response:
     data = files("vllm_precalib.endpoint").joinpath(name).read_bytes()
-    return Response(data, media_type=MEDIA_TYPES[name.rpartition(".")[2]], headers=HEADERS)
+    return Response(data, media_type=MEDIA_TYPES[name.rpartition(".")[2]])
 
 
 @router.get(f"{API}/openapi.json", include_in_schema=False)
@@ -106,7 +106,7 @@ def report(model: Model) -> Report:
     """Size, effective bits and error of the model and of every packed weight."""
     found = model.report()
     if found is None:
-        raise HTTPException(404, NOT_PACKED, HEADERS)
+        raise HTTPException(404, NOT_PACKED)
     return found
 
 
@@ -175,4 +175,4 @@ def _stream(values: AsyncIterator[BaseModel]) -> StreamingResponse:
         async for value in values:
             yield f"data: {value.model_dump_json()}\n\n"
 
-    return StreamingResponse(lines(), media_type="text/event-stream", headers=HEADERS)
+    return StreamingResponse(lines(), media_type="text/event-stream")

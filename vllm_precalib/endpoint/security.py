@@ -5,9 +5,14 @@ import binascii
 import hashlib
 import secrets
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from http import HTTPStatus
+from typing import Any
 
 from fastapi import HTTPException, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
 
 HEADERS = {
     "Content-Security-Policy": (
@@ -45,22 +50,54 @@ def given_key(request: Request) -> str | None:
         return None
 
 
-def check(request: Request, response: Response) -> None:
-    """Dependency of every route: vLLM's API key, no other site's page, strict headers.
+class StrictRoute(APIRoute):
+    """A route whose every answer has the strict headers, refusals included.
+
+    vLLM's handlers of exceptions would drop the headers of a refusal, and with them the challenge
+    by which a browser asks its user for the key.
+    """
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """FastAPI's handler of the route, with refusals made into answers."""
+        handler = super().get_route_handler()
+
+        async def strict(request: Request) -> Response:
+            try:
+                answer = await handler(request)
+            except HTTPException as error:
+                answer = _refusal(error.status_code, str(error.detail))
+                answer.headers.update(error.headers or {})
+            except RequestValidationError as error:
+                first = error.errors()[0]
+                where = ".".join(map(str, first["loc"]))
+                answer = _refusal(422, f"{where}: {first['msg']}")
+            answer.headers.update(HEADERS)
+            return answer
+
+        return strict
+
+
+def _refusal(code: int, message: str) -> Response:
+    """In the form of vLLM's own errors."""
+    error = {"message": message, "type": HTTPStatus(code).phrase, "code": code}
+    return JSONResponse({"error": error}, code)
+
+
+def check(request: Request) -> None:
+    """Dependency of every route: vLLM's API key, and no other site's page.
 
     Raises HTTPException 401, 403, or 503 while the server starts.
     """
-    response.headers.update(HEADERS)
     if request.headers.get("Sec-Fetch-Site", "none") not in OWN_SITES and not _is_navigation(
         request
     ):
-        raise HTTPException(403, "Pages of other sites may not use this.", HEADERS)
+        raise HTTPException(403, "Pages of other sites may not use this.")
     model = getattr(request.app.state, "precalib", None)
     if model is None:
-        raise HTTPException(503, "The server is not ready.", HEADERS)
+        raise HTTPException(503, "The server is not ready.")
     if model.api_keys and not _is_one_of(given_key(request), model.api_keys):
         challenge = {"WWW-Authenticate": 'Basic realm="vLLM API key as password", charset="UTF-8"'}
-        raise HTTPException(401, "Unauthorized", HEADERS | challenge)
+        raise HTTPException(401, "Unauthorized", challenge)
 
 
 def _is_navigation(request: Request) -> bool:

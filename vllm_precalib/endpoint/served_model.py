@@ -15,7 +15,7 @@ from offline_quantize.checkpoint.manifest import Manifest, WeightRecord, read_ma
 from precalib_kernels.errors import PrecalibError
 from vllm_precalib.backends import Options
 from vllm_precalib.endpoint.schemas import BackendOfLayer, Backends, Report, Weight
-from vllm_precalib.endpoint.security import HEADERS, api_keys
+from vllm_precalib.endpoint.security import api_keys
 
 if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
@@ -96,7 +96,7 @@ def served(state: Any) -> ServedModel:
     """The model of an application's state. Raises HTTPException 503 before there is one."""
     model = getattr(state, "precalib", None)
     if not isinstance(model, ServedModel):
-        raise HTTPException(503, "The server is not ready.", HEADERS)
+        raise HTTPException(503, "The server is not ready.")
     return model
 
 

@@ -117,6 +117,7 @@ def registry(monkeypatch):
 @pytest.fixture
 def build(packed, registry, monkeypatch):
     """The application as vLLM builds it, and what stands in for its routes."""
+    from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
     from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
     from vllm.plugins.endpoint_plugins.interface import (
         attach_endpoint_plugins,
@@ -129,6 +130,7 @@ def build(packed, registry, monkeypatch):
         app, standin = FastAPI(), Standin()
         standin.attach(app)
         attach_endpoint_plugins(app, ("generate",))
+        init_exception_handler(app)
         if keys:
             app.add_middleware(AuthenticationMiddleware, tokens=list(keys))
         args = argparse.Namespace(
@@ -137,6 +139,8 @@ def build(packed, registry, monkeypatch):
             api_key=list(keys) or None,
             additional_config={"precalib": ours} if ours else {},
         )
+        args.log_error_stack = False
+        app.state.args = args
         if ready:
             # in a thread of its own, as a browser's test already runs a loop in this one
             with ThreadPoolExecutor(1) as pool:

@@ -109,6 +109,8 @@ def test_a_form_of_another_site_does_not_ask_the_model(build):
             f"{API}/generate", content=json.dumps(BODY).encode(), headers=headers
         )
         assert answer.status_code == 422
+        assert answer.headers["Content-Security-Policy"].startswith("default-src 'none'")
+        assert answer.json()["error"]["code"] == 422
     assert served.standin.asked == []
 
 
@@ -172,7 +174,7 @@ def test_a_model_without_a_manifest_has_no_report(build, tmp_path, text):
         (tmp_path / "precalib.json").write_bytes(text.encode("latin-1"))
     answer = build(model=tmp_path).client.get(f"{API}/report")
     assert answer.status_code == 404
-    assert "no manifest" in answer.json()["detail"]
+    assert "no manifest" in answer.json()["error"]["message"]
 
 
 def test_a_model_of_the_hub_is_looked_up_in_its_cache(build, packed, monkeypatch):
