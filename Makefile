@@ -86,6 +86,10 @@ test-arm: $(STAMP) ## tests of the Arm kernels, in an emulator on other processo
 	  echo "test-arm: install a cross-compiler and qemu's user mode: apt-get install g++-aarch64-linux-gnu qemu-user-static"; exit 1; }
 	@PRECALIB_NO_SKIP=1 OMP_NUM_THREADS=1 $(BIN)/pytest tests/kernels/backends/arm
 
+.PHONY: test-families
+test-families: $(STAMP) ## quantize and serve a tiny model of every family, write docs/supported-models.md (15 minutes)
+	@$(BIN)/python tests/helpers/family_suite.py all build/families
+
 lint: $(STAMP) ## ruff and mypy
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .

@@ -74,6 +74,7 @@ REWRITES = (
         "JambaForCausalLM",
         "JambaForSequenceClassification",
     ),
+    _rewrite("knows its weight by that name only", r"_adapter_list\.", "Zamba2ForCausalLM"),
     _rewrite(UNASKED, r"\.indexer\.(?:wk|weights_proj)$", *SPARSE_ATTENTION),
 )
 # Architectures none of whose weights can be packed, and what vLLM does.

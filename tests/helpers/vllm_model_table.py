@@ -35,19 +35,15 @@ UNPACKABLE_HEADS = frozenset(
 NORMALIZED_HEAD = "_normalize_lm_head"  # a loader that changes the head's weight
 
 
-def models_folder() -> Path:
-    """vLLM's model files."""
+def trees() -> dict[str, ast.Module]:
+    """The parsed files of vLLM's models, by their names in their folder without ".py"."""
     spec = importlib.util.find_spec("vllm")
     assert spec
     assert spec.origin
-    return Path(spec.origin).parent / "model_executor" / "models"
-
-
-def trees() -> dict[str, ast.Module]:
-    """The parsed model files, by their names without ".py"."""
-    folder = models_folder()
+    root = Path(spec.origin).parent
     return {
         path.relative_to(folder).with_suffix("").as_posix(): ast.parse(path.read_text())
+        for folder in (root / "models", root / "model_executor" / "models")
         for path in sorted(folder.rglob("*.py"))
     }
 

@@ -65,6 +65,12 @@ LOADERS = {
     "step3p5.load_weights": EXPERTS,
     "telechat2._split_key_value": KEPT,
 }
+# Models whose code is written for one kind of GPU each, all of them large mixtures; not examined,
+# and docs/supported-models.md says so.
+OF_ONE_PLATFORM = {
+    *("deepseek_v32", "deepseek_v4", "deepseek_v41", "dots3_note", "glm5next", "hy_v4", "inkling"),
+    *("kimi_k3", "minimax_m3", "qwen4_exp"),
+}
 CHANGES = {  # methods and functions of torch that change a tensor's values, order or shape
     *("permute", "transpose", "t", "view", "reshape", "flatten", "unflatten", "movedim"),
     *("chunk", "split", "tensor_split", "narrow", "cat", "stack", "hstack", "vstack"),
@@ -112,6 +118,7 @@ def test_every_loader_that_changes_tensors_was_looked_at(sources):
     found = {
         f"{file}.{node.name}"
         for file, tree in sources.items()
+        if file.partition("/")[0] not in OF_ONE_PLATFORM
         for node in ast.walk(tree)
         if isinstance(node, ast.FunctionDef) and loads(node) and changes_tensors(node)
     }
