@@ -85,13 +85,6 @@ class Package:
                 return own[name]
         return None
 
-    def receivers(self, method: str) -> set[str]:
-        """Last names of the expressions that a method is called on anywhere in the package."""
-        found: set[str] = set()
-        for path in self.folder.rglob("*.py"):
-            found |= set(re.findall(rf"(\w+)\.{method}\(", path.read_text(encoding="utf-8")))
-        return found
-
     def _starred(self, module: str, name: str) -> Definition | None:
         """The same for what `from other import *` brings."""
         path = self.path(module)
@@ -134,6 +127,16 @@ def unpack(wheel: Path, folder: Path, build: str) -> Path:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_text(re.sub(r"(?m)^(Version: .*)$", rf"\1+{build}", text))
     return folder / name
+
+
+@functools.cache
+def receivers(folder: Path, method: str) -> frozenset[str]:
+    """Last names of the expressions that a method is called on anywhere in a package."""
+    calls, found = re.compile(rf"(\w+)\.{method}\("), set()
+    for path in folder.rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        found |= set(calls.findall(text)) if method in text else set()
+    return frozenset(found)
 
 
 @functools.cache

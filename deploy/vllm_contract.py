@@ -27,6 +27,7 @@ from python_source import (
     members,
     misfit,
     parse,
+    receivers,
     unpack,
     without_self,
 )
@@ -179,7 +180,7 @@ def unlike(vllm: Package, theirs: ast.AST, ours: ast.AST) -> str | None:
     kind, own = decorators(theirs) & kinds, decorators(ours) & kinds
     assert isinstance(theirs, Function)
     on_objects = "property" not in kind and not own
-    if kind != own and not (on_objects and vllm.receivers(theirs.name) <= RECEIVERS.keys()):
+    if kind != own and not (on_objects and receivers(vllm.folder, theirs.name) <= RECEIVERS.keys()):
         return "is another kind of method in vLLM"
     want, have = without_self(theirs).parameters, without_self(ours).parameters
     open_kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
