@@ -69,7 +69,7 @@ def test_sizes_that_do_not_belong_together_are_refused(product):
         (torch.randn(2, 415), "columns of x are 415, expected 416"),
         (torch.randn(2, 416).double(), "x is not of float32, bfloat16 or float16"),
     ):
-        with pytest.raises(RuntimeError, match="precalib: " + text):
+        with pytest.raises(RuntimeError, match="precalib::cpu_linear: " + text):
             multiply(x)
     with pytest.raises(RuntimeError, match="this machine has no such ISA"):
         multiply(torch.randn(2, case.columns), isa=len(ISAS))
