@@ -177,7 +177,7 @@ FAMILIES = {
     "StableLM": language("StableLm", use_qkv_bias=True),
     "Llama 4 (without experts)": Family("Llama4Text", "Llama4ForCausalLM", LLAMA4),
     "Mamba 2": language("Mamba2", **MAMBA2),
-    "Zamba 2": language("Zamba2", **ZAMBA2),
+    "Zamba 2": dataclasses.replace(language("Zamba2", **ZAMBA2), reference="vllm"),
     "Arcee": language("Arcee"),
     "Seed-OSS": language("SeedOss", head_dim=32),
     "Hunyuan": language("HunYuanDenseV1", head_dim=32),

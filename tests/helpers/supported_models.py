@@ -23,7 +23,6 @@ def page(results: Mapping[str, Mapping[str, Any]]) -> str:
     lines = "".join(
         f"| {name} | `{family.model}` | {cells(family.reference, results[name])} |\n"
         for name, family in FAMILIES.items()
-        if name in results
     )
     return TEMPLATE.read_text().format(
         version=version,
