@@ -8,8 +8,8 @@ import time
 import urllib.request
 from collections.abc import Callable, Mapping
 
-from httpx import HTTPError
-from openai import BadRequestError, DefaultHttpxClient, OpenAI, OpenAIError
+from httpx import HTTPError, TimeoutException
+from openai import APITimeoutError, BadRequestError, DefaultHttpxClient, OpenAI, OpenAIError
 
 from offline_quantize.benchmark.server import STOP_SECONDS, Server, alive
 
@@ -18,6 +18,7 @@ QUESTION = "What is the capital of France? Answer in one sentence."
 SECOND_QUESTION = "Name three things that plants need to grow."
 TOKENS = 16
 IN_FLIGHT = 4
+SILENT_SECONDS = 10  # after so many without a token a client leaves
 CLEAN_CODES = (0, -15, 143)  # ended by itself, or by the signal itself
 CANARY = "vllm:corrupted_requests_total"  # counted with VLLM_COMPUTE_NANS_IN_LOGITS=1
 COUNTERS = (
@@ -176,11 +177,14 @@ class _Request:
             longest = asking.models.list().data[0].model_extra or {}
             tokens = int(longest.get("max_model_len") or 256) - 32
             while not self.last.is_set():
-                for _ in asking.completions.create(
-                    model=self.server.name,
-                    prompt=PROMPT,
-                    max_tokens=tokens,
-                    extra_body={"ignore_eos": True},
-                    stream=True,
-                ):
-                    self.answered.set()
+                # vLLM, when it stops, now and then leaves a stream open until its client goes
+                with contextlib.suppress(APITimeoutError, TimeoutException):
+                    for _ in asking.completions.create(
+                        model=self.server.name,
+                        prompt=PROMPT,
+                        max_tokens=tokens,
+                        extra_body={"ignore_eos": True},
+                        stream=True,
+                        timeout=SILENT_SECONDS,
+                    ):
+                        self.answered.set()

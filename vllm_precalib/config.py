@@ -96,7 +96,11 @@ class PrecalibConfig(QuantizationConfig):
         self.checkpoint = dataclasses.replace(
             self.checkpoint,
             modules={new: layouts[old] for old, new in names.items() if old in layouts},
-            tied={new: names[tied[old]] for old, new in names.items() if old in tied},
+            tied={
+                new: names[tied[old]]
+                for old, new in names.items()
+                if old in tied and tied[old] in names
+            },
         )
 
     def packed_module(self, prefix: str) -> PackedModule | None:
@@ -169,10 +173,11 @@ class PrecalibConfig(QuantizationConfig):
             from vllm_precalib.experts.method import experts_method
 
             return experts_method(self.checkpoint, layer, prefix, self.registry, self.choices)
-        if kind == "head" and prefix in self.checkpoint.tied:
+        head = prefix.removeprefix(".")  # StableLM calls it ".lm_head"
+        if kind == "head" and head in self.checkpoint.tied:
             from vllm_precalib.tied_head import TiedHeadMethod
 
-            return TiedHeadMethod(prefix, self.checkpoint.tied[prefix])
+            return TiedHeadMethod(head, self.checkpoint.tied[head])
         if kind == "embedding" and not prefix:  # some models do not tell
             prefix = self._packed_embeddings() or ""
         module = self.packed_module(prefix) if kind else None
@@ -183,7 +188,7 @@ class PrecalibConfig(QuantizationConfig):
         if module is None:
             return None
         self._check_model(module.shards)
-        if kind in ("head", "embedding"):
+        if kind == "head":
             self.head_expected = False
         rows = kind == "embedding"
         return methods.PrecalibLinearMethod(prefix, module, self.registry, self.choices, rows)

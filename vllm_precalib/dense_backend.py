@@ -78,6 +78,6 @@ class DenseBackend(Backend):
 
 def _in_float32(spec: LinearSpec) -> bool:
     """Whether a linear layer is; embeddings and experts have products of vLLM's that are not."""
-    plain = spec.experts == 1 and not spec.embedding
+    plain = not spec.experts and not spec.embedding
     emulated = spec.device == "cpu" and spec.dtype != torch.float32 and not has_bfloat16()
     return plain and emulated

@@ -31,6 +31,7 @@ with vllm_names():
         ParallelLMHead,
         VocabParallelEmbedding,
     )
+    from vllm.model_executor.model_loader import get_model_architecture
     from vllm.platforms import current_platform
 
 
@@ -105,7 +106,22 @@ class PrecalibLinearMethod(LinearMethodBase):
             self.spec, self.options, self.registry, self.prefix, self.module.layout_name
         )
         self.choices[self.prefix] = choice
+        if isinstance(layer, VocabParallelEmbedding) and choice.backend.name != "dense":
+            self._check_adapters()
         self.backend = choice.make()
+
+    def _check_adapters(self) -> None:
+        """Raise ServingError where vLLM would look for a weight to add LoRA adapters to."""
+        config = get_current_vllm_config()
+        if config.lora_config is None:
+            return
+        model, _ = get_model_architecture(config.model_config)
+        if getattr(model, "embedding_modules", None):
+            raise ServingError(
+                f"{self.prefix}: vLLM adds LoRA adapters to heads and embeddings of this model, "
+                "which needs their unquantized weight; serve without --enable-lora, or with "
+                '--additional-config \'{"precalib": {"backend": "dense"}}\''
+            )
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Check what was loaded and hand it to the backend; runs again after a reload.

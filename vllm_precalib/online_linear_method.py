@@ -63,6 +63,7 @@ class OnlineLinearMethod(PrecalibLinearMethod):
         )
         if self.dummy:
             return
+        self.guard.heads = {}  # vLLM reorders the rows of unquantized weights itself
         for name in self.names:  # vLLM waits for the weight alone when it reloads
             set_weight_attrs(layer.get_parameter(name), {"weight_loader_numel": 0})
         shape = sum(output_partition_sizes), input_size_per_partition

@@ -119,7 +119,7 @@ def quantize(
         typer.Option(
             metavar="RECIPE",
             help="Pack the input embeddings, too, and with them the head of a model that shares "
-            "them, unless --head names another recipe.",
+            "them, unless --head names another recipe. Refused where vLLM takes none.",
         ),
     ] = None,
     activations: Annotated[

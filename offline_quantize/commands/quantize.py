@@ -198,7 +198,10 @@ def _refusal(plan: Plan, faults: Mapping[str, str]) -> UnfitError:
     remedies = []
     if any(plan.weight_plans[name].origin != name for name in faults):
         remedies.append("leave out --head")  # it has no tensor of its own to keep
-    if pattern := _keep_pattern(plan, faults):
+    inputs = [name for name in faults if _is_embeddings(plan, name)]
+    if inputs:
+        remedies.append("leave out --embeddings")
+    if pattern := _keep_pattern(plan, faults.keys() - inputs):
         remedies.append(f"keep {'it' if one else 'them'} with --keep '{pattern}'")
     remedy = " and ".join(remedies)
     if one:
@@ -208,6 +211,10 @@ def _refusal(plan: Plan, faults: Mapping[str, str]) -> UnfitError:
     if len(texts) > SHOWN:
         lines.append(f"and {len(texts) - SHOWN} more")
     return UnfitError("\n  ".join(lines), faults)
+
+
+def _is_embeddings(plan: Plan, name: str) -> bool:
+    return bool(selection.EMBEDDINGS.search(plan.weight_plans[name].module))
 
 
 def _keep_pattern(plan: Plan, names: Iterable[str]) -> str:

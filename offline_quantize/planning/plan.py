@@ -172,6 +172,9 @@ def make_plan(source: Checkpoint, options: Options) -> Plan:
         head, origin, found = heads.tied_head(source, others)
         origins[head], wanted[head] = origin, found
     _keep_narrow(source, wanted, others, chosen)
+    for head, origin in origins.items():
+        if head not in wanted:
+            raise SourceError(f"{source.root}: tensor '{origin}': {others[head]}; leave out --head")
     unquantized, experts = choice.by_tensor()
     tied = {head: other for head, other in tied.items() if f"{other}.weight" in wanted}
     if options.target_bits is not None:
@@ -193,7 +196,7 @@ def make_plan(source: Checkpoint, options: Options) -> Plan:
             for name in source.sidecar_files
             if not (options.card and name == CARD)
         },
-        _metadata_files(source, options, shards, config),
+        _metadata_files(source, shards, config),
     )
     return Plan(source, options, weight_plans, unquantized, files, pairs, tied, experts)
 
@@ -292,7 +295,6 @@ def _lay_out(
 
 def _metadata_files(
     source: Checkpoint,
-    options: Options,
     shards: Mapping[str, FileLayout],
     quantization: CheckpointConfig,
 ) -> dict[str, bytes]:
@@ -302,7 +304,9 @@ def _metadata_files(
         files[INDEX] = json_bytes(index_of(shards, source.index))
     config = dict(source.config)
     config["quantization_config"] = quantization.to_dict()
-    if options.head and not quantization.tied:
+    head = any(map(selection.HEAD.search, quantization.modules))
+    embeddings = any(map(selection.EMBEDDINGS.search, quantization.modules))
+    if head or (embeddings and not quantization.tied):
         heads.untie(config)
     files[CONFIG] = json_bytes(config)
     return files

@@ -93,7 +93,8 @@ def _treat_experts_alike(reasons: dict[str, str | None]) -> None:
 
     reasons: why each tensor is kept, None for one that is not, by name.
     """
-    for weights in selection.expert_layers(reasons).values():
+    matrices = [name for name in reasons if not name.endswith(".bias")]
+    for weights in selection.expert_layers(matrices).values():
         kept = {weight: reasons[weight] for weight in weights if reasons[weight] is not None}
         if not kept or len(kept) == len(weights):
             continue

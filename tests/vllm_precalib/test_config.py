@@ -1,5 +1,6 @@
 """Which layers are packed, in the names of vLLM and of the checkpoint, fused or not."""
 
+import contextlib
 import copy
 import pickle
 from types import SimpleNamespace
@@ -17,9 +18,11 @@ from vllm.model_executor.models.utils import WeightsMapper
 
 from precalib_kernels.errors import FormatError, ServingError
 from precalib_kernels.format.checkpoint_config import CheckpointConfig
+from vllm_precalib import linear_method
 from vllm_precalib.config import PrecalibConfig
 from vllm_precalib.linear_method import PrecalibLinearMethod
 from vllm_precalib.packed_module import PackedModule
+from vllm_precalib.tied_head import TiedHeadMethod
 from vllm_precalib.undecided_linear_method import UndecidedLinearMethod
 
 FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
@@ -172,6 +175,28 @@ def test_a_head_is_tied_to_packed_embeddings(config, rank):
             untied.tie_weights(other)
     with pytest.raises(ServingError, match=said):  # where vLLM ties nothing
         head.quant_method.process_weights_after_loading(head)
+
+
+def test_a_tied_head_may_be_named_from_the_root(config, rank):
+    packed = config({"model.embed_tokens": "row"}, tied={"lm_head": "model.embed_tokens"})
+    with rank():
+        head = ParallelLMHead(64, 160, quant_config=packed, prefix=".lm_head")  # StableLM
+    assert isinstance(head.quant_method, TiedHeadMethod)
+
+
+@pytest.mark.parametrize("modules", [["embed_tokens"], []])
+def test_adapters_of_packed_embeddings_are_refused(config, rank, monkeypatch, modules):
+    """vLLM reads the weight of the layer, if the model lets adapters change its embeddings."""
+    model = SimpleNamespace(embedding_modules=dict.fromkeys(modules, "input_embeddings"))
+    monkeypatch.setattr(linear_method, "get_model_architecture", lambda _: (model, "Model"))
+    packed = config({"model.embed_tokens": "row"})
+    with rank():
+        get_current_vllm_config().lora_config = object()
+        refused = pytest.raises(
+            ServingError, match=r"^model\.embed_tokens: vLLM adds LoRA adapters"
+        )
+        with refused if modules else contextlib.nullcontext():
+            VocabParallelEmbedding(64, 160, quant_config=packed, prefix="model.embed_tokens")
 
 
 def test_names_of_tied_modules_are_mapped(config):

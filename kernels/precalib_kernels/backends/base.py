@@ -25,7 +25,7 @@ class LinearSpec:
     shard_sizes: rows of the matrices fused into the layer on this rank, in order; their sum is N.
     dtype:       type of the activations and of the result.
     device:      torch's name for the kind of device, "cpu" or "cuda".
-    experts:     matrices of this shape in the layer; more than one for a mixture of experts.
+    experts:     of a mixture of experts, its matrices of this shape on this rank; 0 for all else.
     int8_activations: whether products are to round activations to 8 bits.
     embedding:   whether rows of the weight are looked up, too.
     """
@@ -35,7 +35,7 @@ class LinearSpec:
     shard_sizes: tuple[int, ...]
     dtype: torch.dtype
     device: str
-    experts: int = 1
+    experts: int = 0
     int8_activations: bool = False
     embedding: bool = False
 
@@ -83,7 +83,7 @@ class Backend(ABC):
         A subclass with limits of its own asks this one first. The reason reads well after
         "NAME: ".
         """
-        if spec.experts > 1 and not cls.experts:
+        if spec.experts and not cls.experts:
             return f"computes one matrix per layer, not {spec.experts} experts"
         if spec.int8_activations and not cls.int8_activations:
             return "has no 8-bit activations"

@@ -105,7 +105,8 @@ class CheckpointConfig:
         if not isinstance(tied, Mapping):
             raise FormatError("quantization_config: 'tied' is not an object")
         for module, other in tied.items():
-            if module in fields["modules"] or other not in fields["modules"]:
+            known = isinstance(other, str) and other in fields["modules"]
+            if module in fields["modules"] or not known:
                 raise FormatError(
                     f"quantization_config: module {module!r} cannot be tied to {other!r}"
                 )

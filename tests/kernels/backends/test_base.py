@@ -40,7 +40,7 @@ def test_a_spec_is_plain_data():
         "shard_sizes": [32, 16],
         "dtype": "bfloat16",
         "device": "cpu",
-        "experts": 1,
+        "experts": 0,
         "int8_activations": False,
         "embedding": False,
     }

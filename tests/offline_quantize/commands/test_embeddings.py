@@ -143,3 +143,26 @@ def test_large_embeddings_are_pointed_at(checkpoint, weights, precalib, tmp_path
     assert abs(sizes[0] - sizes[1] - 1000 * float(found[2].split()[0])) < 0.1 * sizes[0]
     small = precalib("quantize", checkpoint("small", config=CONFIG), tmp_path / "small")
     assert "embeddings are" not in small.out
+
+
+def test_a_stored_copy_of_the_embeddings_stays_a_head_of_its_own(checkpoint, quantize, precalib):
+    source = checkpoint(config=TIED)  # tied by its configuration, and yet with a head
+    packed = open_packed(quantize(source, "--embeddings", "rtn-4"))
+    assert packed.config.tied == {}
+    assert "lm_head.weight" in packed.locations
+    assert packed.files.config["tie_word_embeddings"] is False
+
+
+def test_embeddings_narrower_than_a_group_stay(checkpoint, weights, precalib, tmp_path):
+    tensors = weights().llama() | {"model.embed_tokens.weight": weights()(8, 64)}
+    del tensors["lm_head.weight"]
+    source, target = checkpoint("narrow", tensors, config=TIED), tmp_path / "t"
+    head = precalib("quantize", source, target, "--head", "balanced-4")
+    assert "tensor 'model.embed_tokens.weight': " in head.sentence
+    assert head.sentence.endswith("; leave out --head")
+    ran = precalib("quantize", source, target, "--embeddings", "balanced-4", "--head", "balanced-4")
+    assert ran.code == 0
+    packed = open_packed(target)
+    assert packed.config.tied == {}
+    assert "model.embed_tokens.weight" in packed.locations
+    assert packed.files.config["tie_word_embeddings"] is True
