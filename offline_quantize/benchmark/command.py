@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -129,10 +130,16 @@ def _start(
 def _served_name(address: str) -> str:
     """What a running server calls its model. Raises InputError if it does not answer."""
     try:
-        with urllib.request.urlopen(f"{address}/v1/models", timeout=10) as answer:
+        with _opener(address).open(f"{address}/v1/models", timeout=10) as answer:
             return str(json.load(answer)["data"][0]["id"])
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise InputError(f"{address}: is no server that can be measured ({error})") from error
+
+
+def _opener(address: str) -> urllib.request.OpenerDirector:
+    """One that goes round proxies to servers on this machine."""
+    own = urllib.parse.urlsplit(address).hostname in ("127.0.0.1", "::1", "localhost")
+    return urllib.request.build_opener(*[urllib.request.ProxyHandler({})] * own)
 
 
 def _about(plan: Plan, flags: Sequence[str]) -> dict[str, Any]:

@@ -50,8 +50,9 @@ class Journal:
     def __init__(self, file: Path, about: Mapping[str, Any]) -> None:
         self.file, self.about = file, dict(about)
         self.measurements: list[Measurement] = []
-        if file.exists():
-            self._read(file.read_text().splitlines())
+        lines = self._whole_lines() if file.exists() else []
+        if lines:
+            self._read(lines)
         else:
             file.parent.mkdir(parents=True, exist_ok=True)
             self._append(self.about)
@@ -65,6 +66,14 @@ class Journal:
         """Whether this was measured before."""
         return any((m.round, m.case, m.server) == (number, case, server) for m in self.measurements)
 
+    def _whole_lines(self) -> list[str]:
+        """Lines of the file, from which one that a killed run left unfinished is cut off."""
+        data = self.file.read_bytes()
+        whole = data[: data.rfind(b"\n") + 1]
+        if len(whole) < len(data):
+            os.truncate(self.file, len(whole))
+        return whole.decode(errors="replace").splitlines()
+
     def _append(self, value: Mapping[str, Any]) -> None:
         with self.file.open("a") as file:
             file.write(json.dumps(value) + "\n")
@@ -73,7 +82,7 @@ class Journal:
 
     def _read(self, lines: Sequence[str]) -> None:
         try:
-            there = json.loads(lines[0]) if lines else None
+            there = json.loads(lines[0])
             self.measurements = [Measurement.model_validate_json(line) for line in lines[1:]]
         except (ValueError, ValidationError) as error:
             raise InputError(f"{self.file}: is damaged; remove it and measure again") from error

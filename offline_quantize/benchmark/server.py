@@ -24,7 +24,7 @@ QUIET_ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; the default takes a large part of the memory
 }
-DIRECT = {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}  # from this machine to itself
+OWN_ADDRESS = "127.0.0.1"  # reached without a proxy
 # Eager: compiling a small model takes longer than all that is asked of it.
 SMALL = ("--enforce-eager", "--max-model-len", "1024", "--max-num-seqs", "8")
 
@@ -34,7 +34,11 @@ def environment(**more: str) -> dict[str, str]:
 
     more: variables that are set whatever the caller has.
     """
-    return QUIET_ENVIRONMENT | os.environ | DIRECT | more
+    direct = {
+        name: ",".join(filter(None, (os.environ.get(name), OWN_ADDRESS)))
+        for name in ("NO_PROXY", "no_proxy")
+    }
+    return QUIET_ENVIRONMENT | os.environ | direct | more
 
 
 class ServerError(PrecalibError):

@@ -37,6 +37,9 @@ async def compare(
             here = _positions(ours.status, await ours.body())
         async with asyncio.timeout(SECONDS):
             there, texts = await _other(address, ids)
+        tokens = [
+            _token(ids[i], there[i], here[i], texts, alternatives) for i in range(start, len(ids))
+        ]
     except (
         RuntimeError,
         ValueError,
@@ -47,9 +50,6 @@ async def compare(
     ) as error:
         reason = str(error) or type(error).__name__
         return Problem(text=f"{address} could not be compared with ({reason}).")
-    tokens = [
-        _token(ids[i], there[i], here[i], texts, alternatives) for i in range(start, len(ids))
-    ]
     mean = sum(token.kl for token in tokens) / len(tokens)
     return Comparison(against=address, tokens=tokens, mean_kl=mean)
 

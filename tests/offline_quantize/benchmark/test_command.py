@@ -163,6 +163,18 @@ def test_a_run_ends_in_time_and_goes_on_later(tmp_path):
     assert sorted(done) == [(1, "a"), (1, "b"), (2, "a"), (2, "a"), (2, "b")]
 
 
+@pytest.mark.parametrize(("cut", "left"), [(1, 1), (200, 0)])
+def test_a_line_that_was_not_finished_is_measured_again(tmp_path, cut, left):
+    file = tmp_path / "journal"
+    journal = Journal(file, {"x": 1})
+    journal.add(measurement("a", 1))
+    whole = file.read_bytes()
+    journal.add(measurement("b", 1))
+    file.write_bytes(file.read_bytes()[:-cut] if left else b'{"x"')
+    assert len(Journal(file, {"x": 1}).measurements) == left
+    assert file.read_bytes() == (whole if left else whole[: whole.index(b"\n") + 1])
+
+
 def test_a_damaged_journal_is_an_error(tmp_path):
     (tmp_path / "journal").write_text('{"x": 1}\n{"server": 1}\n')
     with pytest.raises(Exception, match="is damaged; remove it and measure again"):

@@ -35,6 +35,13 @@ def commands(tmp_path, monkeypatch):
     return tmp_path
 
 
+def test_the_way_round_proxies_leaves_what_the_caller_has_set(monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "example.org")
+    monkeypatch.delenv("no_proxy", raising=False)
+    found = server.environment()
+    assert (found["NO_PROXY"], found["no_proxy"]) == ("example.org,127.0.0.1", "127.0.0.1")
+
+
 def test_stop_leaves_no_process(commands):
     running = Server("model", commands / "model", commands / "log")
     running.wait_until_ready(30)
