@@ -20,6 +20,7 @@ from offline_quantize.planning.options import Options as RecipeOptions
 from precalib_kernels.errors import ServingError
 from precalib_kernels.format.checkpoint_config import CheckpointConfig
 from vllm_precalib.backends import Options
+from vllm_precalib import linear_method
 from vllm_precalib.config import PrecalibConfig
 from vllm_precalib.encoder_pool import EncoderPool, allowed_cores
 from vllm_precalib.online_linear_method import OnlineLinearMethod
@@ -95,6 +96,19 @@ def test_every_rank_holds_its_slice_of_what_the_quantizer_writes(ours, recipe, r
         assert parameters.keys() == dict(before.named_parameters()).keys()
         for name, tensor in before.named_parameters():
             assert torch.equal(parameters[name].view(torch.uint8), tensor.view(torch.uint8))
+
+
+def test_rows_that_vllm_reorders_are_not_reordered_again(ours, monkeypatch):
+    """As of Llama 4: its loader does so with unquantized weights, before they arrive here."""
+    monkeypatch.setattr(linear_method, "rotary_heads", lambda _: {"q": 4, "k": 2})
+    weights = {part: weight(rows) for part, rows in ROWS.items()}
+    with ours(recipe="rtn-4"):
+        layer = attention(online())
+        for part in ROWS:
+            load(layer, "weight", weights[part], part)
+        process(layer)
+    expected = [encode(w, RECIPES["rtn-4"], p).tensors["qweight"] for p, w in weights.items()]
+    assert torch.equal(layer.qweight, torch.cat(expected))
 
 
 def test_a_head_is_quantized_on_demand(ours):
