@@ -19,8 +19,8 @@ from offline_quantize.method.recipes import RECIPES, for_head
 from offline_quantize.planning.options import Options as RecipeOptions
 from precalib_kernels.errors import ServingError
 from precalib_kernels.format.checkpoint_config import CheckpointConfig
-from vllm_precalib.backends import Options
 from vllm_precalib import linear_method
+from vllm_precalib.backends import Options
 from vllm_precalib.config import PrecalibConfig
 from vllm_precalib.encoder_pool import EncoderPool, allowed_cores
 from vllm_precalib.online_linear_method import OnlineLinearMethod
