@@ -66,8 +66,9 @@ def _specs(packed: PackedCheckpoint, device: str) -> Iterator[tuple[str, LinearS
         for module, recipe in packed.config.modules.items()
     )
     counts: collections.Counter[tuple[str, tuple[int, int], int]] = collections.Counter()
-    for (_, recipe, shape), experts in layers.items():
-        counts[recipe, shape, experts] += experts
+    for (module, recipe, shape), weights in layers.items():
+        experts = weights if ".experts." in module else 0
+        counts[recipe, shape, experts] += weights
     for (recipe, (rows, inputs), experts), weights in counts.items():
         layout = packed.config.layouts[recipe]
         yield recipe, LinearSpec(layout, inputs, (rows,), DTYPE, device, experts), weights

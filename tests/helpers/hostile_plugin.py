@@ -43,7 +43,7 @@ def use_plugin(root: Path) -> str:
     A product is held against the reference on the same tensors, so that none is served wrong.
     """
     if not (root / "config.json").is_file():
-        raise FormatError("vLLM reads no configuration, or one without end")
+        raise FormatError("vLLM stops before the plugin is asked: no configuration, or endless")
     try:
         config = json.loads((root / "config.json").read_bytes())["quantization_config"]
         stored = dict(_tensors(root))
