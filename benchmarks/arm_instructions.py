@@ -105,7 +105,7 @@ def run(*command: str | Path) -> str:
 class Build:
     """The program and the objects of one ISA."""
 
-    def __init__(self, isa: library.Isa, ggml: Path | None, work: Path) -> None:
+    def __init__(self, isa: library.ArmIsa, ggml: Path | None, work: Path) -> None:
         self.isa, self.work = isa, work / isa.name
         self.work.mkdir()
         objects = []
@@ -113,7 +113,7 @@ class Build:
             if unit.source.name != "torch_binding.cpp":
                 objects.append(self._compile(unit.source, unit.flags))
         self.kernels = self._disassemble(objects[-1])
-        flags = ["-O3", isa.flag]
+        flags = ["-O3", *isa.flags]
         self.peers: list[Loop] = []
         if ggml:
             includes = [f"-I{ggml / part}" for part in ("include", "src", "src/ggml-cpu")]

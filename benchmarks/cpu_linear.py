@@ -21,7 +21,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -30,7 +29,7 @@ from torch.nn.functional import linear
 from offline_quantize.method.recipes import RECIPES
 from precalib_kernels.backends.x86 import library, op
 from precalib_kernels.backends.x86.memory_layout import X86Layout
-from precalib_kernels.processor import has_bfloat16
+from precalib_kernels.processor import has_bfloat16, processor_name
 
 FLOAT32, BFLOAT16, ONEDNN = "torch float32 linear", "torch bf16 linear", "onednn_mm bf16"
 # Of torch's, oneDNN's and MKL's variables, by the ISA of ours.
@@ -188,11 +187,7 @@ def measure(operators: Operators, rows: int, size: int, rounds: int) -> dict[str
 
 def describe(isa: str, limited: bool) -> None:
     """Say what is measured."""
-    model = "unknown processor"
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            model = line.partition(":")[2].strip()
-            break
+    model = processor_name() or "unknown processor"
     machine = library.supported_isas()[-1]
     print(f"# {model}, ISA {machine}; torch {torch.__version__}")
     if limited:

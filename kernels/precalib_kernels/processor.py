@@ -1,4 +1,4 @@
-"""What this machine's processor can do."""
+"""What this machine's processor is called and can do."""
 
 from pathlib import Path
 
@@ -17,3 +17,13 @@ def has_bfloat16(information: Path = CPU_INFORMATION) -> bool:
         if key.strip() in ("flags", "Features"):
             return not BFLOAT16_FLAGS.isdisjoint(flags.split())
     return False
+
+
+def processor_name(information: Path = CPU_INFORMATION) -> str | None:
+    """Name of the model; None if the processor does not say it."""
+    try:
+        lines = information.read_text().splitlines()
+    except OSError:
+        return None
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, None)

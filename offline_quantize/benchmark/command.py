@@ -19,6 +19,7 @@ from offline_quantize.benchmark.load import CONCURRENCIES, LENGTHS, Case, cases,
 from offline_quantize.benchmark.rounds import JOURNAL, Journal, Plan, Say, run
 from offline_quantize.benchmark.server import COMMANDS, Server
 from precalib_kernels.errors import InputError, UsageError
+from precalib_kernels.processor import processor_name
 
 READY_SECONDS = 1800
 MODEL = "bench"  # what requests call a model that is served here
@@ -160,14 +161,9 @@ def about_machine() -> dict[str, Any]:
 
 def _processor() -> str:
     """Name of the processor and of the GPU, if there is one."""
-    name = platform.machine()
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                name = line.partition(":")[2].strip()
-                break
     import torch
 
+    name = processor_name() or platform.machine()
     cores = len(os.sched_getaffinity(0))
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return f"{name}, {cores} cores{gpu}"

@@ -91,6 +91,18 @@ def suite(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str,
 
 
 @pytest.fixture
+def case(suite: Callable[[str], dict[str, Any]]) -> Callable[[str, str], Any]:
+    """The result of a case of a suite, by their names."""
+
+    def get(suite_name: str, case_name: str) -> Any:
+        result = suite(suite_name)[case_name]
+        assert "failed" not in result, result["failed"]
+        return result
+
+    return get
+
+
+@pytest.fixture
 def logged() -> Iterator[list[tuple[str, str]]]:
     """Level and text of what we log; vLLM may or may not pass it on to the root logger."""
     lines: list[tuple[str, str]] = []

@@ -1,5 +1,8 @@
 """vLLM engines against transformers on the weights as the reference unpacks them."""
 
+import functools
+
+import engine_answers
 import pytest
 import torch
 
@@ -11,31 +14,13 @@ pytestmark = pytest.mark.engine
 
 # Both sides compute in float32; what differs is the order of additions. Observed: 5e-6.
 LOGPROB_TOLERANCE = 1e-3
+assert_same = functools.partial(engine_answers.assert_same, tolerance=LOGPROB_TOLERANCE)
 
 
 def default_backend():
     """Of packed layers on this machine: `x86`, or `dense` without AVX2."""
     spec = LinearSpec(Layout(bits=4, group_size=128), 128, (16,), torch.float32, "cpu")
     return plugin_registry().choose(spec).backend.name
-
-
-@pytest.fixture
-def case(suite):
-    def get(suite_name, case_name):
-        result = suite(suite_name)[case_name]
-        assert "failed" not in result, result["failed"]
-        return result
-
-    return get
-
-
-def assert_same(pair, tolerance=LOGPROB_TOLERANCE):
-    served, truth = pair
-    assert len(served) == len(truth) == 3
-    for steps, true_steps in zip(served, truth, strict=True):
-        assert [token for token, _ in steps] == [token for token, _ in true_steps]
-        for (_, logprob), (_, true_logprob) in zip(steps, true_steps, strict=True):
-            assert abs(logprob - true_logprob) <= tolerance
 
 
 LLAMA = ["llama", "llama_dense", "llama_reference"]

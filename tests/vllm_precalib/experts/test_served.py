@@ -1,30 +1,14 @@
 """vLLM engines on packed mixtures, against transformers or vLLM on the unpacked model."""
 
+import functools
+
+import engine_answers
 import pytest
 
 pytestmark = pytest.mark.engine
 
 # Both sides compute in float32; what differs is the order of additions. Observed: 3e-6.
-TOLERANCE = 1e-4
-
-
-@pytest.fixture
-def case(suite):
-    def get(suite_name, case_name):
-        result = suite(suite_name)[case_name]
-        assert "failed" not in result, result["failed"]
-        return result
-
-    return get
-
-
-def assert_same(pair, tolerance=TOLERANCE):
-    served, truth = pair
-    assert len(served) == len(truth) == 3
-    for steps, true_steps in zip(served, truth, strict=True):
-        assert [token for token, _ in steps] == [token for token, _ in true_steps]
-        for (_, logprob), (_, true_logprob) in zip(steps, true_steps, strict=True):
-            assert abs(logprob - true_logprob) <= tolerance
+assert_same = functools.partial(engine_answers.assert_same, tolerance=1e-4)
 
 
 @pytest.mark.parametrize(

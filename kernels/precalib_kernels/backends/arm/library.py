@@ -4,49 +4,31 @@ The build imports this module to compile them, where there is no torch.
 """
 
 import ctypes
-import dataclasses
 import functools
 import platform
 from pathlib import Path
 
 from precalib_kernels.backends.x86 import library as x86
 from precalib_kernels.toolchain.compile import BuildError, Library, Unit, load_library
+from precalib_kernels.toolchain.isa import Isa
 
 SOURCES = Path(__file__).parent / "csrc"
-_COMPILED, _MACHINE_HAS = 1, 2
 
 
-@dataclasses.dataclass(frozen=True)
-class Isa:
-    """An instruction set that the kernels are compiled for.
+class ArmIsa(Isa):
+    """An instruction set of aarch64."""
 
-    requires: feature of the processor, as /proc/cpuinfo names it.
-    flag:     of the compiler.
-    """
-
-    name: str
-    requires: str
-    flag: str
-
-    def supported(self) -> bool:
-        """Whether this machine has it and the library was compiled for it. Raises BuildError."""
-        return self._state() == _COMPILED | _MACHINE_HAS
-
-    def missing(self) -> bool:
-        """Whether this machine has it, but the library is without it. Raises BuildError."""
-        return self._state() == _MACHINE_HAS
-
-    def _state(self) -> int:
-        library = load()
-        return int(library.precalib_isa_state(library.precalib_isa_index(self.name.encode())))
+    def library(self) -> ctypes.CDLL:
+        """`load()`."""
+        return load()
 
 
-DOTPROD = Isa("dotprod", "asimddp", "-march=armv8.2-a+dotprod")
-I8MM = Isa("i8mm", "i8mm", "-march=armv8.2-a+dotprod+i8mm")
+DOTPROD = ArmIsa("dotprod", ("asimddp",), ("-march=armv8.2-a+dotprod",))
+I8MM = ArmIsa("i8mm", ("i8mm",), ("-march=armv8.2-a+dotprod+i8mm",))
 ISAS = (DOTPROD, I8MM)  # ascending
 
 
-def sources(isas: tuple[Isa, ...] = ISAS, flags: tuple[str, ...] = ()) -> Library:
+def sources(isas: tuple[ArmIsa, ...] = ISAS, flags: tuple[str, ...] = ()) -> Library:
     """What the library is made of, on any machine: a cross-compiler can build it.
 
     flags: of the compiler, besides the usual ones.
@@ -60,7 +42,7 @@ def sources(isas: tuple[Isa, ...] = ISAS, flags: tuple[str, ...] = ()) -> Librar
     for isa in isas:
         # A compiler that does not know a newer ISA still compiles the others.
         optional = "" if isa == DOTPROD else f"kernels for {isa.name}"
-        own = (*flags, isa.flag, f"-DPRECALIB_ISA={isa.name}")
+        own = (*flags, *isa.flags, f"-DPRECALIB_ISA={isa.name}")
         units.append(Unit(SOURCES / "linear.cpp", own, optional))
     return Library("cpu", tuple(units))
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from precalib_kernels.toolchain.compile import WARNINGS, BuildError, Library, Unit, load_library
+from precalib_kernels.toolchain.isa import Isa
 
 if TYPE_CHECKING:
     from precalib_kernels.backends.x86.memory_layout import X86Layout
@@ -31,37 +32,19 @@ COMMON_FLAGS = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Isa:
-    """An instruction set that the kernels are compiled for.
+class X86Isa(Isa):
+    """An instruction set of x86-64."""
 
-    requires: features of the processor, as /proc/cpuinfo names them.
-    flags:    of the compiler.
-    """
+    def library(self) -> ctypes.CDLL:
+        """`load()`."""
+        return load()
 
-    name: str
-    requires: tuple[str, ...]
-    flags: tuple[str, ...]
-
-    def supported(self) -> bool:
-        """Whether this machine has it and the library was compiled for it. Raises BuildError."""
-        return self._state() == _COMPILED | _MACHINE_HAS
-
-    def missing(self) -> bool:
-        """Whether this machine has it, but the library is without it. Raises BuildError."""
-        return self._state() == _MACHINE_HAS
-
-    def extended(self, name: str, requires: tuple[str, ...], flags: tuple[str, ...]) -> "Isa":
+    def extended(self, name: str, requires: tuple[str, ...], flags: tuple[str, ...]) -> "X86Isa":
         """This one and more."""
-        return Isa(name, (*self.requires, *requires), (*self.flags, *flags))
-
-    def _state(self) -> int:
-        library = load()
-        return int(library.precalib_isa_state(library.precalib_isa_index(self.name.encode())))
+        return X86Isa(name, (*self.requires, *requires), (*self.flags, *flags))
 
 
-_COMPILED, _MACHINE_HAS = 1, 2
-
-AVX2 = Isa("avx2", ("avx2", "fma", "f16c"), ("-mavx2", "-mfma", "-mf16c"))
+AVX2 = X86Isa("avx2", ("avx2", "fma", "f16c"), ("-mavx2", "-mfma", "-mf16c"))
 AVX_VNNI = AVX2.extended("avx_vnni", ("avx_vnni",), ("-mavxvnni",))
 AVX512 = AVX2.extended(
     "avx512",
@@ -82,7 +65,7 @@ ISAS = (AVX2, AVX_VNNI, AVX512, AVX512_VNNI, AVX512_BF16, AMX)
 class BuildOptions:
     """How the library is compiled; other than by default in tests."""
 
-    isas: tuple[Isa, ...] = ISAS
+    isas: tuple[X86Isa, ...] = ISAS
     flags: tuple[str, ...] = ()
     link: tuple[str, ...] = ()
 
