@@ -15,6 +15,7 @@
 #include <type_traits>
 
 #include "../../x86/csrc/isa_dispatch.h"
+#include "../../x86/csrc/memory.h"
 
 namespace precalib {
 namespace {
@@ -40,31 +41,6 @@ struct I32x16 {
   I32x4 part[kParts];
 };
 
-template <class T>
-inline T load(const void* from) {
-  T value;
-  std::memcpy(&value, from, sizeof value);
-  return value;
-}
-
-template <class T>
-inline void store(void* to, T value) {
-  std::memcpy(to, &value, sizeof value);
-}
-
-// Uninitialized memory of one call or thread, aligned to 64 bytes.
-template <class T>
-struct Buffer {
-  T* data;
-  explicit Buffer(int64_t count)
-      : data((T*)std::aligned_alloc(64, (size_t(count) * sizeof(T) + 127) / 64 * 64)) {
-    if (data == nullptr) std::abort();
-  }
-  ~Buffer() { std::free(data); }
-  Buffer(const Buffer&) = delete;
-};
-
-constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t round_up(int64_t a, int64_t unit) { return (a + unit - 1) / unit * unit; }
 
 inline void prefetch(const uint8_t* from) { __builtin_prefetch(from); }

@@ -1,57 +1,11 @@
-// Finds the blocks, groups and salient weights of a packed weight.
+// Scales, zero points and salient weights of the groups of a packed weight.
 #pragma once
 
+#include "../../x86/csrc/blocks.h"
 #include "decode.h"
 
 namespace precalib {
 namespace {
-
-// A block of 16 output rows: where it is packed, and which rows it holds.
-struct Block {
-  const uint8_t* planes;
-  const uint8_t* metadata;
-  const float* row_values;         // [3][16]: factor of the scales; salient step and offset
-  int64_t shard, first_row, rows;  // rows: at most 16
-};
-
-inline int64_t count_blocks(const PackedLayout& layout, int64_t shard) {
-  return (layout.shard_rows[shard] + kLanes - 1) / kLanes;
-}
-
-inline Block find_block(const PackedLayout& layout, const uint8_t* packed, int64_t index) {
-  int64_t row = 0, shard = 0, local = index;
-  for (int64_t blocks; local >= (blocks = count_blocks(layout, shard)); ++shard) {
-    local -= blocks;
-    row += layout.shard_rows[shard];
-  }
-  return {packed + index * layout.block_bytes,
-          packed + layout.metadata_offset + index * layout.groups * layout.metadata_bytes,
-          (const float*)(packed + layout.row_offset) + index * 3 * kLanes,
-          shard,
-          row + local * kLanes,
-          min(kLanes, layout.shard_rows[shard] - local * kLanes)};
-}
-
-// One group of a block: its columns, codes, scales, zero points and salient weights.
-struct Group {
-  int64_t first, columns, chunks;
-  const uint8_t* planes;
-  const uint8_t* scales;
-  const uint8_t* zeros;
-  const uint8_t* salient;  // per slot: positions [16], codes [16], base entries [16]
-};
-
-inline Group find_group(const PackedLayout& layout, const Block& block, int64_t index) {
-  Group group;
-  group.first = index * layout.group_size;
-  group.columns = min(layout.group_size, layout.columns - group.first);
-  group.chunks = group.columns / kChunk;
-  group.planes = block.planes + group.first / kChunk * layout.bits * kVector;
-  group.scales = block.metadata + index * layout.metadata_bytes;
-  group.zeros = group.scales + kLanes * (layout.log_scales ? 1 : 2);
-  group.salient = group.zeros + (layout.uniform ? kLanes : 0);
-  return group;
-}
 
 // Scales of the group, float32.
 inline F32x16 group_scales(const PackedLayout& layout, const Block& block, const Group& group) {

@@ -1,5 +1,5 @@
 // Decodes packed codes: bit planes to codebook indices, 16 rows by 4 columns per step; and finds
-// the blocks, groups and salient weights of a packed weight.
+// the scales and salient weights of a group.
 //
 // A group of L columns is cut into four segments of L/4; byte 4r+s of a vector belongs to row r and
 // segment s, so every 32-bit lane is a row and holds four columns. A chunk is eight steps along all
@@ -10,6 +10,8 @@
 #pragma once
 
 #include "simd_lanes.h"
+
+#include "blocks.h"  // below what simd_x86.h tells the compiler
 
 namespace precalib {
 namespace {
@@ -88,42 +90,6 @@ inline ByteTable<kBits + 2> codebook_table(const X86Layout& layout, int by) {
   return ByteTable<kBits + 2>(shifted);
 }
 
-// A block of 16 output rows: where it is packed, and which rows it holds.
-struct Block {
-  const uint8_t* planes;
-  const uint8_t* side;
-  const float* row_values;         // [3][16]: factor of the scales; salient step and offset
-  int64_t shard, first_row, rows;  // rows: at most 16
-};
-
-inline int64_t count_blocks(const X86Layout& layout, int64_t shard) {
-  return (layout.shard_rows[shard] + kLanes - 1) / kLanes;
-}
-
-inline int64_t count_blocks(const X86Layout& layout) {
-  int64_t blocks = 0;
-  for (int64_t p = 0; p < layout.shard_count; ++p) blocks += count_blocks(layout, p);
-  return blocks;
-}
-
-inline Block find_block(const X86Layout& layout, const uint8_t* packed, int64_t index) {
-  Block block;
-  block.planes = packed + index * layout.block_bytes;
-  block.side = packed + layout.metadata_offset + index * layout.groups * layout.metadata_bytes;
-  block.row_values = (const float*)(packed + layout.row_offset) + index * 3 * kLanes;
-  int64_t row = 0, shard = 0, local = index;
-  for (;; ++shard) {
-    const int64_t blocks = count_blocks(layout, shard);
-    if (local < blocks) break;
-    local -= blocks;
-    row += layout.shard_rows[shard];
-  }
-  block.shard = shard;
-  block.first_row = row + local * kLanes;
-  block.rows = min(kLanes, layout.shard_rows[shard] - local * kLanes);
-  return block;
-}
-
 // Two blocks of one shard, or a shard's last one alone.
 struct Pair {
   Block blocks[2];
@@ -151,27 +117,6 @@ inline Pair find_pair(const X86Layout& layout, const uint8_t* packed, int64_t in
       pair.blocks[b] = find_block(layout, packed, first + 2 * index + b);
     return pair;
   }
-}
-
-// One group of a block: its columns, codes, scales, zero points and salient weights.
-struct Group {
-  int64_t first, columns, chunks;
-  const uint8_t* planes;
-  const uint8_t* scales;
-  const uint8_t* zeros;
-  const uint8_t* salient;  // per slot: positions [16], codes [16], base entries [16]
-};
-
-inline Group find_group(const X86Layout& layout, const Block& block, int64_t index) {
-  Group group;
-  group.first = index * layout.group_size;
-  group.columns = min(layout.group_size, layout.columns - group.first);
-  group.chunks = group.columns / kChunk;
-  group.planes = block.planes + group.first / kChunk * layout.bits * kVector;
-  group.scales = block.side + index * layout.metadata_bytes;
-  group.zeros = group.scales + kLanes * (layout.log_scales ? 1 : 2);
-  group.salient = group.zeros + (layout.uniform ? kLanes : 0);
-  return group;
 }
 
 // Prefetches the metadata (scales, zero points, salient weights) of the same group some blocks on.

@@ -1,22 +1,16 @@
 #include "gather_rows.h"
 
-#include <cstring>
 #include <vector>
+
+#include "blocks.h"
 
 namespace precalib {
 namespace {
 
 constexpr int kSegments = 4, kSteps = 8;  // of a group, and of a chunk in each segment
 
-template <class T>
-T read(const uint8_t* from) {
-  T value;
-  std::memcpy(&value, from, sizeof value);
-  return value;
-}
-
-float to_float(uint32_t bits) { return read<float>((const uint8_t*)&bits); }
-uint32_t to_bits(float value) { return read<uint32_t>((const uint8_t*)&value); }
+float to_float(uint32_t bits) { return load<float>(&bits); }
+uint32_t to_bits(float value) { return load<uint32_t>(&value); }
 
 // Without the compiler's own types of half precision, which older ones lack.
 float half_to_float(uint16_t half) {
@@ -41,30 +35,17 @@ uint16_t float_to_bfloat16(float value) {
   return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-// One row: its block, its lane there, and what is common to its groups.
+// One row: its block, and its lane there.
 struct Row {
-  const uint8_t* planes;
-  const uint8_t* metadata;
-  int64_t lane, shard;
-  float factor, salient_step, salient_offset;
+  Block block;
+  int64_t lane;
 };
 
 Row find_row(const X86Layout& layout, const uint8_t* packed, int64_t number) {
   int64_t block = 0, shard = 0;
   for (; number >= layout.shard_rows[shard]; number -= layout.shard_rows[shard++])
-    block += (layout.shard_rows[shard] + kLanes - 1) / kLanes;
-  block += number / kLanes;
-  Row row;
-  row.lane = number % kLanes;
-  row.shard = shard;
-  row.planes = packed + block * layout.block_bytes;
-  row.metadata = packed + layout.metadata_offset + block * layout.groups * layout.metadata_bytes;
-  const uint8_t* const values =
-      packed + layout.row_offset + (block * 3 * kLanes + row.lane) * sizeof(float);
-  row.factor = read<float>(values);
-  row.salient_step = read<float>(values + kLanes * sizeof(float));
-  row.salient_offset = read<float>(values + 2 * kLanes * sizeof(float));
-  return row;
+    block += count_blocks(layout, shard);
+  return {find_block(layout, packed, block + number / kLanes), number % kLanes};
 }
 
 // The bits above the lowest of the code of a step, from the bytes of a row's segment in the planes.
@@ -92,16 +73,15 @@ int high_bits(const uint8_t* high, int step) {
 #endif
 }
 
-// Codebook entries of a row's group of `columns`, with the zero point taken off.
+// Codebook entries of a row's group, with the zero point taken off.
 template <int kBits>
-void decode_entries(const X86Layout& layout, const Row& row, const uint8_t* planes, int64_t columns,
-                    int zero, float* out) {
-  const int64_t chunks = columns / kChunk;
-  const uint8_t* const low_plane = planes + row.lane * kSegments;
-  const uint8_t* const high_planes = low_plane + chunks * kVector;
+void decode_entries(const X86Layout& layout, const Group& group, int64_t lane, float* out) {
+  const int zero = layout.uniform ? group.zeros[lane] : 0;
+  const uint8_t* const low_plane = group.planes + lane * kSegments;
+  const uint8_t* const high_planes = low_plane + group.chunks * kVector;
   int state = 0;  // the low bits of the two codes before: the nearer one is bit 1
   for (int segment = 0; segment < kSegments; ++segment)
-    for (int64_t c = 0; c < chunks; ++c) {
+    for (int64_t c = 0; c < group.chunks; ++c) {
       const int low = low_plane[c * kVector + segment];
       const uint8_t* const high = high_planes + c * (kBits - 1) * kVector + segment;
       for (int step = 0; step < kSteps; ++step) {
@@ -113,25 +93,27 @@ void decode_entries(const X86Layout& layout, const Row& row, const uint8_t* plan
     }
 }
 
-float group_scale(const X86Layout& layout, const Row& row, const uint8_t* scales) {
-  if (!layout.log_scales) return row.factor * half_to_float(read<uint16_t>(scales + 2 * row.lane));
-  const int code = scales[row.lane];
+float group_scale(const X86Layout& layout, const Row& row, const Group& group) {
+  const float factor = row.block.row_values[row.lane];
+  if (!layout.log_scales)
+    return factor * half_to_float(load<uint16_t>(group.scales + 2 * row.lane));
+  const int code = group.scales[row.lane];
   if (code == 255) return 0;
   // minus the power of two
-  return row.factor * to_float(to_bits(layout.factors[code & 15]) - (uint32_t(code >> 4) << 23));
+  return factor * to_float(to_bits(layout.factors[code & 15]) - (uint32_t(code >> 4) << 23));
 }
 
-void put_salient(const X86Layout& layout, const Row& row, const uint8_t* slots, int64_t columns,
-                 float* out) {
+void put_salient(const X86Layout& layout, const Row& row, const Group& group, float* out) {
+  const float step = row.block.row_values[kLanes + row.lane];
+  const float offset = row.block.row_values[2 * kLanes + row.lane];
   for (int64_t slot = 0; slot < layout.salient_count; ++slot) {
-    const uint8_t* const at = slots + slot * kLanes * (layout.position_bytes + 2);
-    const int64_t position = layout.position_bytes == 1 ? at[row.lane]
-                                                        : read<uint16_t>(at + 2 * row.lane);
+    const uint8_t* const at = group.salient + slot * kLanes * (layout.position_bytes + 2);
+    const int64_t position =
+        layout.position_bytes == 1 ? at[row.lane] : load<uint16_t>(at + 2 * row.lane);
     if (position >= layout.group_size) continue;  // an unused slot
     const int code = at[kLanes * layout.position_bytes + row.lane];
-    const float value =
-        float(code & layout.salient_mask) * row.salient_step + row.salient_offset;
-    out[position % kSegments * (columns / kSegments) + position / kSegments] =
+    const float value = float(code & layout.salient_mask) * step + offset;
+    out[position % kSegments * (group.columns / kSegments) + position / kSegments] =
         code & ~int(layout.salient_mask) ? -value : value;
   }
 }
@@ -139,20 +121,17 @@ void put_salient(const X86Layout& layout, const Row& row, const uint8_t* slots, 
 template <int kBits>
 void decode_row(const X86Layout& layout, const uint8_t* packed, const Row& row, float* out) {
   for (int64_t g = 0; g < layout.groups; ++g) {
-    const int64_t first = g * layout.group_size, left = layout.columns - first;
-    const int64_t columns = left < layout.group_size ? left : layout.group_size;
-    const uint8_t* const scales = row.metadata + g * layout.metadata_bytes;
-    const uint8_t* const zeros = scales + kLanes * (layout.log_scales ? 1 : 2);
-    const float scale = group_scale(layout, row, scales);
-    decode_entries<kBits>(layout, row, row.planes + first / kChunk * kBits * kVector, columns,
-                          layout.uniform ? zeros[row.lane] : 0, out + first);
-    for (int64_t k = 0; k < columns; ++k) out[first + k] *= scale;
-    put_salient(layout, row, zeros + (layout.uniform ? kLanes : 0), columns, out + first);
+    const Group group = find_group(layout, row.block, g);
+    const float scale = group_scale(layout, row, group);
+    decode_entries<kBits>(layout, group, row.lane, out + group.first);
+    for (int64_t k = 0; k < group.columns; ++k) out[group.first + k] *= scale;
+    put_salient(layout, row, group, out + group.first);
   }
   if (!layout.column_scale) return;
-  const uint8_t* const factors = packed + layout.column_offset + row.shard * layout.columns * 2;
+  const uint8_t* const factors =
+      packed + layout.column_offset + row.block.shard * layout.columns * 2;
   for (int64_t k = 0; k < layout.columns; ++k)
-    out[k] *= half_to_float(read<uint16_t>(factors + 2 * k));
+    out[k] *= half_to_float(load<uint16_t>(factors + 2 * k));
 }
 
 void round_row(const float* values, int64_t count, Type type, void* y, int64_t at) {

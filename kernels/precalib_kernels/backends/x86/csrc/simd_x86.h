@@ -19,6 +19,7 @@
 #include <utility>
 
 #include "kernel_table.h"
+#include "memory.h"
 
 namespace precalib {
 namespace {
@@ -31,33 +32,7 @@ typedef uint8_t U8x64 __attribute__((vector_size(64)));
 typedef float F32x8 __attribute__((vector_size(32)));
 typedef uint16_t U16x16 __attribute__((vector_size(32)));
 
-template <class T>
-inline T load(const void* from) {
-  T value;
-  std::memcpy(&value, from, sizeof value);
-  return value;
-}
-
-template <class T>
-inline void store(void* to, T value) {
-  std::memcpy(to, &value, sizeof value);
-}
-
-// Uninitialized memory of one call or thread, aligned to 64 bytes.
-template <class T>
-struct Buffer {
-  T* data;
-  explicit Buffer(int64_t count)
-      : data((T*)std::aligned_alloc(64, (size_t(count) * sizeof(T) + 127) / 64 * 64)) {
-    if (data == nullptr) std::abort();
-  }
-  ~Buffer() { std::free(data); }
-  Buffer(const Buffer&) = delete;
-};
-
 inline void prefetch_l1(const uint8_t* from) { _mm_prefetch((const char*)from, _MM_HINT_T0); }
-
-constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Bits of a where the mask is set, of b elsewhere.
 template <class T>

@@ -1,6 +1,7 @@
-// The operators `precalib::cpu_linear` and `precalib::cpu_gather_rows` as torch calls them: through the C functions of libtorch's
-// stable ABI (torch/csrc/inductor/aoti_torch/c/shim.h). Their addresses come from Python, so this
-// is compiled without torch and works with each torch that has them.
+// The operators `precalib::cpu_linear` and `precalib::cpu_gather_rows` as torch calls them: through
+// the C functions of libtorch's stable ABI (torch/csrc/inductor/aoti_torch/c/shim.h). Their
+// addresses come from Python, so this is compiled without torch and works with each torch that has
+// them.
 #include <cstring>
 #include <stdexcept>
 #include <string>
