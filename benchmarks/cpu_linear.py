@@ -64,8 +64,12 @@ def packed_operators(size: int, isa: int) -> Operators:
         "balanced-3": RECIPES["balanced-3"].layout,
         "4 bits, g 64, 4.7 %": dataclasses.replace(four, group_size=64, salient_count=3),
     }
-    plans = {name: X86Layout(layout, size, (size,)) for name, layout in layouts.items()}
-    plans["balanced-4, 8-bit inputs"] = X86Layout(four, size, (size,), int8_inputs=True)
+    nibbles = library.takes_nibbles(library.supported_isas()[isa])
+    plans = {
+        name: X86Layout(layout, size, (size,), nibbles=nibbles) for name, layout in layouts.items()
+    }
+    eight = dataclasses.replace(plans["balanced-4"], int8_inputs=True)
+    plans["balanced-4, 8-bit inputs"] = eight
     operators: Operators = {}
     for name, plan in plans.items():
         packed = torch.randint(0, 64, (plan.nbytes,), dtype=torch.uint8)

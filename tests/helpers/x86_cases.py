@@ -8,6 +8,7 @@ from packed_tensors import RECIPE_LAYOUTS
 
 from precalib_kernels.backends.x86 import library, op
 from precalib_kernels.backends.x86.memory_layout import X86Layout
+from precalib_kernels.backends.x86.repack import repack
 from precalib_kernels.format.layout import Layout
 
 PLAIN_CODEBOOK = (-128, -90, -50, -20, 0, 25, 60, 127)
@@ -46,27 +47,35 @@ class Case:
     layout: Layout
     columns: int
     shards: tuple[int, ...]
-    packed: torch.Tensor
+    tensors: dict[str, torch.Tensor]
     base: torch.Tensor  # without column scale, float64
     scale: torch.Tensor  # of the columns, a row per output, float64
     int8_inputs: bool = False
+    made: dict[X86Layout, torch.Tensor] = dataclasses.field(init=False, default_factory=dict)
 
-    @property
-    def x86_layout(self):
-        return X86Layout(self.layout, self.columns, self.shards, self.int8_inputs)
+    def memory(self, isa):
+        nibbles = library.takes_nibbles(isa)
+        return X86Layout(self.layout, self.columns, self.shards, self.int8_inputs, nibbles)
+
+    def packed(self, isa):
+        memory = self.memory(isa)
+        if memory not in self.made:
+            self.made[memory] = repack(self.tensors, memory, "here")
+        return self.made[memory]
 
     def linear(self, x, isa, bias=None):
         return op.linear(x, *self.arguments(isa, bias))
 
     def arguments(self, isa, bias=None):
-        layout = op.layout_tensor(self.x86_layout)
-        return self.packed, layout, bias, sum(self.shards), library.supported_isas().index(isa)
+        layout = op.layout_tensor(self.memory(isa))
+        number = library.supported_isas().index(isa)
+        return self.packed(isa), layout, bias, sum(self.shards), number
 
     def kernel(self, isa, dtype, m):
         """The kernel that the library reports for a product."""
         (name,) = {
             entry.kernel
-            for entry in library.kernel_table(self.x86_layout)
+            for entry in library.kernel_table(self.memory(isa))
             if (entry.isa, f"torch.{entry.dtype}") == (isa, str(dtype))
             and entry.first_m <= m <= (entry.last_m or m)
         }

@@ -31,9 +31,7 @@ class CpuBackend(Backend):
 
     def __init__(self, spec: LinearSpec) -> None:
         super().__init__(spec)
-        self.layout = self.layout_type(
-            spec.layout, spec.input_size, spec.shard_sizes, int8_inputs=spec.int8_activations
-        )
+        self.layout = self.memory_layout(spec)
         self.layout_name = f"{self.name}_layout"
         self.outputs = spec.output_size
 
@@ -49,6 +47,13 @@ class CpuBackend(Backend):
         except BuildError as error:
             return str(error)
         return None if isas else cls.needs
+
+    @classmethod
+    def memory_layout(cls, spec: LinearSpec) -> X86Layout:
+        """Describes a weight in memory."""
+        return cls.layout_type(
+            spec.layout, spec.input_size, spec.shard_sizes, int8_inputs=spec.int8_activations
+        )
 
     @abstractmethod
     def repack(self, tensors: Mapping[str, Tensor], where: str) -> Tensor:

@@ -1,5 +1,6 @@
 """Backend `x86`: compiled kernels for x86 processors, straight from packed weights."""
 
+import dataclasses
 from collections.abc import Mapping
 from types import ModuleType
 from typing import ClassVar
@@ -22,6 +23,13 @@ class X86Backend(CpuBackend):
     library: ClassVar[ModuleType] = library
     layout_type = X86Layout
     needs = "needs AVX2, FMA and F16C"
+
+    @classmethod
+    def memory_layout(cls, spec: LinearSpec) -> X86Layout:
+        """With codes in the order of the ISA's kernels."""
+        isa = library.supported_isas()[cls.isa]
+        nibbles = library.takes_nibbles(isa)
+        return dataclasses.replace(super().memory_layout(spec), nibbles=nibbles)
 
     @classmethod
     def expectation(cls, spec: LinearSpec) -> str | None:

@@ -202,6 +202,12 @@ def supported_isas() -> tuple[str, ...]:
     return tuple(isa.name for isa in ISAS if isa.supported())
 
 
+def takes_nibbles(isa: str) -> bool:
+    """Whether an ISA's kernels look entries up by shuffles of 16 bytes, and so read nibbles."""
+    (found,) = (known for known in ISAS if known.name == isa)
+    return "avx512vbmi" not in found.requires
+
+
 @dataclasses.dataclass(frozen=True)
 class KernelEntry:
     """Which kernel computes products of batch sizes M from first_m to last_m.

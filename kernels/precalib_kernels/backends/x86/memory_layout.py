@@ -5,7 +5,7 @@ There are, one after another and for every block,
 
 | section | bytes                          | content                                             |
 |---------|--------------------------------|-----------------------------------------------------|
-| planes  | 64 * bits per 32 columns       | bits of the codes, see `decode.h`                   |
+| planes  | 64 * bits per 32 columns       | the codes, see `decode.h` and `shuffle_levels.h`    |
 | groups  | per group: 16 or 32            | scales, in the file's form                          |
 |         | 16 with a uniform grid         | zero points                                         |
 |         | 48 or 64 per salient slot      | positions, codes, codebook entries of the base      |
@@ -43,6 +43,7 @@ class X86LayoutStruct(ctypes.Structure):
         ("codebook", ctypes.c_int8 * 128),
         ("factors", ctypes.c_float * LOG_STEPS),
         ("trellis", ctypes.c_int64),
+        ("nibbles", ctypes.c_int64),
     )
 
 
@@ -52,12 +53,14 @@ class X86Layout:
 
     shard_sizes: rows of the fused shards; each is padded to whole blocks.
     int8_inputs: whether products round activations to 8 bits of a group's largest.
+    nibbles:     whether codes of 4 bits are nibbles; `library.takes_nibbles` tells for an ISA.
     """
 
     layout: Layout
     columns: int
     shard_sizes: tuple[int, ...]
     int8_inputs: bool = False
+    nibbles: bool = False
 
     @property
     def blocks(self) -> int:
@@ -71,7 +74,7 @@ class X86Layout:
 
     @property
     def block_bytes(self) -> int:
-        """Bit planes of one block."""
+        """Codes of one block."""
         return self.columns // COLUMN_UNIT * VECTOR * self.layout.bits
 
     @property
@@ -137,6 +140,7 @@ class X86Layout:
             codebook=(ctypes.c_int8 * 128)(*_codebook_table(layout)),
             factors=(ctypes.c_float * LOG_STEPS)(*_FACTORS),
             trellis=layout.trellis,
+            nibbles=self.nibbles and layout.bits == 4,
         )
 
 

@@ -62,7 +62,7 @@ def repack(
         count = chunk["qweight"].shape[0] // LANES
         blocks = slice(first, first + count)
         codes = unpack_bits(chunk["qweight"], x86.layout.bits, x86.columns)
-        planes[blocks] = bit_planes(codes, x86.layout, planes_of)
+        planes[blocks] = pack_codes(codes, x86, planes_of)
         metadata[blocks] = _group_metadata(chunk, codes, x86, where)
         rows[blocks] = _row_values(chunk, x86.layout).view(-1, count, LANES).transpose(0, 1)
     if x86.layout.column_scale:
@@ -71,12 +71,13 @@ def repack(
     return packed
 
 
-def bit_planes(codes: Tensor, layout: Layout, planes_of: HighPlanes = high_planes) -> Tensor:
-    """Bits of the codes, uint8 [blocks, bytes], in the order of `decode.h`.
+def pack_codes(codes: Tensor, x86: X86Layout, planes_of: HighPlanes = high_planes) -> Tensor:
+    """Codes in the order of the kernels, uint8 [blocks, bytes].
 
     codes:     uint8 [16 * blocks, K].
     planes_of: as `repack` takes it.
     """
+    layout = x86.layout
     columns = codes.shape[1]
     whole = columns // layout.group_size * layout.group_size
     pieces = []
@@ -84,22 +85,41 @@ def bit_planes(codes: Tensor, layout: Layout, planes_of: HighPlanes = high_plane
         if first < last:
             size = min(layout.group_size, last - first)
             grouped = codes[:, first:last].reshape(-1, LANES, (last - first) // size, size)
-            pieces.append(_group_planes(grouped, layout.bits, planes_of).flatten(1))
+            if x86.nibbles and layout.bits == 4:
+                packed = _nibbles(grouped, layout.trellis)
+            else:
+                packed = _bit_planes(grouped, layout.bits, planes_of)
+            pieces.append(packed.flatten(1))
     return torch.cat(pieces, 1)
 
 
-def _group_planes(codes: Tensor, bits: int, planes_of: HighPlanes) -> Tensor:
-    """Codes [blocks, 16, groups, size] to [blocks, groups, planes * 64]."""
+def _by_step(codes: Tensor) -> Tensor:
+    """Codes [blocks, 16, groups, size] to [step, block, group, chunk, byte].
+
+    A byte is a row's segment.
+    """
     blocks, _, groups, size = codes.shape
     chunks = size // COLUMN_UNIT
     steps = codes.view(blocks, LANES, groups, SEGMENTS, chunks, STEPS)
-    # [step, block, group, chunk, byte], a byte being a row's segment
-    step = steps.permute(5, 0, 2, 4, 1, 3).reshape(STEPS, blocks, groups, chunks, VECTOR)
+    return steps.permute(5, 0, 2, 4, 1, 3).reshape(STEPS, blocks, groups, chunks, VECTOR)
+
+
+def _bit_planes(codes: Tensor, bits: int, planes_of: HighPlanes) -> Tensor:
+    """Codes [blocks, 16, groups, size] to [blocks, groups, planes * 64], as `decode.h` has it."""
+    step = _by_step(codes)
     low = torch.zeros_like(step[0])
     for i in range(STEPS):
         low |= (step[i] & 1) << i
     high = torch.stack(planes_of(step >> 1, bits), 3)
     return torch.cat([low.flatten(2), high.flatten(2)], 2)
+
+
+def _nibbles(codes: Tensor, trellis: bool) -> Tensor:
+    """Codes of 4 bits [blocks, 16, groups, size] to bytes, as `shuffle_levels.h` has it."""
+    if trellis:  # the low bit of the code before, and of the last before the first
+        codes = codes >> 1 | (codes.roll(1, 3) & 1) << 3
+    step = _by_step(codes)
+    return torch.stack([step[i] | step[i + 1] << 4 for i in range(0, STEPS, 2)], 3).flatten(2)
 
 
 def _group_metadata(

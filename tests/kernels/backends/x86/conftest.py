@@ -6,8 +6,6 @@ import pytest
 import torch
 from x86_cases import Case
 
-from precalib_kernels.backends.x86.memory_layout import X86Layout
-from precalib_kernels.backends.x86.repack import repack
 from precalib_kernels.format import reference
 
 
@@ -27,9 +25,8 @@ def make_case(make_packed):
             ones = torch.ones(1, columns)
             scale.append(tensors.get("column_scale", ones).float().expand(rows, columns))
         fused = {name: torch.cat([tensors[name] for tensors in made]) for name in made[0]}
-        packed = repack(fused, X86Layout(layout, columns, shards), "here")
         return Case(
-            layout, columns, shards, packed, torch.cat(base).double(), torch.cat(scale).double()
+            layout, columns, shards, fused, torch.cat(base).double(), torch.cat(scale).double()
         )
 
     return make

@@ -15,23 +15,24 @@ pytestmark = pytest.mark.skipif(not ISAS, reason=REASON)
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def gather(case, ids, dtype):
-    layout = op.layout_tensor(case.x86_layout)
-    return op.gather_rows(ids, case.packed, layout, sum(case.shards), dtype, case.columns)
+def gather(case, ids, dtype, isa=library.AVX512_VNNI.name):
+    layout = op.layout_tensor(case.memory(isa))
+    return op.gather_rows(ids, case.packed(isa), layout, sum(case.shards), dtype, case.columns)
 
 
+@pytest.mark.parametrize("isa", ["avx2", "avx512_vnni"])  # codes in nibbles, and in bit planes
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_rows_are_those_of_the_reference(make_case, name):
+def test_rows_are_those_of_the_reference(make_case, name, isa):
     case = make_case(LAYOUTS[name], columns=1056 if name == "far positions" else 416)
     ids = torch.randperm(sum(case.shards), generator=torch.Generator().manual_seed(2))
     expected = (case.base * case.scale)[ids]
-    rows = gather(case, ids, torch.float32)
+    rows = gather(case, ids, torch.float32, isa)
     # A scale, a product and a column scale are rounded once each, here and there; a small salient
     # weight is the difference of two numbers as large as the largest.
     bound = 2.0**-24 * (6 * expected.abs() + 3 * expected.abs().amax(1, keepdim=True))
     assert bool(((rows.double() - expected).abs() <= bound).all())
     for dtype in TYPES[1:]:
-        assert torch.equal(gather(case, ids, dtype), rows.to(dtype))
+        assert torch.equal(gather(case, ids, dtype, isa), rows.to(dtype))
 
 
 def test_ids_have_any_shape_and_repeat(make_case):

@@ -233,9 +233,10 @@ def test_damaged_positions_are_refused_at_packing(make_packed):
 
 
 def test_packing_in_pieces_changes_nothing(make_case, monkeypatch):
-    whole = make_case(LAYOUTS["balanced-3"])
+    isa = ISAS[-1]
+    whole = make_case(LAYOUTS["balanced-3"]).packed(isa)
     monkeypatch.setattr("precalib_kernels.backends.x86.repack.CHUNK_WEIGHTS", 17 * 416)
-    assert torch.equal(make_case(LAYOUTS["balanced-3"]).packed, whole.packed)
+    assert torch.equal(make_case(LAYOUTS["balanced-3"]).packed(isa), whole)
 
 
 @pytest.mark.parametrize("name", ["balanced-4", "rtn-3"])
@@ -262,11 +263,13 @@ def test_sizes_that_do_not_belong_together_are_refused(make_case):
     case = make_case(LAYOUTS["balanced-4"])
     x, right = torch.randn(2, 416), case.arguments(ISAS[-1])
     run = torch.ops.precalib.cpu_linear
+    packed, layout = right[0], case.memory(ISAS[-1])
+    other = dataclasses.replace(layout, nibbles=not layout.nibbles)
     names = ("packed", "x86_layout", "bias", "outputs", "isa")
     for change, text in (
-        ({"packed": case.packed[1:]}, r"bytes of the packed weight are \d+, expected \d+"),
-        ({"packed": case.packed.char()}, "bytes of the packed weight are"),
-        ({"packed": case.packed.repeat_interleave(2)[::2]}, "the packed weight is not contiguous"),
+        ({"packed": packed[1:]}, r"bytes of the packed weight are \d+, expected \d+"),
+        ({"packed": packed.char()}, "bytes of the packed weight are"),
+        ({"packed": packed.repeat_interleave(2)[::2]}, "the packed weight is not contiguous"),
         ({"x86_layout": right[1][1:]}, "this is no layout of x86"),
         ({"x86_layout": right[1][:8]}, "this is no layout of x86"),
         ({"x86_layout": right[1].char()}, "this is no layout of x86"),
@@ -274,6 +277,7 @@ def test_sizes_that_do_not_belong_together_are_refused(make_case):
         ({"bias": torch.zeros(54, 1)}, "values of the bias are"),
         ({"bias": torch.zeros(54).half()}, "the bias is not of the type of x"),
         ({"outputs": 53}, "outputs are 53, expected 54"),
+        ({"x86_layout": op.layout_tensor(other)}, "the weight is packed for another ISA"),
         ({"isa": len(ISAS)}, "this machine has no such ISA"),
     ):
         arguments = dict(zip(names, right, strict=True)) | change

@@ -68,6 +68,8 @@ const SupportedIsas& supported_isas() {
   return found;
 }
 
+bool reads(Isa, const X86Layout& layout) { return !layout.nibbles; }
+
 void linear(Isa isa, Call call) {
   if (call.rows == 0) return;
   call.kernel = choose(*call.layout, call.type, call.rows);

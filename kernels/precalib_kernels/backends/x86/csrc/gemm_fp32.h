@@ -23,17 +23,15 @@ inline void dequantize_group(const X86Layout& layout, const Block& block, const 
   for (int part = 0; part < kParts; ++part) {
     const Floats scale = group_scales<NativeLanes>(layout, block, group, part * kPartRows);
     const Floats zero = group_zeros<NativeLanes>(layout, group, part * kPartRows);
-    for (int64_t c = 0; c < group.chunks; ++c)
-      ChunkLevels<kBits, kTrellis>(group.planes + part * kWidth, group.chunks, c,
-                                   layout.block_bytes)
-          .decode(table, [&](auto i, Words entries) {
-            float* const to = weights + (8 * c + i) * 4 * kLanes + part * kPartRows;
+    decode_entries(table, group.planes + part * kWidth, group.chunks, layout.block_bytes,
+                   [&](int64_t c, auto i, Words entries) {
+                     float* const to = weights + (8 * c + i) * 4 * kLanes + part * kPartRows;
 #pragma GCC unroll 4
-            for (int s = 0; s < 4; ++s) {
-              const Floats entry = to_float((Ints)entries << (24 - 8 * s) >> 24);
-              store(to + s * kLanes, (entry - zero) * scale);
-            }
-          });
+                     for (int s = 0; s < 4; ++s) {
+                       const Floats entry = to_float((Ints)entries << (24 - 8 * s) >> 24);
+                       store(to + s * kLanes, (entry - zero) * scale);
+                     }
+                   });
   }
   for (int64_t j = 0; j < layout.salient_count; ++j)
     for (int row = 0; row < kLanes; row += kPartRows) {

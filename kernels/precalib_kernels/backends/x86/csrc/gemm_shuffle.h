@@ -26,14 +26,13 @@ template <int kBits, bool kTrellis, class Product>
 inline void unpack_entries(const LevelTable<kBits, kTrellis>& table, const Group& group,
                            int64_t ahead, uint8_t* panel) {
   for (int part = 0; part < kParts; ++part)
-    for (int64_t c = 0; c < group.chunks; ++c)
-      ChunkLevels<kBits, kTrellis>(group.planes + part * kWidth, group.chunks, c, ahead)
-          .decode(table, [&](auto i, Words entries) {
-            Product::spread(entries, [&](auto v, Words vector) {
-              store(panel + ((8 * c + i) * Product::kVectors + v) * kVector + part * kWidth,
-                    vector);
-            });
+    decode_entries(
+        table, group.planes + part * kWidth, group.chunks, ahead,
+        [&](int64_t c, auto i, Words entries) {
+          Product::spread(entries, [&](auto v, Words vector) {
+            store(panel + ((8 * c + i) * Product::kVectors + v) * kVector + part * kWidth, vector);
           });
+        });
 }
 
 // totals[row][16] += a group of a block times all rows of x, in fixed point. by: of the parts.

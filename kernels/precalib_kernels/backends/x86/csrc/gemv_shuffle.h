@@ -18,21 +18,17 @@ inline void multiply_part(const LevelTable<kBits, kTrellis>& table, const uint8_
   constexpr int kChains = kSums < 4 ? 2 : 1;  // sums at a time, to hide latency
   Ints sum[kChains][kSums] = {};
   for (int s = 0; s < kSums; ++s) sum[0][s] = sums[s];
-  for (int64_t c = 0; c < chunks; ++c) {
-    const typename Product::Split* const inputs = x + c * kChunk;
-    ChunkLevels<kBits, kTrellis>(planes, chunks, c, ahead)
-        .decode(table, [&](auto i, Words entries) {
-          Product::spread(entries, [&](auto v, Words vector) {
-            constexpr int kUnit = 4 / sizeof(typename Product::Split);
+  decode_entries(table, planes, chunks, ahead, [&](int64_t c, auto i, Words entries) {
+    Product::spread(entries, [&](auto v, Words vector) {
+      constexpr int kUnit = 4 / sizeof(typename Product::Split);
+      const typename Product::Split* const inputs = x + c * kChunk + (i * kVectors + v) * kUnit;
 #pragma GCC unroll 16
-            for (int s = 0; s < kSums; ++s) {
-              Ints& to = sum[(i * kVectors + v) % kChains][s];
-              to = Product::add(to, vector,
-                                broadcast4(inputs + s * stride + (i * kVectors + v) * kUnit));
-            }
-          });
-        });
-  }
+      for (int s = 0; s < kSums; ++s) {
+        Ints& to = sum[(i * kVectors + v) % kChains][s];
+        to = Product::add(to, vector, broadcast4(inputs + s * stride));
+      }
+    });
+  });
   for (int s = 0; s < kSums; ++s) {
     sums[s] = sum[0][s];
     for (int c = 1; c < kChains; ++c) sums[s] = wrapping_add(sums[s], sum[c][s]);

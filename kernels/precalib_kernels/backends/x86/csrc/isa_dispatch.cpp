@@ -99,6 +99,10 @@ const SupportedIsas& supported_isas() {
   return found;
 }
 
+bool reads(Isa isa, const X86Layout& layout) {
+  return layout.bits != 4 || bool(layout.nibbles) == bool(kShuffling >> isa & 1);
+}
+
 void linear(Isa isa, Call call) {
   if (call.rows == 0) return;
   call.kernel = choose_kernel(*call.layout, isa, call.type, call.rows);

@@ -25,6 +25,9 @@ struct SupportedIsas {
 };
 const SupportedIsas& supported_isas();
 
+// Whether the kernels of an ISA read codes in the order that this layout has.
+bool reads(Isa isa, const X86Layout& layout);
+
 // y = x W + bias. call.kernel is set here.
 void linear(Isa isa, Call call);
 

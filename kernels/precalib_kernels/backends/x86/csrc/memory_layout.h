@@ -16,12 +16,13 @@ struct X86Layout {
   const int64_t* shard_rows;
   int64_t bits, salient_count, position_bytes, salient_mask;
   int64_t log_scales, uniform, column_scale, int8_inputs;
-  int64_t block_bytes;     // bit planes of one block
+  int64_t block_bytes;     // codes of one block
   int64_t metadata_bytes;  // scales, zeros and salient weights of a group of a block
   int64_t metadata_offset, row_offset, column_offset, packed_bytes;
   int8_t codebook[128];  // by index: high bits of the code, then u[k], u[k-1], u[k-2]
   float factors[16];     // 2**(-i / 16), of scale codes; code 255 means a scale of zero
   int64_t trellis;
+  int64_t nibbles;  // codes of 4 bits are nibbles, for ISAs without VBMI
 };
 
 }  // namespace precalib

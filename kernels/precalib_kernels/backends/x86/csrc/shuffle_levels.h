@@ -1,7 +1,7 @@
 // Decodes packed codes to codebook entries by byte shuffles of 16 entries, for ISAs without the
 // permutes of 64 that `ByteTable` uses. An entry of a trellis depends on u[k] ^ u[k-2] and u[k-1]
-// only, so five bits find an entry of a codebook of 32. A shuffle yields zero where the top bit of
-// its index is set, so two tables take two shuffles and no blend.
+// only, so five bits find an entry of a codebook of 32. Codes of 4 bits are nibbles in memory
+// (`decode_nibbles`), others bit planes (`ChunkLevels`).
 #pragma once
 
 #include "decode.h"
@@ -54,9 +54,74 @@ class LevelTable {
   Words table_[kTables];
 };
 
+// The same for nibbles: without a trellis a nibble is the code; with one, its high bits below u[k-1].
+template <bool kTrellis>
+class LevelTable<4, kTrellis> {
+ public:
+  template <class Value>
+  LevelTable(const X86Layout& layout, Value&& value) {
+    for (int t = 0; t < kTables; ++t) {
+      uint8_t bytes[kWidth];
+      for (int i = 0; i < kWidth; ++i) {
+        const int nibble = i % 16;
+        const int index = kTrellis ? (nibble & 7) << 3 | t << 2 | nibble >> 3 << 1 : nibble << 2;
+        bytes[i] = uint8_t(value(layout.codebook[index]));
+      }
+      table_[t] = load<Words>(bytes);
+    }
+  }
+
+  // nibbles: in the low bits of bytes, others zero; flags: u[k] ^ u[k-2] as the top bit.
+  Words lookup(Words nibbles, Words flags) const {
+    const Words entries = shuffle_bytes(table_[0], nibbles);
+    if constexpr (!kTrellis) return entries;
+    else return choose_bytes(flags, shuffle_bytes(table_[1], nibbles), entries);
+  }
+
+ private:
+  static constexpr int kTables = kTrellis ? 2 : 1;
+  Words table_[kTables];
+};
+
+// One part of a group of nibbles: byte 4r+s of vector j of a chunk has steps 2j and 2j+1 of row r and
+// segment s in its low and its high half. The top bit of a trellis' nibble is u[k-1], and that of a
+// group's first step the last u. So u[k] and u[k-2] are the top bits of the nibbles around step k.
+// Calls use(chunk, step, entries), step a compile-time constant.
+template <bool kTrellis, class Use>
+inline void decode_nibbles(const LevelTable<4, kTrellis>& table, const uint8_t* planes,
+                           int64_t chunks, int64_t ahead, Use&& use) {
+  constexpr int kVectors = 4;
+  const Words first = load<Words>(planes);
+  // A segment goes on in the next, the byte above it in its lane.
+  const Words end = (Words)((Unsigneds)first >> 8 | (Unsigneds)first << 24);
+  Words before = (Words)(load<Unsigneds>(planes + (kVectors * chunks - 1) * kVector) << 8);
+  Words v[kVectors + 1];
+  v[kVectors] = kTrellis ? (Words)((Unsigneds)first & ~8u) : first;
+  for (int64_t c = 0; c < chunks; ++c) {
+    const uint8_t* const at = planes + c * kVectors * kVector;
+    v[0] = v[kVectors];
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) {
+      prefetch_l1(at + j * kVector + ahead);
+      if (j) v[j] = load<Words>(at + j * kVector);
+    }
+    v[kVectors] = c + 1 < chunks ? load<Words>(at + kVectors * kVector) : end;
+    [&]<int... i>(std::integer_sequence<int, i...>) {
+      (use(c, std::integral_constant<int, i>{},
+           table.lookup((i % 2 ? v[i / 2] >> 4 : v[i / 2]) & all_bytes(15),
+                        i % 2 ? (v[i / 2] ^ v[i / 2 + 1]) << 4
+                              : v[i / 2] ^ (i ? v[i / 2 - (i > 0)] : before))),
+       ...);
+    }(std::make_integer_sequence<int, 8>{});
+    before = v[kVectors - 1];
+  }
+}
+
 // One part of chunk c of a group of `chunks`, see `ChunkPlanes`.
 template <int kBits, bool kTrellis>
 class ChunkLevels {
+  static_assert(kBits != 4);
+
  public:
   // planes: of the group, at the part's rows.
   ChunkLevels(const uint8_t* planes, int64_t chunks, int64_t c, int64_t ahead) {
@@ -74,9 +139,6 @@ class ChunkLevels {
       if constexpr (kBits < 4) {  // pairs, of even and of odd steps
         flags_[0] = select(all_bytes(0x55), one, odd << 1);
         flags_[1] = select(all_bytes(0x55), one >> 1, odd);
-      } else if constexpr (kBits == 4) {  // four bits apart, of the first and the last steps
-        flags_[0] = select(all_bytes(0xf0), odd << 4, one);
-        flags_[1] = select(all_bytes(0xf0), odd, one >> 4);
       } else {
         flags_[0] = one;
         flags_[1] = odd;
@@ -97,10 +159,7 @@ class ChunkLevels {
  private:
   static constexpr int kHigh = kBits - 1;
   // Bits of an index that `flags` has; those that neither has may be anything below the top bit.
-  static constexpr int kFlags = kBits == 5   ? 0x80
-                                : !kTrellis  ? 1 << kHigh
-                                : kBits == 4 ? 0x88
-                                             : 3 << kHigh;
+  static constexpr int kFlags = kBits == 5 ? 0x80 : kTrellis ? 3 << kHigh : 1 << kHigh;
 
   static Words merge(Words high, Words flags) {
     return (high & all_bytes((1 << kHigh) - 1)) | (flags & all_bytes(kFlags));
@@ -118,9 +177,6 @@ class ChunkLevels {
   Words high() const {
     if constexpr (kBits == 2) return shift<-i>(high_[0]);
     if constexpr (kBits == 3) return shift<-2 * (i % 4)>(high_[i / 4]);
-    if constexpr (kBits == 4 && i < 6) return shift<i % 2 ? -3 : 0>(high_[i / 2]);
-    if constexpr (kBits == 4 && i >= 6)
-      return select(all_bytes(3), high_[i - 6] >> 6, high_[2] >> (i - 2));
     if constexpr (kBits == 5) return shift<i % 2 ? -4 : 0>(high_[i / 2]);
   }
 
@@ -128,7 +184,6 @@ class ChunkLevels {
   Words flags() const {
     if constexpr (kBits == 5) return shift<7 - i>(flags_[0]);
     else if constexpr (!kTrellis) return shift<kHigh - i>(flags_[0]);
-    else if constexpr (kBits == 4) return shift<3 - i % 4>(flags_[i / 4]);
     else return shift<kHigh - i / 2 * 2>(flags_[i % 2]);
   }
 
@@ -140,6 +195,19 @@ class ChunkLevels {
 
   Words high_[kHigh], flags_[kTrellis ? 2 : 1];
 };
+
+// Calls use(chunk, step, entries) for one part of a group, step a compile-time constant.
+template <int kBits, bool kTrellis, class Use>
+inline void decode_entries(const LevelTable<kBits, kTrellis>& table, const uint8_t* planes,
+                           int64_t chunks, int64_t ahead, Use&& use) {
+  if constexpr (kBits == 4) {
+    decode_nibbles(table, planes, chunks, ahead, use);
+  } else {
+    for (int64_t c = 0; c < chunks; ++c)
+      ChunkLevels<kBits, kTrellis>(planes, chunks, c, ahead)
+          .decode(table, [&](auto i, Words entries) { use(c, i, entries); });
+  }
+}
 
 }  // namespace
 }  // namespace precalib

@@ -156,6 +156,7 @@ void cpu_linear(Value* stack, uint64_t, uint64_t) {
   check_packed(packed, layout);
   if (wanted >= isas.count || isas.count == 0) refuse("this machine has no such ISA");
   const Isa isa = isas.isas[wanted < 0 ? isas.count - 1 : wanted];
+  if (!reads(isa, layout)) refuse("the weight is packed for another ISA");
   const int32_t type = x.type();
   Type kind = kFloat32;
   if (type == torch.dtype_bfloat16) kind = kBfloat16;
