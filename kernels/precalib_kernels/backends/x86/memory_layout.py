@@ -53,7 +53,7 @@ class X86Layout:
 
     shard_sizes: rows of the fused shards; each is padded to whole blocks.
     int8_inputs: whether products round activations to 8 bits of a group's largest.
-    nibbles:     whether codes of 4 bits are nibbles; `library.takes_nibbles` tells for an ISA.
+    nibbles:     whether codes of 3 and 4 bits are nibbles; `library.takes_nibbles` tells for an ISA.
     """
 
     layout: Layout
@@ -76,6 +76,11 @@ class X86Layout:
     def block_bytes(self) -> int:
         """Codes of one block."""
         return self.columns // COLUMN_UNIT * VECTOR * self.layout.bits
+
+    @property
+    def has_nibbles(self) -> bool:
+        """Whether the codes of this weight are nibbles, and not bit planes."""
+        return self.nibbles and self.layout.bits in (3, 4)
 
     @property
     def position_bytes(self) -> int:
@@ -140,7 +145,7 @@ class X86Layout:
             codebook=(ctypes.c_int8 * 128)(*_codebook_table(layout)),
             factors=(ctypes.c_float * LOG_STEPS)(*_FACTORS),
             trellis=layout.trellis,
-            nibbles=self.nibbles and layout.bits == 4,
+            nibbles=self.has_nibbles,
         )
 
 

@@ -85,8 +85,8 @@ def pack_codes(codes: Tensor, x86: X86Layout, planes_of: HighPlanes = high_plane
         if first < last:
             size = min(layout.group_size, last - first)
             grouped = codes[:, first:last].reshape(-1, LANES, (last - first) // size, size)
-            if x86.nibbles and layout.bits == 4:
-                packed = _nibbles(grouped, layout.trellis)
+            if x86.has_nibbles:
+                packed = _nibbles(grouped, layout)
             else:
                 packed = _bit_planes(grouped, layout.bits, planes_of)
             pieces.append(packed.flatten(1))
@@ -114,12 +114,18 @@ def _bit_planes(codes: Tensor, bits: int, planes_of: HighPlanes) -> Tensor:
     return torch.cat([low.flatten(2), high.flatten(2)], 2)
 
 
-def _nibbles(codes: Tensor, trellis: bool) -> Tensor:
-    """Codes of 4 bits [blocks, 16, groups, size] to bytes, as `shuffle_levels.h` has it."""
-    if trellis:  # the low bit of the code before, and of the last before the first
-        codes = codes >> 1 | (codes.roll(1, 3) & 1) << 3
-    step = _by_step(codes)
-    return torch.stack([step[i] | step[i + 1] << 4 for i in range(0, STEPS, 2)], 3).flatten(2)
+def _nibbles(codes: Tensor, layout: Layout) -> Tensor:
+    """Codes of 3 or 4 bits [blocks, 16, groups, size] to bytes, as `shuffle_levels.h` has it."""
+    low = codes & 1
+    if layout.trellis:  # of the code before, and of the last before the first
+        low = low.roll(1, 3)
+    step = _by_step(codes >> 1 | low << 3)
+    vectors = [step[i] | step[i + 1] << 4 for i in range(0, STEPS, 2)]
+    if layout.bits == 3:  # the last in the bits that the others do not use
+        *vectors, last = vectors
+        for vector, bit in zip(vectors, (0, 1, 3), strict=True):
+            vector |= (last >> bit & 0x11) << 2
+    return torch.stack(vectors, 3).flatten(2)
 
 
 def _group_metadata(

@@ -74,31 +74,32 @@ int high_bits(const uint8_t* high, int step) {
 }
 
 // Codebook entries of a row's group in nibbles, see `decode_nibbles`, with the zero point taken off.
+template <int kBits>
 void decode_nibbles(const X86Layout& layout, const Group& group, int64_t lane, float* out) {
   const int zero = layout.uniform ? group.zeros[lane] : 0;
   const int64_t segment_columns = group.columns / kSegments;
   const auto nibble = [&](int64_t k) {
-    const int64_t segment = k / segment_columns, step = k % segment_columns;
-    return group.planes[step / 2 * kVector + lane * kSegments + segment] >> step % 2 * 4 & 15;
+    const int64_t segment = k / segment_columns, step = k % kSteps;
+    const uint8_t* const at = group.planes + k % segment_columns / kSteps * kBits * kVector +
+                              lane * kSegments + segment;
+    const auto half = [&](int64_t vector) { return at[vector * kVector] >> step % 2 * 4; };
+    if (kBits == 4 || step < 6) return half(step / 2) & 15;
+    return (half(0) & 4) >> 2 | (half(1) & 4) >> 1 | (half(2) & 4) << 1;
   };
   int one = 0, two = 0;  // the low bits of the code before and of the one before that
   for (int64_t k = 0; k < group.columns; ++k) {
-    const int code = nibble(k);
-    int index = code << 2;
-    if (layout.trellis) {
-      const int low = nibble((k + 1) % group.columns) >> 3;
-      index = (code & 7) << 3 | low << 2 | one << 1 | two;
-      two = one;
-      one = low;
-    }
-    *out++ = float(layout.codebook[index] - zero);
+    const int at = nibble(k), low = layout.trellis ? nibble((k + 1) % group.columns) >> 3 : at >> 3;
+    const int high = at & ((1 << (kBits - 1)) - 1);
+    *out++ = float(layout.codebook[high << 3 | low << 2 | one << 1 | two] - zero);
+    two = one;
+    one = low;
   }
 }
 
 // The same from bit planes.
 template <int kBits>
 void decode_entries(const X86Layout& layout, const Group& group, int64_t lane, float* out) {
-  if (layout.nibbles) return decode_nibbles(layout, group, lane, out);
+  if (layout.nibbles) return decode_nibbles<kBits>(layout, group, lane, out);
   const int zero = layout.uniform ? group.zeros[lane] : 0;
   const uint8_t* const low_plane = group.planes + lane * kSegments;
   const uint8_t* const high_planes = low_plane + group.chunks * kVector;

@@ -100,7 +100,7 @@ const SupportedIsas& supported_isas() {
 }
 
 bool reads(Isa isa, const X86Layout& layout) {
-  return layout.bits != 4 || bool(layout.nibbles) == bool(kShuffling >> isa & 1);
+  return layout.bits < 3 || layout.bits > 4 || bool(layout.nibbles) == bool(kShuffling >> isa & 1);
 }
 
 void linear(Isa isa, Call call) {

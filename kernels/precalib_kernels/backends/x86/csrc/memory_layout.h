@@ -22,7 +22,7 @@ struct X86Layout {
   int8_t codebook[128];  // by index: high bits of the code, then u[k], u[k-1], u[k-2]
   float factors[16];     // 2**(-i / 16), of scale codes; code 255 means a scale of zero
   int64_t trellis;
-  int64_t nibbles;  // codes of 4 bits are nibbles, for ISAs without VBMI
+  int64_t nibbles;  // codes of 3 and 4 bits are nibbles, for ISAs without VBMI
 };
 
 }  // namespace precalib

@@ -1,6 +1,6 @@
 // Decodes packed codes to codebook entries by byte shuffles of 16 entries, for ISAs without the
 // permutes of 64 that `ByteTable` uses. An entry of a trellis depends on u[k] ^ u[k-2] and u[k-1]
-// only, so five bits find an entry of a codebook of 32. Codes of 4 bits are nibbles in memory
+// only, so five bits find an entry of a codebook of 32. Codes of 3 and 4 bits are nibbles in memory
 // (`decode_nibbles`), others bit planes (`ChunkLevels`).
 #pragma once
 
@@ -54,18 +54,21 @@ class LevelTable {
   Words table_[kTables];
 };
 
-// The same for nibbles: without a trellis a nibble is the code; with one, its high bits below u[k-1].
-template <bool kTrellis>
-class LevelTable<4, kTrellis> {
+constexpr bool has_nibbles(int bits) { return bits == 3 || bits == 4; }
+
+// The same by nibbles: high bits of the code, then u[k], or with a trellis u[k-1], as the top bit.
+template <int kBits, bool kTrellis>
+  requires(has_nibbles(kBits))
+class LevelTable<kBits, kTrellis> {
  public:
   template <class Value>
   LevelTable(const X86Layout& layout, Value&& value) {
     for (int t = 0; t < kTables; ++t) {
       uint8_t bytes[kWidth];
       for (int i = 0; i < kWidth; ++i) {
-        const int nibble = i % 16;
-        const int index = kTrellis ? (nibble & 7) << 3 | t << 2 | nibble >> 3 << 1 : nibble << 2;
-        bytes[i] = uint8_t(value(layout.codebook[index]));
+        const int high = i & ((1 << (kBits - 1)) - 1), top = i >> 3 & 1;
+        bytes[i] = uint8_t(value(
+            layout.codebook[high << 3 | (kTrellis ? t << 2 | top << 1 : top << 2)]));
       }
       table_[t] = load<Words>(bytes);
     }
@@ -83,44 +86,53 @@ class LevelTable<4, kTrellis> {
   Words table_[kTables];
 };
 
-// One part of a group of nibbles: byte 4r+s of vector j of a chunk has steps 2j and 2j+1 of row r and
-// segment s in its low and its high half. The top bit of a trellis' nibble is u[k-1], and that of a
-// group's first step the last u. So u[k] and u[k-2] are the top bits of the nibbles around step k.
-// Calls use(chunk, step, entries), step a compile-time constant.
-template <bool kTrellis, class Use>
-inline void decode_nibbles(const LevelTable<4, kTrellis>& table, const uint8_t* planes,
+// The last vector of nibbles of a chunk. Codes of 3 bits leave one bit of each nibble unused, bit 2
+// of the vectors before: there are the bits of the last two nibbles, in the order 0, 1 and 3.
+template <int kBits>
+inline Words last_nibbles(const uint8_t* chunk) {
+  if constexpr (kBits == 4) return load<Words>(chunk + 3 * kVector);
+  const Words unused = all_bytes(0x44);
+  const Words low = (load<Words>(chunk) & unused) >> 1 | (load<Words>(chunk + kVector) & unused);
+  return low >> 1 | (load<Words>(chunk + 2 * kVector) & unused) << 1;
+}
+
+// One part of a group of nibbles: byte 4r+s of vector j of a chunk has steps 2j and 2j+1 of row r
+// and segment s in its low and its high half. With a trellis the first nibble of a group, which has
+// no u[k-1], has the group's last u. So u[k] and u[k-2] are the top bits of the nibbles around step
+// k. Calls use(chunk, step, entries), step a compile-time constant.
+template <int kBits, bool kTrellis, class Use>
+inline void decode_nibbles(const LevelTable<kBits, kTrellis>& table, const uint8_t* planes,
                            int64_t chunks, int64_t ahead, Use&& use) {
-  constexpr int kVectors = 4;
-  const Words first = load<Words>(planes);
+  constexpr int kLast = 3;
+  const auto chunk = [&](int64_t c) { return planes + c * kBits * kVector; };
   // A segment goes on in the next, the byte above it in its lane.
-  const Words end = (Words)((Unsigneds)first >> 8 | (Unsigneds)first << 24);
-  Words before = (Words)(load<Unsigneds>(planes + (kVectors * chunks - 1) * kVector) << 8);
-  Words v[kVectors + 1];
-  v[kVectors] = kTrellis ? (Words)((Unsigneds)first & ~8u) : first;
+  const Unsigneds first = load<Unsigneds>(planes);
+  const Words end = (Words)(first >> 8 | first << 24);
+  Words before = (Words)((Unsigneds)last_nibbles<kBits>(chunk(chunks - 1)) << 8);
+  Words v[kLast + 2];
+  v[kLast + 1] = kTrellis ? (Words)(first & ~8u) : (Words)first;
   for (int64_t c = 0; c < chunks; ++c) {
-    const uint8_t* const at = planes + c * kVectors * kVector;
-    v[0] = v[kVectors];
-#pragma GCC unroll 4
-    for (int j = 0; j < kVectors; ++j) {
-      prefetch_l1(at + j * kVector + ahead);
-      if (j) v[j] = load<Words>(at + j * kVector);
-    }
-    v[kVectors] = c + 1 < chunks ? load<Words>(at + kVectors * kVector) : end;
-    [&]<int... i>(std::integer_sequence<int, i...>) {
-      (use(c, std::integral_constant<int, i>{},
-           table.lookup((i % 2 ? v[i / 2] >> 4 : v[i / 2]) & all_bytes(15),
-                        i % 2 ? (v[i / 2] ^ v[i / 2 + 1]) << 4
-                              : v[i / 2] ^ (i ? v[i / 2 - (i > 0)] : before))),
+    for (int j = 0; j < kBits; ++j) prefetch_l1(chunk(c) + j * kVector + ahead);
+    v[0] = v[kLast + 1];
+    v[1] = load<Words>(chunk(c) + kVector);
+    v[2] = load<Words>(chunk(c) + 2 * kVector);
+    v[kLast] = last_nibbles<kBits>(chunk(c));
+    v[kLast + 1] = c + 1 < chunks ? load<Words>(chunk(c + 1)) : end;
+    [&]<int... j>(std::integer_sequence<int, j...>) {
+      ((use(c, std::integral_constant<int, 2 * j>{},
+            table.lookup(v[j] & all_bytes(15), v[j] ^ (j ? v[j - (j > 0)] : before))),
+        use(c, std::integral_constant<int, 2 * j + 1>{},
+            table.lookup(v[j] >> 4 & all_bytes(15), (v[j] ^ v[j + 1]) << 4))),
        ...);
-    }(std::make_integer_sequence<int, 8>{});
-    before = v[kVectors - 1];
+    }(std::make_integer_sequence<int, 4>{});
+    before = v[kLast];
   }
 }
 
 // One part of chunk c of a group of `chunks`, see `ChunkPlanes`.
 template <int kBits, bool kTrellis>
 class ChunkLevels {
-  static_assert(kBits != 4);
+  static_assert(!has_nibbles(kBits));
 
  public:
   // planes: of the group, at the part's rows.
@@ -136,7 +148,7 @@ class ChunkLevels {
                              : (Words)(load<Ints>(planes + (chunks - 1) * kVector) << 8);
       const Words one = select(all_bytes(0xfe), low << 1, before >> 7);
       const Words odd = low ^ select(all_bytes(0xfc), low << 2, before >> 6);
-      if constexpr (kBits < 4) {  // pairs, of even and of odd steps
+      if constexpr (kBits == 2) {  // pairs, of even and of odd steps
         flags_[0] = select(all_bytes(0x55), one, odd << 1);
         flags_[1] = select(all_bytes(0x55), one >> 1, odd);
       } else {
@@ -176,7 +188,6 @@ class ChunkLevels {
   template <int i>
   Words high() const {
     if constexpr (kBits == 2) return shift<-i>(high_[0]);
-    if constexpr (kBits == 3) return shift<-2 * (i % 4)>(high_[i / 4]);
     if constexpr (kBits == 5) return shift<i % 2 ? -4 : 0>(high_[i / 2]);
   }
 
@@ -200,7 +211,7 @@ class ChunkLevels {
 template <int kBits, bool kTrellis, class Use>
 inline void decode_entries(const LevelTable<kBits, kTrellis>& table, const uint8_t* planes,
                            int64_t chunks, int64_t ahead, Use&& use) {
-  if constexpr (kBits == 4) {
+  if constexpr (has_nibbles(kBits)) {
     decode_nibbles(table, planes, chunks, ahead, use);
   } else {
     for (int64_t c = 0; c < chunks; ++c)
