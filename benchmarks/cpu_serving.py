@@ -1,14 +1,14 @@
 """Tokens per second of a model served by vLLM on the CPU: bfloat16, packed, W4A16.
 
     python benchmarks/cpu_serving.py MODEL [--rounds 9] [--threads 1] [--tokens 48] [--work DIR]
-        [--ways balanced-4 W4A16 ...] [--isa avx2]
+        [--ways balanced-4 W4A16 ...] [--isa avx2] [--eager]
     python benchmarks/cpu_serving.py --llama-layers 16   # random weights, sizes of Llama-3.2-1B
 
 Every way is a process of its own; all stay, and one after another measures while the others wait.
 One takes about 3 GB and what the model's weights do: --ways takes fewer.
-vLLM compiles each, as it does unless it is told otherwise, which takes a minute or two.
---isa limits the kernels, torch, oneDNN and MKL as in cpu_linear.py; vLLM's own operators, such as
-attention, are still those of this machine.
+vLLM compiles each, which takes a minute or two, unless --eager tells it not to.
+--isa limits the kernels, torch, oneDNN and MKL as in cpu_linear.py. vLLM's own operators, such as
+attention, are those of its library for AVX2 then, or for AVX-512.
 Reported are medians of the ratios to bfloat16 in the same round. W4A16 is round-to-nearest in
 groups of 64 in compressed-tensors' format, which vLLM computes with 8-bit activations on processors
 with AMX.
@@ -121,22 +121,25 @@ def write_w4a16(source: Path, directory: Path, group: int = 64) -> None:
     (directory / "config.json").write_text(json.dumps(config))
 
 
-def serve(model: str, tokens: int, int8: bool, dtype: Any, isa: str | None) -> None:
+def serve(options: argparse.Namespace) -> None:
     """In a process of its own: answers each line of numbers of streams by a line of JSON.
 
     The answer is tokens per second; to a negative number, milliseconds of a step by what.
     """
-    from vllm import LLM, SamplingParams, TokensPrompt
-
+    isa, tokens = options.isa, options.tokens
     if isa:
         X86Backend.isa = library.supported_isas().index(isa)
+        limit_vllm(isa)
+    from vllm import LLM, SamplingParams, TokensPrompt
+
     llm = LLM(
-        model,
-        dtype=dtype,
+        str(options.model),
+        dtype=options.dtype,
+        enforce_eager=options.eager,
         max_model_len=256,
         max_num_seqs=max(STREAMS),
         skip_tokenizer_init=True,
-        additional_config={"precalib": {"activations": "int8"}} if int8 else {},
+        additional_config={"precalib": {"activations": "int8"}} if options.int8 else {},
     )
     sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
 
@@ -162,6 +165,17 @@ def serve(model: str, tokens: int, int8: bool, dtype: Any, isa: str | None) -> N
             answer = {part: spent / tokens for part, spent in parts(profile).items()}
             answer["step"] = step / tokens  # which the profiler does not slow down
         print(f"{MARK}{json.dumps(answer)}", flush=True)
+
+
+def limit_vllm(isa: str) -> None:
+    """Let vLLM take its library for the ISA: it asks torch what the processor has."""
+    missing = ["_is_amx_tile_supported"]
+    if isa != "avx512_bf16":
+        missing.append("_is_avx512_bf16_supported")
+    if not isa.startswith("avx512"):
+        missing.append("_is_avx512_supported")
+    for name in missing:
+        setattr(torch.cpu, name, lambda: False)
 
 
 def mark_head() -> None:
@@ -207,6 +221,7 @@ class Server:
         command += ["--int8"] if way.endswith(INT8) else []
         command += ["--dtype", FLOAT32 if way == FLOAT32 else "bfloat16"]
         command += ["--isa", options.isa] if options.isa else []
+        command += ["--eager"] if options.eager else []
         limits = dict(zip(VARIABLES, LIMITS.get(options.isa, ()), strict=False))
         threads = {"OMP_NUM_THREADS": str(options.threads)}
         with log.open("w") as errors:
@@ -305,11 +320,12 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", choices=WAYS)
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--isa", choices=library.supported_isas())
+    parser.add_argument("--eager", action="store_true", help="do not compile the model")
     parser.add_argument("--int8", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--dtype", default="bfloat16", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
-        serve(str(options.model), options.tokens, options.int8, options.dtype, options.isa)
+        serve(options)
         return
     with tempfile.TemporaryDirectory() as scratch:
         work = options.work or Path(scratch)

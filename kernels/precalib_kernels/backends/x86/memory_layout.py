@@ -53,7 +53,7 @@ class X86Layout:
 
     shard_sizes: rows of the fused shards; each is padded to whole blocks.
     int8_inputs: whether products round activations to 8 bits of a group's largest.
-    nibbles:     whether codes of 3 and 4 bits are nibbles; `library.takes_nibbles` tells for an ISA.
+    nibbles:     whether codes of 3 and 4 bits are nibbles, as `library.takes_nibbles` tells.
     """
 
     layout: Layout

@@ -80,8 +80,8 @@ void decode_nibbles(const X86Layout& layout, const Group& group, int64_t lane, f
   const int64_t segment_columns = group.columns / kSegments;
   const auto nibble = [&](int64_t k) {
     const int64_t segment = k / segment_columns, step = k % kSteps;
-    const uint8_t* const at = group.planes + k % segment_columns / kSteps * kBits * kVector +
-                              lane * kSegments + segment;
+    const uint8_t* const at =
+        group.planes + k % segment_columns / kSteps * kBits * kVector + lane * kSegments + segment;
     const auto half = [&](int64_t vector) { return at[vector * kVector] >> step % 2 * 4; };
     if (kBits == 4 || step < 6) return half(step / 2) & 15;
     return (half(0) & 4) >> 2 | (half(1) & 4) >> 1 | (half(2) & 4) << 1;

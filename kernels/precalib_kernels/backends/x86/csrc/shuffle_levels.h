@@ -67,8 +67,8 @@ class LevelTable<kBits, kTrellis> {
       uint8_t bytes[kWidth];
       for (int i = 0; i < kWidth; ++i) {
         const int high = i & ((1 << (kBits - 1)) - 1), top = i >> 3 & 1;
-        bytes[i] = uint8_t(value(
-            layout.codebook[high << 3 | (kTrellis ? t << 2 | top << 1 : top << 2)]));
+        bytes[i] =
+            uint8_t(value(layout.codebook[high << 3 | (kTrellis ? t << 2 | top << 1 : top << 2)]));
       }
       table_[t] = load<Words>(bytes);
     }
