@@ -18,6 +18,7 @@ from vllm_precalib.dense_backend import DenseBackend
 from vllm_precalib.mixed_precision_backend import MixedPrecisionBackend
 
 with vllm_names():
+    from vllm.config import VllmConfig, get_current_vllm_config
     from vllm.logger import init_logger
     from vllm.platforms import current_platform
 
@@ -105,6 +106,22 @@ def _words(ours: Mapping[str, Any]) -> Iterator[Any]:
     yield from ours.get("overrides", {}).values()
 
 
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One start of vLLM with one model, the same for all of its workers.
+
+    model: as vLLM calls it, a folder or an id;  run: differs from start to start.
+    """
+
+    model: str
+    run: str
+
+    @classmethod
+    def of(cls, config: VllmConfig) -> "Run":
+        """That of a configuration; data-parallel engines add their rank to its id."""
+        return cls(getattr(config.model_config, "model", ""), config.instance_id.split("_dp")[0])
+
+
 def choose(
     spec: LinearSpec, options: Options, registry: BackendRegistry, where: str, layout_name: str
 ) -> BackendChoice:
@@ -140,10 +157,13 @@ def choose(
 def _append(file: Path, choice: BackendChoice, where: str, layout_name: str) -> None:
     """Add a line to `file`; every rank writes its own, whole, as lines are appended at once.
 
+    Files are used again by later servers, so a line says of which model and which run it is.
+
     Raises ServingError for a file that cannot be written.
     """
     rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
     fields = {"layer": where, "layout_name": layout_name, "rank": rank, **choice.to_dict()}
+    fields |= dataclasses.asdict(Run.of(get_current_vllm_config()))
     line = (json.dumps(fields) + "\n").encode()
     try:
         handle = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)

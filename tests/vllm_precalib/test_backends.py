@@ -22,7 +22,7 @@ from precalib_kernels.errors import ServingError
 from precalib_kernels.format.checkpoint_config import CheckpointConfig
 from precalib_kernels.format.reference import dequantize
 from vllm_precalib import dense_backend
-from vllm_precalib.backends import Options, choose, describe, plugin_registry
+from vllm_precalib.backends import Options, Run, choose, describe, plugin_registry
 from vllm_precalib.config import PrecalibConfig
 from vllm_precalib.dense_backend import DenseBackend
 
@@ -225,11 +225,18 @@ def test_choices_are_written_to_a_file(make_layer, tmp_path):
     for backend in ("dense", "reference"):
         _, config = make_layer({"backend": backend, "choices_file": str(file)})
     first, second = map(json.loads, file.read_text().splitlines())
-    assert second == {"layer": "fc", "layout_name": "row", "rank": 0} | (
+    assert first.pop("run") != second.pop("run")  # started anew each time
+    assert second == {"layer": "fc", "layout_name": "row", "rank": 0, "model": ""} | (
         config.choices["fc"].to_dict()
     )
     assert first["backend"] == "dense"
     assert first["reasons"]["reference"] == "dense was asked for"
+
+
+@pytest.mark.parametrize("name", ["12", "12_dp3"])
+def test_all_engines_of_a_start_record_one_run(name):
+    config = SimpleNamespace(model_config=SimpleNamespace(model="org/m"), instance_id=name)
+    assert Run.of(config) == Run("org/m", "12")
 
 
 def test_a_file_that_cannot_be_written_is_named(make_layer, tmp_path):

@@ -29,7 +29,9 @@ class PrecalibEndpoint:
     ) -> None:
         """Read what is shown of the model, which stays the same while the server runs."""
         from vllm_precalib.endpoint.metrics import publish
+        from vllm_precalib.endpoint.routes import Limits
         from vllm_precalib.endpoint.served_model import ServedModel
 
+        state.precalib_limits = Limits()
         state.precalib = ServedModel.of(engine_client, args)
         publish(state.precalib.report(), state.precalib.backends())

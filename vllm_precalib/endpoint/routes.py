@@ -2,7 +2,8 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+import dataclasses
+from collections.abc import AsyncIterator, Iterator
 from importlib.metadata import version
 from importlib.resources import files
 from typing import Annotated, Any
@@ -11,11 +12,12 @@ from fastapi import APIRouter, Depends, HTTPException, Request, Response
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
+from starlette.types import Receive, Scope, Send
 
 from vllm_precalib.endpoint.generation import generate
 from vllm_precalib.endpoint.metrics import Sample
 from vllm_precalib.endpoint.schemas import About, Backends, Event, Live, Prompt, Report
-from vllm_precalib.endpoint.security import StrictRoute, check, given_key
+from vllm_precalib.endpoint.security import StrictRoute, check, given_key, strict_refusal
 from vllm_precalib.endpoint.served_model import ServedModel, served
 
 API = "/precalib/api/v1"
@@ -29,24 +31,58 @@ router = APIRouter(dependencies=[Depends(check)], tags=["precalib"], route_class
 
 
 class Places:
-    """A limited number of places, for streams that cost something as long as they are open."""
+    """A limited number of places, for answers that cost something as long as they are sent.
+
+    Used in the event loop alone, where nothing comes between looking and taking.
+    """
 
     def __init__(self, number: int) -> None:
         self.free = number
 
     @contextlib.contextmanager
-    def one(self) -> Any:
-        """Take a place and give it back."""
-        self.free -= 1
+    def one(self) -> Iterator[bool]:
+        """Take a place and give it back; False if none is free, and then none is taken."""
+        taken = self.free > 0
+        self.free -= taken
         try:
-            yield
+            yield taken
         finally:
-            self.free += 1
+            self.free += taken
 
-    def check(self) -> None:
-        """Raise HTTPException 503 if none is free."""
-        if self.free <= 0:
-            raise HTTPException(503, "Too many of these at once; try again.")
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """The places of one application: for pages that watch, and for prompts."""
+
+    watchers: Places = dataclasses.field(default_factory=lambda: Places(MOST_WATCHERS))
+    prompts: Places = dataclasses.field(default_factory=lambda: Places(MOST_PROMPTS))
+
+
+class LimitedStream(StreamingResponse):
+    """Server-sent events that hold a place from their headers to their end.
+
+    A place is looked for and taken in one step, when the answer begins, and given back however it
+    ends, also if its client has gone before the first event. Without one the answer is 503.
+    """
+
+    def __init__(self, values: AsyncIterator[BaseModel], places: Places) -> None:
+        super().__init__(_lines(values), media_type="text/event-stream")
+        self.places = places
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events, or the refusal."""
+        with self.places.one() as taken:
+            if taken:
+                await super().__call__(scope, receive, send)
+            else:
+                await strict_refusal(503, "Too many of these at once; try again.")(
+                    scope, receive, send
+                )
+
+
+async def _lines(values: AsyncIterator[BaseModel]) -> AsyncIterator[str]:
+    async for value in values:
+        yield f"data: {value.model_dump_json()}\n\n"
 
 
 def _model(request: Request) -> ServedModel:
@@ -56,13 +92,9 @@ def _model(request: Request) -> ServedModel:
 Model = Annotated[ServedModel, Depends(_model)]
 
 
-def _places(request: Request, kind: str, number: int) -> Places:
-    """The places of one kind in this application."""
-    kept = request.app.state
-    if not hasattr(kept, kind):
-        setattr(kept, kind, Places(number))
-    places: Places = getattr(kept, kind)
-    return places
+def _limits(request: Request) -> Limits:
+    limits: Limits = request.app.state.precalib_limits
+    return limits
 
 
 @router.get("/precalib", include_in_schema=False)
@@ -129,19 +161,16 @@ def metrics() -> Live:
 )
 def events(request: Request, model: Model) -> StreamingResponse:
     """The engine's metrics every second, as server-sent events, until the client goes."""
-    places = _places(request, "precalib_watchers", MOST_WATCHERS)
-    places.check()
 
     async def stream() -> AsyncIterator[Live]:
-        with places.one():
-            before = None
-            while model.running:
-                now = Sample.take()
-                yield now.live(before)
-                before = now
-                await asyncio.sleep(SECONDS_BETWEEN)
+        before = None
+        while model.running:
+            now = Sample.take()
+            yield now.live(before)
+            before = now
+            await asyncio.sleep(SECONDS_BETWEEN)
 
-    return _stream(stream())
+    return LimitedStream(stream(), _limits(request).watchers)
 
 
 @router.post(
@@ -158,21 +187,5 @@ def events(request: Request, model: Model) -> StreamingResponse:
 )
 def answer(request: Request, model: Model, prompt: Prompt) -> StreamingResponse:
     """An answer token by token with probabilities, as server-sent events."""
-    places = _places(request, "precalib_prompts", MOST_PROMPTS)
-    places.check()
     key = given_key(request) if model.api_keys else None
-
-    async def stream() -> AsyncIterator[Event]:
-        with places.one():
-            async for event in generate(request.app, model, prompt, key):
-                yield event
-
-    return _stream(stream())
-
-
-def _stream(values: AsyncIterator[BaseModel]) -> StreamingResponse:
-    async def lines() -> AsyncIterator[str]:
-        async for value in values:
-            yield f"data: {value.model_dump_json()}\n\n"
-
-    return StreamingResponse(lines(), media_type="text/event-stream")
+    return LimitedStream(generate(request.app, model, prompt, key), _limits(request).prompts)

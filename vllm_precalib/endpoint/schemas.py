@@ -58,6 +58,13 @@ class BackendOfLayer(BaseModel):
     reasons: dict[str, str]
 
 
+class RecordedChoice(BackendOfLayer):
+    """A line of `choices_file`: a choice, and of which model and which run of vLLM it is."""
+
+    model: str
+    run: str
+
+
 class Backends(BaseModel):
     """The choice for every packed layer; `missing` says why there is none to show."""
 

@@ -83,6 +83,13 @@ def _refusal(code: int, message: str) -> Response:
     return JSONResponse({"error": error}, code)
 
 
+def strict_refusal(code: int, message: str) -> Response:
+    """A refusal with the strict headers, for an answer that refuses when it begins."""
+    answer = _refusal(code, message)
+    answer.headers.update(HEADERS)
+    return answer
+
+
 def check(request: Request) -> None:
     """Dependency of every route: vLLM's API key, and no other site's page.
 

@@ -1,10 +1,11 @@
 """The model that the server serves: its manifest, and the backends of its layers."""
 
+import contextlib
 import dataclasses
 import functools
-import json
 import re
 from argparse import Namespace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,14 +14,21 @@ from fastapi import HTTPException
 from offline_quantize.checkpoint.atomic_files import MANIFEST
 from offline_quantize.checkpoint.manifest import Manifest, WeightRecord, read_manifest
 from precalib_kernels.errors import PrecalibError
-from vllm_precalib.backends import Options
-from vllm_precalib.endpoint.schemas import BackendOfLayer, Backends, Report, Weight
+from vllm_precalib.backends import Options, Run
+from vllm_precalib.endpoint.schemas import (
+    BackendOfLayer,
+    Backends,
+    RecordedChoice,
+    Report,
+    Weight,
+)
 from vllm_precalib.endpoint.security import api_keys
 
 if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
 
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+RUN = {"model", "run"}  # fields of a recorded choice that say whose it is
 NO_FILE = (
     "The choices are not recorded. Start the server with --additional-config "
     '\'{"precalib": {"choices_file": "FILE"}}\' to see them here.'
@@ -35,6 +43,7 @@ class ServedModel:
     api_keys: of vLLM; empty if requests need none.
     options:  what users say under "precalib" in --additional-config.
     engine:   tells whether it still runs.
+    run:      what its workers record as the model and the run; None if there is no engine.
     """
 
     name: str
@@ -42,6 +51,7 @@ class ServedModel:
     api_keys: tuple[str, ...]
     options: Options
     engine: "EngineClient | None" = None
+    run: Run | None = None
 
     @classmethod
     def of(cls, engine: "EngineClient | None", args: Namespace) -> "ServedModel":
@@ -54,6 +64,7 @@ class ServedModel:
             api_keys(args),
             Options.parse(getattr(args, "additional_config", None) or {}),
             engine,
+            Run.of(engine.vllm_config) if engine is not None else None,
         )
 
     @property
@@ -73,23 +84,39 @@ class ServedModel:
             return None  # not there, damaged, or of another version
 
     def backends(self) -> Backends:
-        """The choice for each layer, the last one recorded; ranks apart."""
+        """The choice for each layer of this run of the server, ranks apart."""
         file = self.options.choices_file
         if file is None:
             return Backends(layers=[], missing=NO_FILE)
         try:
-            lines = file.read_text().splitlines()
+            lines = file.read_text(errors="replace").splitlines()
         except OSError as error:
             return Backends(layers=[], missing=f"{file}: cannot be read ({error.strerror}).")
         found: dict[tuple[str, int], BackendOfLayer] = {}
-        for line in lines:
-            try:
-                choice = BackendOfLayer.model_validate(json.loads(line))
-            except ValueError:
-                continue  # half a line, or another program's
+        for choice in self._of_this_run(list(_choices(lines))):
             found.pop((choice.layer, choice.rank), None)
-            found[choice.layer, choice.rank] = choice
+            found[choice.layer, choice.rank] = BackendOfLayer(**choice.model_dump(exclude=RUN))
         return Backends(layers=list(found.values()))
+
+    def _of_this_run(self, choices: list[RecordedChoice]) -> list[RecordedChoice]:
+        """Those of this model from the first of this run on.
+
+        Several API servers have runs of their own, which no worker records; then it is the last
+        run with this model. A draft model may have another run than the model it is a part of, so
+        later runs stay.
+        """
+        if self.run is None:
+            return []
+        ours = [choice for choice in choices if choice.model == self.run.model]
+        runs = [choice.run for choice in ours]
+        wanted = self.run.run if self.run.run in runs else next(reversed(runs), None)
+        return ours[runs.index(wanted) :] if wanted is not None else []
+
+
+def _choices(lines: list[str]) -> Iterator[RecordedChoice]:
+    for line in lines:
+        with contextlib.suppress(ValueError):  # half a line, or another program's
+            yield RecordedChoice.model_validate_json(line)
 
 
 def served(state: Any) -> ServedModel:

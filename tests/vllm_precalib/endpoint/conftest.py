@@ -128,6 +128,10 @@ def build(packed, registry, monkeypatch):
 
     def make(keys=(), model=packed, engine=None, ready=True, **ours):
         app, standin = FastAPI(), Standin()
+        engine = engine or SimpleNamespace(errored=False)
+        engine.vllm_config = SimpleNamespace(
+            model_config=SimpleNamespace(model=str(model)), instance_id="2"
+        )
         standin.attach(app)
         attach_endpoint_plugins(app, ("generate",))
         init_exception_handler(app)
@@ -147,6 +151,18 @@ def build(packed, registry, monkeypatch):
                 started = init_endpoint_plugins_state(engine, app.state, args)
                 pool.submit(asyncio.run, started).result()
         return SimpleNamespace(app=app, standin=standin, client=TestClient(app))
+
+    return make
+
+
+@pytest.fixture
+def choice(packed):
+    """A line of a `choices_file`, if not said otherwise of the packed model and the run "2"."""
+
+    def make(layer, backend="x86", rank=0, **more):
+        fields = {"layer": layer, "layout_name": "rtn-4", "rank": rank, "backend": backend}
+        fields |= {"asked_for": False, "reasons": {"x86": "no"}, "spec": {}}
+        return json.dumps(fields | {"model": str(packed), "run": "2"} | more)
 
     return make
 

@@ -1,7 +1,6 @@
 """The page in a browser: it fits, can be read and used by keyboard, and asks nobody else."""
 
 import contextlib
-import json
 import shutil
 import socket
 import threading
@@ -52,27 +51,17 @@ def listening(app):
 
 
 @pytest.fixture
-def opened(chromium, build, tmp_path, registry):
+def opened(chromium, build, choice, tmp_path, registry):
     """Opens the page of a server, and keeps what it complains of and asks for."""
     with contextlib.ExitStack() as stack:
 
         def open_page(width=1280, scheme="light", keys=(), password=None, **ours):
             file = tmp_path / "choices.jsonl"
-            file.write_text(
-                "\n".join(
-                    json.dumps(
-                        {
-                            "layer": f"model.layers.{i}.<b>x</b>",
-                            "layout_name": "rtn-4",
-                            "rank": 0,
-                            "backend": "x86",
-                            "asked_for": False,
-                            "reasons": {"triton": "needs a GPU"},
-                        }
-                    )
-                    for i in range(12)
-                )
-            )
+            lines = [
+                choice(f"model.layers.{i}.<b>x</b>", reasons={"triton": "needs a GPU"})
+                for i in range(12)
+            ]
+            file.write_text("\n".join(lines))
             running = Gauge("vllm:num_requests_running", "", registry=registry)
             running.set(3)
             engine = SimpleNamespace(errored=False)

@@ -1,10 +1,11 @@
 """The routes of the endpoint plugin: who may use them, what they say, and what they send along."""
 
+import asyncio
 import base64
+import contextlib
 import html.parser
 import importlib.metadata
 import json
-import threading
 import tomllib
 from pathlib import Path
 from types import SimpleNamespace
@@ -185,15 +186,10 @@ def test_a_model_of_the_hub_is_looked_up_in_its_cache(build, packed, monkeypatch
     assert build(model="org/model").client.get(f"{API}/report").status_code == 200
 
 
-def choice(layer, backend, rank=0, **more):
-    fields = {"layer": layer, "layout_name": "rtn-4", "rank": rank, "backend": backend}
-    return json.dumps(fields | {"asked_for": False, "reasons": {"x86": "no"}, "spec": {}} | more)
-
-
-def test_backends_are_the_last_recorded_choices(build, tmp_path):
+def test_backends_are_the_last_recorded_choices(build, choice, tmp_path):
     file = tmp_path / "choices.jsonl"
-    lines = [choice("a", "x86"), choice("b", "x86"), choice("a", "x86", 1), '{"half', "[]"]
-    file.write_text("\n".join([*lines, choice("a", "dense")]))
+    lines = [choice("a"), choice("b"), choice("a", rank=1), '{"half', "[]", "\xff"]
+    file.write_text("\n".join([*lines, choice("a", "dense")]), "latin-1")
     found = build(choices_file=str(file)).client.get(f"{API}/backends").json()
     assert found["missing"] is None
     assert [(c["layer"], c["rank"], c["backend"]) for c in found["layers"]] == [
@@ -202,6 +198,33 @@ def test_backends_are_the_last_recorded_choices(build, tmp_path):
         ("a", 0, "dense"),
     ]
     assert found["layers"][0]["reasons"] == {"x86": "no"}
+    assert found["layers"][0].keys() == {
+        *("layer", "layout_name", "rank", "backend", "asked_for", "reasons")
+    }
+
+
+@pytest.mark.parametrize(
+    ("lines", "shown"),
+    [
+        # an earlier model and an earlier start with this one, with other layers
+        ([{"layer": "x", "model": "other"}, {"layer": "y", "run": "1"}, {"layer": "a"}], "a"),
+        # a server that was started later with another model
+        ([{"layer": "a"}, {"layer": "x", "model": "other", "run": "3"}], "a"),
+        # a draft model, which is part of this one
+        ([{"layer": "a"}, {"layer": "draft", "run": "3"}], "a draft"),
+        # one of several API servers: the engine's start has another name
+        ([{"layer": "x", "run": "0"}, {"layer": "a", "run": "1"}], "a"),
+        ([{"layer": "x", "model": "other"}], ""),
+        ([{"layer": "x", "model": None}], ""),  # as versions wrote that did not say
+    ],
+)
+def test_choices_of_other_models_and_earlier_starts_are_not_shown(
+    build, choice, tmp_path, lines, shown
+):
+    file = tmp_path / "choices.jsonl"
+    file.write_text("\n".join(choice(**line) for line in lines))
+    found = build(choices_file=str(file)).client.get(f"{API}/backends").json()
+    assert " ".join(c["layer"] for c in found["layers"]) == shown
 
 
 def test_without_recorded_choices_it_says_how_to_get_them(build):
@@ -273,31 +296,89 @@ def test_events_have_rates_since_the_last_one(build, engine_metrics, monkeypatch
         assert event["token_seconds"] == pytest.approx(0.125)
 
 
-def test_watchers_are_limited(build, monkeypatch):
-    monkeypatch.setattr(routes, "MOST_WATCHERS", 1)
-    monkeypatch.setattr(routes, "SECONDS_BETWEEN", 0.05)
-    engine = SimpleNamespace(errored=False)
-    served = build(engine=engine)
-    watcher = threading.Thread(target=served.client.get, args=(f"{API}/events",))
-    watcher.start()
-    try:
-        for _ in range(100):
-            answer = served.client.get(f"{API}/metrics")
-            if getattr(served.app.state, "precalib_watchers", None) and (
-                served.app.state.precalib_watchers.free == 0
-            ):
-                break
-        answer = served.client.get(f"{API}/events")
-        assert answer.status_code == 503
-    finally:
-        engine.errored = True
-        watcher.join(10)
-    assert served.app.state.precalib_watchers.free == 1
+def test_places_are_looked_for_and_taken_in_one_step():
+    places = routes.Places(2)
+    with contextlib.ExitStack() as stack:
+        assert [stack.enter_context(places.one()) for _ in range(4)] == [True, True, False, False]
+        assert places.free == 0
+    assert places.free == 2
 
 
-def test_prometheus_gets_bits_and_backends(build, tmp_path, registry):
+async def ask_at_once(app, count, path, body=b""):
+    """The statuses of so many requests whose handlers all run before the first answer begins."""
+    begun, gone = asyncio.Semaphore(0), asyncio.Event()
+    statuses = []
+
+    async def client():
+        given = iter([{"type": "http.request", "body": body, "more_body": False}])
+
+        async def receive():
+            if message := next(given, None):
+                return message
+            await gone.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message):
+            if message["type"] == "http.response.start":
+                statuses.append((message["status"], dict(message["headers"])))
+                begun.release()
+
+        headers = [(b"content-type", b"application/json")]
+        scope = {"type": "http", "method": "POST" if body else "GET", "path": path}
+        scope |= {"query_string": b"", "headers": headers, "http_version": "1.1"}
+        await app(scope, receive, send)
+
+    async with asyncio.timeout(20), asyncio.TaskGroup() as group:
+        for _ in range(count):
+            group.create_task(client())
+        for _ in range(count):
+            await begun.acquire()
+        gone.set()
+    return statuses
+
+
+@pytest.mark.parametrize(
+    ("path", "limit", "kind"),
+    [("events", "MOST_WATCHERS", "watchers"), ("generate", "MOST_PROMPTS", "prompts")],
+)
+def test_streams_at_once_are_limited(build, monkeypatch, path, limit, kind):
+    monkeypatch.setattr(routes, limit, 3)
+    served = build()
+    served.standin.endless = True
+    body = json.dumps(BODY).encode() if path == "generate" else b""
+    answers = asyncio.run(ask_at_once(served.app, 12, f"{API}/{path}", body))
+    assert sorted(status for status, _ in answers) == [200] * 3 + [503] * 9
+    for _, headers in answers:
+        assert headers[b"content-security-policy"].startswith(b"default-src 'none'")
+    assert getattr(served.app.state.precalib_limits, kind).free == 3
+
+
+def test_a_client_that_goes_before_its_answer_gives_its_place_back(build):
+    served = build()
+    limits = served.app.state.precalib_limits
+
+    async def gone():
+        return {"type": "http.disconnect"}
+
+    async def send(message):
+        raise OSError  # as servers do for a connection that is closed
+
+    async def values():
+        yield limits  # never sent
+
+    async def leave():
+        with contextlib.suppress(Exception):
+            await routes.LimitedStream(values(), limits.prompts)(
+                {"type": "http", "method": "GET"}, gone, send
+            )
+
+    asyncio.run(leave())
+    assert limits.prompts.free == routes.MOST_PROMPTS
+
+
+def test_prometheus_gets_bits_and_backends(build, choice, tmp_path, registry):
     file = tmp_path / "choices.jsonl"
-    file.write_text("\n".join([choice("a", "x86"), choice("b", "x86"), choice("a", "x86", 1)]))
+    file.write_text("\n".join([choice("a"), choice("b"), choice("a", rank=1)]))
     report = build(choices_file=str(file)).client.get(f"{API}/report").json()
     value = registry.get_sample_value
     assert value("precalib_effective_bits", {"recipe": "rtn-4"}) == report["effective_bits"]
