@@ -4,6 +4,7 @@ A name is looked up in full, relative to the checkpoint; "*" also stands for fol
 """
 
 import fnmatch
+import os
 from pathlib import PurePosixPath
 
 from offline_quantize.checkpoint.atomic_files import JOB, JOURNAL, MANIFEST, PARTIAL, TRANSFORMS
@@ -40,6 +41,7 @@ REMAINS = (f"*{PARTIAL}", "*.incomplete", MANIFEST, JOB, JOURNAL, TRANSFORMS)
 ADAPTER_FILES = ("adapter_config.json", "adapter_model*")
 # What a download takes and what it leaves; a name of both is left.
 DOWNLOADED = (*CARRIED_FILES, WEIGHTS)
+MAX_NAME, MAX_PART_BYTES = 1000, 255  # of names in a checkpoint; file systems take no longer parts
 NOT_DOWNLOADED = (*(f"{folder}/*" for folder in FOREIGN_FOLDERS), "consolidated*.safetensors")
 
 
@@ -62,9 +64,14 @@ def is_carried_in_module(name: str) -> bool:
 
 
 def is_inside(name: str) -> bool:
-    """Whether a relative name stays in the folder that it is relative to."""
+    """Whether a relative name is one of a file or folder in the folder that it is relative to."""
     path = PurePosixPath(name)
-    return not path.is_absolute() and ".." not in path.parts and "\0" not in name
+    try:
+        longest = max((len(os.fsencode(part)) for part in path.parts), default=0)
+    except UnicodeEncodeError:
+        return False
+    short = longest <= MAX_PART_BYTES and len(name) <= MAX_NAME
+    return short and not path.is_absolute() and ".." not in path.parts and "\0" not in name
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:

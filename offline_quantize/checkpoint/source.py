@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,7 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     if adapters.holds_only_adapter(directory):
         raise adapters.refusal(directory)
     config = read_json(directory / CONFIG, SourceError, "give the folder of a whole checkpoint")
+    _check_names(directory / CONFIG, config)
     weights = read_weight_files(directory)
     if adapters.are_adapter_tensors(name for shard in weights.shards.values() for name in shard):
         raise adapters.refusal(directory)
@@ -154,6 +156,13 @@ def index_of(shards: Mapping[str, FileLayout], source: Mapping[str, Any]) -> dic
         "metadata": {**(metadata if isinstance(metadata, dict) else {}), "total_size": size},
         "weight_map": dict(sorted(weight_map.items())),
     }
+
+
+def whole_number(config: Mapping[str, Any], field: str) -> int | None:
+    """A number of layers, heads or the like; None where there is none, or one for each layer."""
+    value = config.get(field)
+    fits = isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 31
+    return value if fits else None
 
 
 def architecture(config: Mapping[str, Any]) -> str:
@@ -209,6 +218,27 @@ def _other_files(directory: Path, weights: WeightFiles) -> tuple[tuple[str, ...]
         else:
             raise SourceError(f"{path}: not a file (a broken link?); repair or remove it")
     return tuple(sidecar_files), tuple(skipped_files)
+
+
+def _check_names(path: Path, config: Mapping[str, Any]) -> None:
+    """Raise SourceError where a type or class of model is no name."""
+    kind, classes = config.get("model_type"), config.get("architectures")
+    if not isinstance(kind, str | None):
+        raise _no_name(path, "model_type", kind, "a name")
+    if classes is not None and not (
+        isinstance(classes, list) and all(isinstance(name, str) for name in classes)
+    ):
+        raise _no_name(path, "architectures", classes, "a list of names")
+    for key in TEXT_CONFIGS:
+        if isinstance(inner := config.get(key), dict):
+            _check_names(path, inner)
+
+
+def _no_name(path: Path, field: str, value: object, expected: str) -> SourceError:
+    return SourceError(
+        f"{path}: '{field}' is {json.dumps(value)[:80]}, not {expected}; download the "
+        "configuration again"
+    )
 
 
 def _is_filled(value: object) -> bool:

@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from offline_quantize.checkpoint.source import whole_number
 from offline_quantize.method import recipes
 from offline_quantize.method.recipes import Recipe
 from offline_quantize.planning import selection
@@ -118,9 +119,9 @@ def sensitivity(module: str, depth: int, config: Mapping[str, Any]) -> float:
 
     A key or value head that serves n query heads counts n times.
     """
-    heads = config.get("num_attention_heads")
-    served = config.get("num_key_value_heads") or heads
-    sharing = heads / served if isinstance(heads, int) and isinstance(served, int) else 1.0
+    heads = whole_number(config, "num_attention_heads")
+    served = whole_number(config, "num_key_value_heads") or heads
+    sharing = heads / served if heads and served else 1.0
     factor = 1.0
     if KEY_OR_VALUE.search(module):
         factor = sharing

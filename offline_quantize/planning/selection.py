@@ -7,6 +7,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from offline_quantize.checkpoint.source import whole_number
 from offline_quantize.planning.families import rewritten
 from offline_quantize.planning.vllm_models import FUSED
 from precalib_kernels.format.layout import COLUMN_UNIT
@@ -88,8 +89,7 @@ def decoder_depth(*configs: Mapping[str, Any]) -> int | None:
     """Number of decoder layers, from the first of the configurations that tells one."""
     for config in configs:
         if "num_hidden_layers" in config:
-            depth = config["num_hidden_layers"]
-            return depth if isinstance(depth, int) else None
+            return whole_number(config, "num_hidden_layers")
     return None
 
 

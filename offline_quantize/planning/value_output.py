@@ -12,7 +12,7 @@ from typing import Any
 
 from offline_quantize.checkpoint.atomic_files import TRANSFORMS
 from offline_quantize.checkpoint.safetensors_file import FileLayout, lay_out
-from offline_quantize.checkpoint.source import CONFIG, Checkpoint
+from offline_quantize.checkpoint.source import CONFIG, Checkpoint, whole_number
 from offline_quantize.checkpoint.transforms import matrices_name, split
 from precalib_kernels.errors import RecipeError
 
@@ -139,10 +139,12 @@ def _pair(source: Checkpoint, attention: str, parts: Sequence[str]) -> ValueOutp
 
 def _geometry(config: Mapping[str, Any]) -> tuple[int, int]:
     """Number of KV heads and size of a head; zeros if the configuration does not tell."""
-    queries = config.get("num_attention_heads") or 0
-    heads = config.get("num_key_value_heads") or queries
-    size = config.get("head_dim") or (config.get("hidden_size", 0) // queries if queries else 0)
-    return int(heads), int(size)
+    queries = whole_number(config, "num_attention_heads") or 0
+    heads = whole_number(config, "num_key_value_heads") or queries
+    size = whole_number(config, "head_dim")
+    if size is None and queries:
+        size = (whole_number(config, "hidden_size") or 0) // queries
+    return heads, size or 0
 
 
 def transform_files(pairs: Sequence[ValueOutputPair]) -> dict[str, FileLayout]:

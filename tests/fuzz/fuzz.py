@@ -2,20 +2,23 @@
 
     python tests/fuzz/fuzz.py --cases 100000 --minutes 60
 
-Cases come in batches, each with a seed of its own that is printed where one fails; a batch that is
-done is noted in --state, so that the next call goes on. `--seed N` runs one batch again.
+Cases come in batches. A batch that is done is noted in --state, so that the next call goes on. A
+case that fails is told with its seed and does not stop the others; `--seed BATCH --case N` runs it
+again.
 """
 
 import argparse
 import collections
 import contextlib
 import json
+import random
 import resource
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests" / "helpers")]
 
 from hostile import (  # noqa: E402
+    OPTIONS,
     Sandbox,
     outcome,
     packed_files,
@@ -32,14 +36,12 @@ from hostile import (  # noqa: E402
     use_source,
 )
 from hostile_damage import damage  # noqa: E402
-from hypothesis import HealthCheck, Phase, given, seed, settings  # noqa: E402
-from hypothesis import strategies as st  # noqa: E402
 
 BATCH = 500
 CASE_SECONDS = 30
 MEMORY = 1 << 30  # bytes that all cases together may add to the process
 # of ten batches, how many go each way
-WAYS = ("packed", "packed", "packed", "source", "source", "source", "dequantize", "quantize")
+WAYS = ("packed", "packed", "source", "target bits", "packed", "head", "dequantize", "quantize")
 PLUGIN_WAYS = (*WAYS, "plugin", "plugin")
 
 
@@ -50,6 +52,23 @@ class TooLong(BaseException):
     """A case took more than CASE_SECONDS."""
 
 
+class Failures:
+    """Cases that failed, told once for each place in the code where they did."""
+
+    def __init__(self) -> None:
+        self.places: collections.Counter[str] = collections.Counter()
+
+    def add(self, error: BaseException, way: str, number: int, case: int) -> None:
+        """Tell it if no other failed there."""
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{type(error).__name__} in {frame.name}, {frame.filename}:{frame.lineno}"
+        self.places[place] += 1
+        if self.places[place] == 1:
+            print("".join(traceback.format_exception(error))[-3000:])
+            again = f"{sys.argv[0]} --seed {number} --case {case}"
+            print(f"fuzz: way '{way}': {place}; again: {again}", flush=True)
+
+
 def main() -> None:
     """Run batches until there are enough cases or the time is up."""
     given_options = options()
@@ -58,14 +77,17 @@ def main() -> None:
     signal.signal(signal.SIGALRM, stop)
     begin = time.monotonic()
     memory = Path("/dev/shm")
+    failures = Failures()
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
         boxes = sandboxes(Path(folder))
         batch = given_options.seed if given_options.seed is not None else state["batches"]
         while True:
-            counts = run_batch(batch, names[batch % len(names)], boxes, Path(folder))
+            cases = range(BATCH) if given_options.case is None else [given_options.case]
+            way = names[batch % len(names)]
+            counts = run_batch(batch, cases, way, boxes, Path(folder), failures)
             if given_options.seed is not None:
                 print(f"fuzz: batch of seed {batch}: {dict(counts)}")
-                return
+                sys.exit(bool(failures.places))
             batch += 1
             add(state, batch, counts)
             given_options.state.parent.mkdir(parents=True, exist_ok=True)
@@ -80,6 +102,9 @@ def main() -> None:
     )
     for way, ends in state["ends"].items():
         print(f"fuzz: {way}: {', '.join(f'{n:,} {end}' for end, n in sorted(ends.items()))}")
+    for place, number in failures.places.items():
+        print(f"fuzz: {number} cases failed: {place}")
+    sys.exit(bool(failures.places))
 
 
 def options() -> argparse.Namespace:
@@ -89,43 +114,38 @@ def options() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=60, help="to stop after")
     parser.add_argument("--state", type=Path, default=ROOT / "build" / "fuzz" / "state.json")
     parser.add_argument("--seed", type=int, help="run the one batch of this seed")
+    parser.add_argument("--case", type=int, help="and of it only this case")
     parser.add_argument("--no-plugin", dest="plugin", action="store_false", help="without vLLM")
     return parser.parse_args()
 
 
 def run_batch(
-    number: int, way: str, boxes: dict[str, Sandbox], folder: Path
+    number: int,
+    cases: Iterable[int],
+    way: str,
+    boxes: dict[str, Sandbox],
+    folder: Path,
+    failures: Failures,
 ) -> collections.Counter[str]:
-    """One batch; how its cases ended, by way and end. Exits where one fails."""
+    """One batch; how its cases ended, by way and end."""
     counts: collections.Counter[str] = collections.Counter()
-    box = boxes["source" if way in ("source", "quantize") else "packed"]
     use = plugin() if way == "plugin" else uses(folder)[way]
-
-    @seed(number)
-    @settings(
-        max_examples=BATCH,
-        database=None,
-        deadline=None,
-        suppress_health_check=list(HealthCheck),
-        phases=[Phase.generate, Phase.shrink],
-        print_blob=False,
-    )
-    @given(st.data())
-    def cases(data: st.DataObject) -> None:
-        with box.damaged(damage(data, box.files)) as root:
+    box = boxes["packed" if way in ("packed", "dequantize", "plugin") else "source"]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for case in cases:
+        files = damage(random.Random(f"{number} {case}"), box.files)
+        with box.damaged(files) as root:
             signal.alarm(CASE_SECONDS)
             try:
                 end, _ = outcome(lambda: use(root))
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:
+                failures.add(error, way, number, case)
+                end = "failed"
             finally:
                 signal.alarm(0)
-        counts[f"{way} {end}"] += 1
-
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    try:
-        cases()
-    except BaseException:
-        print(f"fuzz: a case of way '{way}' fails; again: {sys.argv[0]} --seed {number}")
-        raise
+        counts[f"{way}: {end}"] += 1
     added = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
     if added > MEMORY:
         sys.exit(f"fuzz: the batch of seed {number} took {added >> 20} MB of memory")
@@ -139,6 +159,8 @@ def uses(folder: Path) -> dict[str, Callable[[Path], str]]:
         "packed": use_packed,
         "dequantize": lambda root: use_dequantized(root, folder / "target"),
         "source": lambda root: use_source(root, folder / "target", write=False),
+        "target bits": lambda root: use_source(root, folder / "target", False, OPTIONS[1]),
+        "head": lambda root: use_source(root, folder / "target", False, OPTIONS[2]),
         "quantize": lambda root: use_source(root, folder / "target", write=True),
     }
 
@@ -173,7 +195,7 @@ def add(state: dict[str, Any], batches: int, counts: collections.Counter[str]) -
     state["batches"] = batches
     state["cases"] += counts.total()
     for text, number in counts.items():
-        way, end = text.split(" ", 1)
+        way, end = text.split(": ", 1)
         ends = state["ends"].setdefault(way, {})
         ends[end] = ends.get(end, 0) + number
 

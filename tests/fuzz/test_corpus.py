@@ -4,8 +4,19 @@ import re
 import time
 
 import pytest
-from hostile import Sandbox, outcome, packed_files, source_files, use_dequantized, use_source
+from hostile import (
+    Sandbox,
+    outcome,
+    packed_files,
+    source_files,
+    use_dequantized,
+    use_packed,
+    use_source,
+)
 from hostile_corpus import ENDLESS, PACKED, SOURCE
+from hostile_damage import damage
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from offline_quantize.checkpoint.progress import NullProgress
 from offline_quantize.commands.verify import verify
@@ -79,3 +90,22 @@ def test_source(source, name, tmp_path):
 
 
 HARMLESS = ("another type of the same size", "one more shard", "a run that was broken off")
+
+
+@pytest.mark.slow
+@given(st.randoms(use_true_random=False))
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_random_damage_of_packed_checkpoints(packed, random):
+    """What `make fuzz` does at length; hypothesis makes what fails here small."""
+    with packed.damaged(damage(random, packed.files)) as root:
+        end, sentence = outcome(lambda: use_packed(root))
+    assert (end == "refused") == bool(sentence)
+
+
+@pytest.mark.slow
+@given(st.randoms(use_true_random=False))
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_random_damage_of_sources(source, tmp_path, random):
+    with source.damaged(damage(random, source.files)) as root:
+        end, sentence = outcome(lambda: use_source(root, tmp_path / "target", write=False))
+    assert (end == "refused") == bool(sentence)

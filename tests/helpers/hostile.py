@@ -32,6 +32,21 @@ ROWS, COLUMNS = 8, 128
 RECIPES = ("balanced-4", "paper-4", "rtn-4", "balanced-2")  # one per layer
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 INDEX = "model.safetensors.index.json"
+CONFIG = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "hidden_size": COLUMNS,
+    "text_config": {},
+}
+# Ways to quantize that read more of a source than others.
+OPTIONS = (
+    Options("rtn-4", overrides=[(r"layers\.0\.", "balanced-4")]),
+    Options(target_bits=5.2),
+    Options("rtn-4", embeddings="balanced-5", head="balanced-5"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +88,7 @@ def source_files() -> Files:
     modules = [{"path": "", "type": "x.Transformer"}, {"path": "2_Dense", "type": "x.Dense"}]
     return {
         **{file: save(part, {"format": "pt"}) for file, part in zip(SHARDS, parts, strict=True)},
-        "config.json": b'{"model_type": "llama", "num_hidden_layers": 4, "text_config": {}}',
+        "config.json": json.dumps(CONFIG).encode(),
         INDEX: json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}).encode(),
         "tokenizer.json": b"{}",
         "modules.json": json.dumps(modules).encode(),
@@ -178,10 +193,9 @@ def use_dequantized(root: Path, target: Path) -> str:
         shutil.rmtree(target, ignore_errors=True)
 
 
-def use_source(root: Path, target: Path, write: bool) -> str:
+def use_source(root: Path, target: Path, write: bool, options: Options = OPTIONS[0]) -> str:
     """What `quantize` makes of a source checkpoint; write: or only what its dry run makes of it."""
-    recipe = Options("rtn-4", overrides=[(r"layers\.0\.", "balanced-4")])
-    plan = make_plan(open_checkpoint(root), recipe)
+    plan = make_plan(open_checkpoint(root), options)
     json_bytes(plan.record().to_json())
     assert plan.output_bytes > 0
     if not write:

@@ -247,11 +247,43 @@ def files(first: str) -> dict[str, Case]:
             "is not part of the",
         ),
         "a run that was broken off": Case(put("precalib.job.json", b"{}"), "was interrupted"),
-        "a folder of modules outside": Case(
-            put("modules.json", b'[{"path": "../../etc"}]'), "has no folder of this checkpoint"
-        ),
+        **{
+            f"a folder of modules {what}": Case(
+                json_of("modules.json", lambda modules, path=path: modules[1].update(path=path)),
+                "has no folder of this checkpoint",
+            )
+            for what, path in (
+                ("outside", "../../etc"),
+                ("with a name of 300 bytes", "é" * 150),
+                ("with a name that is no text", "\ud800"),
+                ("of 2,000 folders", "a/" * 2000),
+            )
+        },
     }
 
 
-PACKED = headers(Q0, Q1) | CONTENTS | CONFIGURATION | MANIFEST | files(Q0)
-SOURCE = headers(f"{module(0)}.weight", f"{module(1)}.weight") | files(f"{module(0)}.weight")
+NAMES = {
+    **{
+        f"a type of model that is {value!r:.20}": Case(
+            json_of("config.json", lambda c, value=value: c.update(model_type=value)),
+            "'model_type' is .*, not a name",
+        )
+        for value in ([0], {}, 3, True)
+    },
+    **{
+        f"architectures that are {value!r:.20}": Case(
+            json_of("config.json", lambda c, value=value: c.update(architectures=value)),
+            "'architectures' is .*, not a list of names",
+        )
+        for value in (7, True, "LlamaForCausalLM", [[]], {"a": 1})
+    },
+    "a type of model inside that is a list": Case(
+        json_of("config.json", lambda c: c.update(text_config={"model_type": ["llama"]})),
+        "'model_type' is .*, not a name",
+    ),
+}
+
+PACKED = NAMES | headers(Q0, Q1) | CONTENTS | CONFIGURATION | MANIFEST | files(Q0)
+SOURCE = (
+    NAMES | headers(f"{module(0)}.weight", f"{module(1)}.weight") | files(f"{module(0)}.weight")
+)

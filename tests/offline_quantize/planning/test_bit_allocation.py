@@ -109,6 +109,13 @@ def test_sensitivities():
     assert sensitivity("model.layers.11.mlp.down_proj", 12, config) == 4.5
 
 
+@pytest.mark.parametrize("field", ["num_attention_heads", "num_key_value_heads"])
+@pytest.mark.parametrize("value", [0, -1, True, 1 << 400, float("nan"), "8", [8], None])
+def test_numbers_of_heads_that_tell_nothing(field, value):
+    config = {"num_attention_heads": 8, "num_key_value_heads": 8, field: value}
+    assert sensitivity("model.layers.5.self_attn.v_proj", 12, config) == 1
+
+
 def test_all_experts_of_a_layer_get_one_layout():
     weights = {
         f"model.layers.{i}.mlp.experts.{e}.{name}_proj": (96, 256)

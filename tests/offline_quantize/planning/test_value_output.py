@@ -115,6 +115,8 @@ def test_attention_with_other_parts_is_refused(source, weights, part):
         {"num_key_value_heads": 2},
         {"num_attention_heads": 16, "head_dim": 8},
         {"head_dim": None, "num_attention_heads": None},
+        {"head_dim": "32"},
+        {"head_dim": None, "hidden_size": 1 << 400},
     ],
 )
 def test_heads_that_do_not_fit_are_refused(source, change):
