@@ -1,10 +1,19 @@
 """The one family of errors users meet: what is wrong, where, and what to do."""
 
+import re
 from collections.abc import Mapping
+
+LONG_WORD = re.compile(r"(\S{500})\S{500,}(\S{100})")
 
 
 class PrecalibError(Exception):
-    """Base of every error precalib raises on purpose; its text is written for the user."""
+    """Base of every error precalib raises on purpose; its text is written for the user.
+
+    Names and values in it may come from a file, so words longer than any path are shortened.
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__(LONG_WORD.sub(r"\1…\2", text))
 
 
 class FormatError(PrecalibError):

@@ -215,7 +215,7 @@ def outcome(use: Callable[[], str]) -> tuple[str, str]:
     except PrecalibError as error:
         text = str(error)
         assert text.strip()
-        assert len(text) < 5000
+        assert len(text) < 5000, f"{text[:300]} … {text[-100:]}"
         return "refused", text
 
 

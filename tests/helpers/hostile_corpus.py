@@ -150,6 +150,9 @@ CONFIGURATION = {
     "levels of zeros": Case(layout(levels=[0] * 32), "must not all be zero", "not all be zero"),
     "levels that are a number": Case(layout(levels=7), "layout", "layout"),
     "an unknown field": Case(layout(shift=1), "is not known to format version 1", "not known to"),
+    "an unknown field with an endless name": Case(
+        layout(**{"n" * 100_000: 1}), "field 'n{499}….*is not known to format", "is not known to"
+    ),
     "another version": Case(
         quantization(lambda q: q.update(format_version=99)), "has format_version 99", "version 99"
     ),

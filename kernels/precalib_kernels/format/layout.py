@@ -277,7 +277,7 @@ class Layout:
         try:
             return cls(**{names[name]: value for name, value in fields.items()})
         except TypeError as error:
-            raise FormatError(f"layout {dict(fields)}: {error}") from error
+            raise FormatError(f"layout {str(dict(fields))[:1000]}: {error}") from error
 
     def to_text(self) -> str:
         """One-line form, the way operators carry a layout."""
