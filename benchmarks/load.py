@@ -1,12 +1,13 @@
 """Many clients at once on a server, well-behaved and not: does it lose a request or grow?
 
     python benchmarks/load.py MODEL [MODEL …] [--minutes 10] [--clients 200] [--name load]
-        [--serve-flags "…"]
+        [--serve-flags "…"] [--note "what else ran on the machine"]
 
 Each model is served by vLLM alone, one after another, under the same load. Clients stream chats at
 full speed or read slowly, leave in the middle, or send what is malformed or too long. Written are
 benchmarks/results/NAME.json and NAME.md. Exit code 1 if a server made an error that was not the
-client's own, lost a request, or did not come to rest.
+client's own, lost a request, grew, or did not come to rest. A request is lost if the server's count
+of HTTP answers or of finished requests is another than the clients'.
 """
 
 import argparse
@@ -15,13 +16,15 @@ import collections
 import dataclasses
 import datetime
 import json
+import os
 import random
+import re
 import shlex
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +50,9 @@ GROWTH = 0.02  # of memory, from the second to the last third, that counts as fl
 REST_SECONDS = 120
 SAMPLE_SECONDS = 2.0
 SILENCE_SECONDS = 600  # of one request
+ROUTE = "/v1/chat/completions"
+SERVED = re.compile(rf'http_requests_total{{.*handler="{ROUTE}".*status="(\dxx)".*}}')
+SETTINGS = ("OMP_NUM_THREADS", "VLLM_CPU_KVCACHE_SPACE", "VLLM_CPU_OMP_THREADS_BIND")
 MALFORMED: tuple[tuple[str, Any], ...] = (
     ("application/json", b"{not json"),
     ("application/json", b"[]"),
@@ -71,7 +77,7 @@ class Clients:
     """A number of clients that send requests of all kinds until told to stop."""
 
     def __init__(self, address: str, clients: int, seed: int = 0) -> None:
-        self.address, self.clients = f"{address}/v1/chat/completions", clients
+        self.address, self.clients = address + ROUTE, clients
         self.random = random.Random(seed)
         self.tallies = {kind: Tally() for kind in SHARES}
         self.over = asyncio.Event()
@@ -166,7 +172,7 @@ async def watch(process: psutil.Process, samples: list[tuple[float, int]]) -> No
 
 
 def metrics(address: str) -> dict[str, float]:
-    """vLLM's counters that requests are counted by."""
+    """vLLM's counters of requests, and its HTTP answers by class of status ("2xx")."""
     import urllib.request
 
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -177,6 +183,8 @@ def metrics(address: str) -> dict[str, float]:
         name = line.partition("{")[0].partition(" ")[0]
         if name.startswith("vllm:") and name.endswith(("running", "waiting", "success_total")):
             found[name] += float(line.rpartition(" ")[2])
+        elif answered := SERVED.match(line):
+            found[answered[1]] += float(line.rpartition(" ")[2])
     return found
 
 
@@ -202,21 +210,26 @@ async def load(server: Server, minutes: float, clients: int) -> dict[str, Any]:
     seconds = time.monotonic() - started
     watching.cancel()
     after = await rest(server.url)
-    ended = after["vllm:request_success_total"] - before["vllm:request_success_total"]
-    return summary(group.tallies, samples, seconds, after, ended)
+    counted = {name: number - before.get(name, 0.0) for name, number in after.items()}
+    return summary(group.tallies, samples, seconds, counted)
 
 
 def summary(
     tallies: dict[str, Tally],
     samples: list[tuple[float, int]],
     seconds: float,
-    after: dict[str, float],
-    ended: float,
+    counted: Mapping[str, float],
 ) -> dict[str, Any]:
-    """Numbers of a run, and what is wrong with them."""
+    """Numbers of a run, and what is wrong with them.
+
+    counted: by how much the server's metrics went up.
+    """
     sent = {kind: tally.fine + sum(tally.faults.values()) for kind, tally in tallies.items()}
     valid = sum(sent[kind] for kind in VALID)
-    busy = after["vllm:num_requests_running"] + after["vllm:num_requests_waiting"]
+    ended = counted.get("vllm:request_success_total", 0.0)
+    busy = sum(counted.get(f"vllm:num_requests_{state}", 0.0) for state in ("running", "waiting"))
+    answered = {status: int(counted[status]) for status in sorted(counted) if len(status) == 3}
+    expected = {"2xx": valid, "4xx": sum(sent.values()) - valid}
     middle, last = thirds(samples)
     growth = last / middle - 1 if middle else 0.0
     read = tallies["chat"].fine + tallies["slow"].fine
@@ -232,6 +245,8 @@ def summary(
             f"{valid} valid requests were sent and {read} were read to their end, but vLLM counted "
             f"{ended:.0f}"
         )
+    if answered != {status: number for status, number in expected.items() if number}:
+        faults.append(f"clients count the answers {expected}, but the server {answered}")
     if growth > GROWTH:
         faults.append(f"memory grew by {growth:.1%} from the second to the last third")
     return {
@@ -240,6 +255,7 @@ def summary(
         "valid": valid,
         "read": read,
         "ended": int(ended),
+        "answered": answered,
         "tokens": sum(tally.tokens for tally in tallies.values()),
         "memory_middle_mb": middle / 1e6,
         "memory_last_mb": last / 1e6,
@@ -277,6 +293,7 @@ def main() -> None:
     parser.add_argument("--name", default="load")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--serve-flags", default="")
+    parser.add_argument("--note", default="not recorded", help="what else ran on the machine")
     given = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # servers are stopped then, too
     flags = shlex.split(given.serve_flags)
@@ -292,6 +309,9 @@ def main() -> None:
         "clients": given.clients,
         "minutes": given.minutes,
         "flags": given.serve_flags,
+        "settings": {name: os.environ[name] for name in SETTINGS if name in os.environ},
+        "nice": os.nice(0),
+        "other work": given.note,
     }
     result = json.dumps({"about": about, "models": found}, indent=1) + "\n"
     (given.out / f"{given.name}.json").write_text(result)

@@ -22,6 +22,8 @@ def markdown(about: Mapping[str, Any], models: Mapping[str, Mapping[str, Any]]) 
         ("valid requests", [f"{n['valid']:,}" for n in models.values()]),
         ("read to their end", [f"{n['read']:,}" for n in models.values()]),
         ("ended by vLLM's count, without those left", [f"{n['ended']:,}" for n in models.values()]),
+        ("HTTP answers 2xx", [f"{n['answered'].get('2xx', 0):,}" for n in models.values()]),
+        ("HTTP answers 4xx", [f"{n['answered'].get('4xx', 0):,}" for n in models.values()]),
         ("tokens received", [f"{n['tokens']:,}" for n in models.values()]),
         ("tokens/s", [f"{n['tokens'] / n['seconds']:.1f}" for n in models.values()]),
         (

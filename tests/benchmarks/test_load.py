@@ -1,6 +1,5 @@
 """The load of `benchmarks/load.py` on a stand-in of vLLM: what it counts and finds wrong."""
 
-import collections
 import json
 import sys
 
@@ -35,6 +34,7 @@ def test_a_server_without_fault_passes(script, vllm, monkeypatch):
     assert found["faults"] == []
     assert min(found["requests"].values()) > 0
     assert found["read"] <= found["ended"] <= found["valid"]
+    assert sum(found["answered"].values()) == sum(found["requests"].values())
     assert found["memory_last_mb"] > 1
     page = (vllm / "load.md").read_text()
     assert f"| malformed requests | {found['requests']['malformed']:,} |" in page
@@ -48,7 +48,7 @@ def test_errors_that_are_not_the_clients_are_faults(script, vllm, monkeypatch):
     faults = json.loads((vllm / "load.json").read_text())["models"]["model"]["faults"]
     assert any(text.startswith("malformed: ") for text in faults)
     assert any(text.startswith("oversized: ") for text in faults)
-    assert all("status 500" in text for text in faults)
+    assert all("status 500" in text or "the server {'2xx'" in text for text in faults)
 
 
 def tallies(script, **fine):
@@ -58,9 +58,13 @@ def tallies(script, **fine):
     return found
 
 
-def judge(script, sent, samples=((0, 100), (5, 100), (9, 100)), ended=9, running=0):
-    after = collections.defaultdict(float, {"vllm:num_requests_running": running})
-    return script.summary(sent, list(samples), 10.0, after, ended)["faults"]
+FLAT = ((0, 100), (5, 100), (9, 100))
+
+
+def judge(script, sent, samples=FLAT, ended=9, running=0, good=11, bad=4):
+    counted = {"vllm:num_requests_running": running, "vllm:request_success_total": ended}
+    counted |= {"2xx": good, "4xx": bad}
+    return script.summary(sent, list(samples), 10.0, counted)["faults"]
 
 
 def test_what_counts_as_a_fault(script):
@@ -70,9 +74,14 @@ def test_what_counts_as_a_fault(script):
     assert "but vLLM counted 8" in judge(script, sent, ended=8)[0]
     assert "but vLLM counted 12" in judge(script, sent, ended=12)[0]
     assert judge(script, sent, running=2) == ["2 requests were still at work 120 s after the last"]
+    (fault,) = judge(script, sent, good=10)
+    assert fault == (
+        "clients count the answers {'2xx': 11, '4xx': 4}, but the server {'2xx': 10, '4xx': 4}"
+    )
+    assert "'4xx': 5" in judge(script, sent, bad=5)[0]
     growing = ((0, 1), (5, 100), (9, 103))
     (fault,) = judge(script, sent, growing)
     assert fault == "memory grew by 3.0% from the second to the last third"
     assert judge(script, sent, ((0, 1), (5, 100), (9, 101))) == []
     sent["chat"].faults["a stream that was cut"] = 1
-    assert judge(script, sent) == ["chat: 1 times a stream that was cut"]
+    assert judge(script, sent, good=12) == ["chat: 1 times a stream that was cut"]

@@ -6,6 +6,7 @@
 Faults are those that `tests/deploy/test_checks.py` lists.
 """
 
+import collections
 import json
 import os
 import signal
@@ -28,6 +29,7 @@ class Model:
         self.fault = fault
         self.requests = 0
         self.nan = 1 if fault == "nan" else 0
+        self.answered: collections.Counter[int] = collections.Counter()  # chats, by status // 100
 
     def answer(self, long: bool) -> list[str]:
         self.requests += 0 if self.fault == "still" else 1
@@ -49,6 +51,9 @@ class Model:
         lines += ["vllm:num_requests_running 0.0", "vllm:num_requests_waiting 0.0"]
         lines += ['vllm:kv_cache_usage_perc{engine="0"} 0.01', "# HELP nothing"]
         lines += [f'vllm:corrupted_requests_total{{engine="{i}"}} {self.nan}' for i in (0, 1)]
+        for status, number in self.answered.items():
+            labels = f'handler="/v1/chat/completions",method="POST",status="{status}xx"'
+            lines.append(f"http_requests_total{{{labels}}} {float(number)}")
         missing = {"no metric": "e2e_request", "no canary": "corrupted"}.get(self.fault, "\0")
         return "\n".join(line for line in lines if missing not in line) + "\n"
 
@@ -57,6 +62,11 @@ def handler(model: Model) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         def log_message(self, *_: Any) -> None:
             pass
+
+        def send_response(self, status: int, message: str | None = None) -> None:
+            if self.path == "/v1/chat/completions":
+                model.answered[status // 100] += 1
+            super().send_response(status, message)
 
         def send(self, data: str | dict[str, Any], status: int = 200) -> None:
             text = data if isinstance(data, str) else json.dumps(data)
