@@ -1,10 +1,11 @@
 """Many clients at once on a server, well-behaved and not: does it lose a request or grow?
 
     python benchmarks/load.py MODEL [MODEL …] [--minutes 10] [--clients 200] [--name load]
-        [--serve-flags "…"] [--note "what else ran on the machine"]
+        [--pause 0] [--serve-flags "…"] [--note "what else ran on the machine"]
 
 Each model is served by vLLM alone, one after another, under the same load. Clients stream chats at
-full speed or read slowly, leave in the middle, or send what is malformed or too long. Written are
+full speed or read slowly, leave in the middle, or send what is malformed or too long. With a pause,
+each client waits that many seconds between two requests, on average: a soak. Written are
 benchmarks/results/NAME.json and NAME.md. Exit code 1 if a server made an error that was not the
 client's own, lost a request, grew, or did not come to rest. A request is lost if the server's count
 of HTTP answers or of finished requests is another than the clients'.
@@ -13,6 +14,7 @@ of HTTP answers or of finished requests is another than the clients'.
 import argparse
 import asyncio
 import collections
+import contextlib
 import dataclasses
 import datetime
 import json
@@ -76,8 +78,8 @@ class Tally:
 class Clients:
     """A number of clients that send requests of all kinds until told to stop."""
 
-    def __init__(self, address: str, clients: int, seed: int = 0) -> None:
-        self.address, self.clients = address + ROUTE, clients
+    def __init__(self, address: str, clients: int, pause: float = 0, seed: int = 0) -> None:
+        self.address, self.clients, self.pause = address + ROUTE, clients, pause
         self.random = random.Random(seed)
         self.tallies = {kind: Tally() for kind in SHARES}
         self.over = asyncio.Event()
@@ -109,6 +111,9 @@ class Clients:
                 tally.fine += 1
             else:
                 tally.faults[fault] += 1
+            with contextlib.suppress(TimeoutError):
+                seconds = self.random.uniform(0, 2 * self.pause)
+                await asyncio.wait_for(self.over.wait(), seconds)
 
     async def _stream(self, session: aiohttp.ClientSession, kind: str) -> str | None:
         """A streamed chat; what is wrong with its answer."""
@@ -199,12 +204,12 @@ async def rest(address: str) -> dict[str, float]:
         await asyncio.sleep(1)
 
 
-async def load(server: Server, minutes: float, clients: int) -> dict[str, Any]:
+async def load(server: Server, minutes: float, clients: int, pause: float) -> dict[str, Any]:
     """Put the load on a server that is ready; what happened."""
     samples: list[tuple[float, int]] = []
     watching = asyncio.create_task(watch(psutil.Process(server.process.pid), samples))
     before = await asyncio.to_thread(metrics, server.url)
-    group = Clients(server.url, clients)
+    group = Clients(server.url, clients, pause)
     started = time.monotonic()
     await group.run(60 * minutes)
     seconds = time.monotonic() - started
@@ -260,8 +265,17 @@ def summary(
         "memory_middle_mb": middle / 1e6,
         "memory_last_mb": last / 1e6,
         "growth": growth,
+        "memory_by_minute_mb": by_minute(samples),
         "faults": faults,
     }
+
+
+def by_minute(samples: list[tuple[float, int]]) -> list[float]:
+    """Mean memory of every minute, in MB."""
+    minutes: dict[int, list[int]] = collections.defaultdict(list)
+    for at, number in samples:
+        minutes[int(at // 60)].append(number)
+    return [round(sum(seen) / len(seen) / 1e6, 1) for _, seen in sorted(minutes.items())]
 
 
 def thirds(samples: list[tuple[float, int]]) -> tuple[float, float]:
@@ -274,13 +288,15 @@ def thirds(samples: list[tuple[float, int]]) -> tuple[float, float]:
     return sum(middle) / len(middle), sum(last) / len(last)
 
 
-def serve_and_load(model: Path, minutes: float, clients: int, flags: list[str]) -> dict[str, Any]:
+def serve_and_load(
+    model: Path, minutes: float, clients: int, pause: float, flags: list[str]
+) -> dict[str, Any]:
     """The numbers of one model."""
     with tempfile.TemporaryDirectory() as folder:
         server = Server("load", model, Path(folder) / "log", *flags)
         try:
             server.wait_until_ready(1800)
-            return asyncio.run(load(server, minutes, clients))
+            return asyncio.run(load(server, minutes, clients, pause))
         finally:
             server.stop()
 
@@ -290,6 +306,7 @@ def main() -> None:
     parser.add_argument("models", nargs="+", type=Path)
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--clients", type=int, default=200)
+    parser.add_argument("--pause", type=float, default=0)
     parser.add_argument("--name", default="load")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--serve-flags", default="")
@@ -300,7 +317,7 @@ def main() -> None:
     found = {}
     for model in given.models:
         print(f"load: {model.name}, {given.clients} clients, {given.minutes:g} minutes", flush=True)
-        found[model.name] = serve_and_load(model, given.minutes, given.clients, flags)
+        found[model.name] = serve_and_load(model, given.minutes, given.clients, given.pause, flags)
         for fault in found[model.name]["faults"]:
             print(f"load: {model.name}: {fault}", flush=True)
     about = {
@@ -308,6 +325,7 @@ def main() -> None:
         **about_machine(),
         "clients": given.clients,
         "minutes": given.minutes,
+        "pause": given.pause,
         "flags": given.serve_flags,
         "settings": {name: os.environ[name] for name in SETTINGS if name in os.environ},
         "nice": os.nice(0),

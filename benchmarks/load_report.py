@@ -1,6 +1,6 @@
 """The page of `benchmarks/load.py`."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 KINDS = {
@@ -31,14 +31,20 @@ def markdown(about: Mapping[str, Any], models: Mapping[str, Mapping[str, Any]]) 
             [f"{n['memory_middle_mb']:.0f}" for n in models.values()],
         ),
         ("MB in the last third", [f"{n['memory_last_mb']:.0f}" for n in models.values()]),
+        (
+            "MB of a minute after the first third, least – most",
+            [least_and_most(n["memory_by_minute_mb"]) for n in models.values()],
+        ),
         ("faults", ["; ".join(n["faults"]) or "none" for n in models.values()]),
     ]
+    pause = f", each with {about['pause']:g} s on average between two requests"
+    pause = pause if about["pause"] else ""
     lines = [
         "# Load",
         "",
         f"{about['clients']} clients at once for {about['minutes']:g} minutes on each model, one "
-        "after another. Malformed requests and those that are too long have to be refused with a "
-        "status of 4xx; all others have to end with a reason.",
+        f"after another{pause}. Malformed requests and those that are too long have to be refused "
+        "with a status of 4xx; all others have to end with a reason.",
         "",
         f"| | {' | '.join(models)} |",
         f"|---|{'--:|' * len(models)}",
@@ -49,3 +55,9 @@ def markdown(about: Mapping[str, Any], models: Mapping[str, Mapping[str, Any]]) 
         *(f"- {name}: {value}" for name, value in about.items()),
     ]
     return "\n".join(lines) + "\n"
+
+
+def least_and_most(minutes: Sequence[float]) -> str:
+    """Of the minutes after the first third."""
+    after = minutes[len(minutes) // 3 :]
+    return f"{min(after):.0f} – {max(after):.0f}" if after else "–"

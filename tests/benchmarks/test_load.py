@@ -85,3 +85,15 @@ def test_what_counts_as_a_fault(script):
     assert judge(script, sent, ((0, 1), (5, 100), (9, 101))) == []
     sent["chat"].faults["a stream that was cut"] = 1
     assert judge(script, sent, good=12) == ["chat: 1 times a stream that was cut"]
+
+
+def test_memory_is_told_by_the_minute(script):
+    assert script.by_minute([(0, 2_000_000), (59, 4_000_000), (61, 1_000_000)]) == [3.0, 1.0]
+
+
+@pytest.mark.slow
+def test_clients_pause_when_told_to(script, vllm, monkeypatch):
+    run(script, vllm, "--pause", "60", monkeypatch=monkeypatch)
+    found = json.loads((vllm / "load.json").read_text())["models"]["model"]
+    assert sum(found["requests"].values()) <= 2 * 8  # of eight clients, within three seconds
+    assert "each with 60 s on average between two requests" in (vllm / "load.md").read_text()
