@@ -180,7 +180,7 @@ def _salient(
 def _row_values(tensors: Mapping[str, Tensor], layout: Layout) -> Tensor:
     """Factor of scales, salient step and offset, float32 [3, rows]."""
     rows = tensors["qweight"].shape[0]
-    factor, step, offset = torch.zeros(ROW_VALUES, rows)
+    factor, step, offset = torch.zeros(ROW_VALUES, rows, dtype=torch.float32)
     if layout.scale == "float16":
         factor += 1 / layout.codebook_limit
     else:

@@ -64,3 +64,18 @@ def test_a_layer_computes(make_packed, as_layer, bias):
     shift = torch.randn(48, generator=generator) if bias else None
     expected = reference.linear(x, tensors, LAYOUT, shift, SPEC.shard_sizes)
     torch.testing.assert_close(backend.apply(layer, x, shift), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("layout", RECIPE_LAYOUTS.values(), ids=RECIPE_LAYOUTS)
+def test_the_default_type_does_not_change_the_weight(make_packed, layout):
+    """An engine repacks while torch's default is the type of its activations."""
+    tensors = make_packed(layout, 32, 256).tensors
+    backend = X86Backend(
+        dataclasses.replace(SPEC, layout=layout, input_size=256, shard_sizes=(32,))
+    )
+    expected = backend.repack(tensors, "test")
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(backend.repack(tensors, "test"), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
