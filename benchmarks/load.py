@@ -34,7 +34,7 @@ import aiohttp
 import psutil
 from load_report import markdown
 
-from offline_quantize.benchmark.command import about_machine
+from offline_quantize.benchmark.environment import about_machine
 from offline_quantize.benchmark.server import Server
 
 RESULTS = Path(__file__).parent / "results"

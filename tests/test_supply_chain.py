@@ -35,11 +35,15 @@ ALLOWED = MappingProxyType(
         "kernels/precalib_kernels/backends/arm/library.py": {
             "ctypes.CDLL": "shows the kernels the OpenMP runtime that torch has loaded"
         },
-        "offline_quantize/benchmark/command.py": {
-            "subprocess.run": "asks git for the commit that is measured",
-            "urllib": "asks the server that is to be measured for its model",
+        "offline_quantize/benchmark/drivers.py": {
+            "subprocess.run": "starts vllm bench and guidellm, with a list of words"
         },
-        "offline_quantize/benchmark/load.py": {"subprocess.run": "starts vllm bench serve"},
+        "offline_quantize/benchmark/environment.py": {
+            "subprocess.run": "asks git for the commit that is measured"
+        },
+        "offline_quantize/benchmark/targets.py": {
+            "urllib": "asks the server that is to be measured for its model"
+        },
         "offline_quantize/benchmark/server.py": {
             "socket": "finds a free port of this machine",
             "subprocess.Popen": "starts the server that is measured",

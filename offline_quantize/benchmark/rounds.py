@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from offline_quantize.benchmark.load import Case, Measurement
+from offline_quantize.benchmark.cases import Case, Measurement
 from precalib_kernels.errors import InputError, OutputError
 
 JOURNAL = "measurements.jsonl"
@@ -24,21 +24,27 @@ class Plan:
 
     servers: labels; the first is the one that the others are compared with.
     seconds: after which no other measurement begins; None for no end.
+    remote:  labels of those that are measured as servers only.
     """
 
     servers: Sequence[str]
     cases: Sequence[Case]
     rounds: int
     seconds: float | None = None
+    remote: frozenset[str] = frozenset()
 
     def steps(self) -> Iterator[tuple[int, Case, str]]:
-        """Round, load and server; servers alternate, and each round begins with another one."""
-        for number in range(1, self.rounds + 1):
-            shift = number % len(self.servers)
-            order = [*self.servers[shift:], *self.servers[:shift]]
-            for case in self.cases:
-                for server in order:
-                    yield number, case, server
+        """Round, load and server, mode by mode.
+
+        Servers alternate, and each round begins with another one.
+        """
+        for mode in dict.fromkeys(case.mode for case in self.cases):
+            servers = [s for s in self.servers if mode == "serve" or s not in self.remote]
+            for number in range(1, self.rounds + 1):
+                shift = number % len(servers)
+                for case in (case for case in self.cases if case.mode == mode):
+                    for server in (*servers[shift:], *servers[:shift]):
+                        yield number, case, server
 
 
 class Journal:
@@ -92,18 +98,32 @@ class Journal:
             )
 
 
-def run(plan: Plan, journal: Journal, measure: Measure, say: Say) -> list[Measurement]:
-    """Measure what the journal lacks, as long as there is time; returns all measurements."""
-    begun, took = time.monotonic(), dict[tuple[Case, str], float]()
+def run(
+    plan: Plan,
+    journal: Journal,
+    measure: Measure,
+    say: Say,
+    prepare: Callable[[Case], None] = lambda _: None,
+    began: float | None = None,
+) -> list[Measurement]:
+    """Measure what the journal lacks, as long as there is time; returns all measurements.
+
+    prepare: called before each measurement, in a time that none of them is expected to take.
+    began:   when the time of the plan began, None for now.
+    """
+    began = time.monotonic() if began is None else began
+    took = dict[tuple[Case, str], float]()
     waiting = [step for step in plan.steps() if not journal.has(*step)]
     for index, (number, case, server) in enumerate(waiting):
+        prepare(case)
         left = sum(_expected(took, *step[1:]) for step in waiting[index:])
         if plan.seconds is not None:
-            remaining = plan.seconds - (time.monotonic() - begun)
+            remaining = plan.seconds - (time.monotonic() - began)
             if remaining < _expected(took, case, server):
                 say(f"out of time with {len(waiting) - index} measurements left; run it again")
                 break
-        about = f", about {left:.0f} s left" if took else ""
+            left = min(left, remaining)
+        about = f", about {duration(left)} left" if took else ""
         say(f"{index + 1} of {len(waiting)}: round {number}, {case}, {server}{about}")
         start = time.monotonic()
         journal.add(measure(server, case, number))
@@ -111,8 +131,15 @@ def run(plan: Plan, journal: Journal, measure: Measure, say: Say) -> list[Measur
     return journal.measurements
 
 
+def duration(seconds: float) -> str:
+    """In minutes from two of them on."""
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+
+
 def _expected(took: Mapping[tuple[Case, str], float], case: Case, server: str) -> float:
-    """Seconds that a measurement will take, from the same or from all that were done."""
+    """Seconds that a measurement will take: as before, or as others of its mode, or as all."""
     if (case, server) in took:
         return took[case, server]
-    return sum(took.values()) / len(took) if took else 0.0
+    alike = [seconds for (other, _), seconds in took.items() if other.mode == case.mode]
+    known = alike or list(took.values())
+    return sum(known) / len(known) if known else 0.0

@@ -1,4 +1,4 @@
-"""A `vllm serve` process: started in a process group of its own, stopped without a remainder."""
+"""Server processes: started in a process group of their own, stopped without a remainder."""
 
 import contextlib
 import os
@@ -7,7 +7,9 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -45,35 +47,37 @@ class ServerError(PrecalibError):
     """A server died or never became ready; the text ends with its last log lines."""
 
 
-class Server:
-    """One model served by `vllm serve` on a free port of 127.0.0.1 until `stop`.
+class ServerProcess:
+    """A command that serves OpenAI's API on a free port of 127.0.0.1 until `stop`.
 
-    name:  what requests call the model.
-    model: a directory, or an id that vLLM resolves.
-    log:   file that gets all output of the server.
-    flags: for `vllm serve`;  variables: for its environment.
+    title:   what errors call it.
+    command: its words; "{port}" in them stands for the port.
+    log:     file that gets all of its output.
+    variables: for its environment.
     """
 
-    def __init__(
-        self, name: str, model: Path | str, log: Path, *flags: str, **variables: str
-    ) -> None:
-        self.name, self.model, self.log = name, model, log
-        self.url = f"http://127.0.0.1:{_free_port()}"
-        command = [os.environ.get("VLLM") or str(COMMANDS / "vllm"), "serve", str(model), *flags]
-        command += ["--host", "127.0.0.1", "--port", self.url.rpartition(":")[2]]
-        command += ["--served-model-name", name]
+    def __init__(self, title: str, command: Sequence[str], log: Path, **variables: str) -> None:
+        self.title, self.log = title, log
+        port = _free_port()
+        self.url = f"http://{OWN_ADDRESS}:{port}"
+        words = [word.replace("{port}", str(port)) for word in command]
         with log.open("wb") as output:
-            self.process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=environment(**variables),
-                start_new_session=True,
-            )
+            try:
+                self.process = subprocess.Popen(
+                    words,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    env=environment(**variables),
+                    start_new_session=True,
+                )
+            except OSError as error:
+                raise ServerError(
+                    f"{title}: {words[0]} cannot be started ({error.strerror})"
+                ) from error
 
     def wait_until_ready(self, seconds: float = 300) -> None:
-        """Return once /health answers 200.
+        """Return once the server is ready.
 
         Raises ServerError when the process ends, or `seconds` pass, before that.
         """
@@ -110,19 +114,44 @@ class Server:
             time.sleep(0.05)
 
     def _healthy(self) -> bool:
+        """Whether it lists its models, and says nothing else under /health if it knows that."""
+        return self._status("/health") in (200, 404) and self._status("/v1/models") == 200
+
+    def _status(self, path: str) -> int | None:
+        """Of the answer to a GET; None without one."""
         direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         try:
-            with direct.open(f"{self.url}/health", timeout=5) as answer:
-                return bool(answer.status == 200)
-        except OSError:  # refused, reset, timed out, or an HTTP error
-            return False
+            with direct.open(f"{self.url}{path}", timeout=5) as answer:
+                return int(answer.status)
+        except urllib.error.HTTPError as error:
+            return error.code
+        except OSError:  # refused, reset, or timed out
+            return None
 
     def error(self, what: str) -> ServerError:
         """A ServerError that says `what` happened and shows the end of the log."""
         lines = self.log.read_text(errors="replace").splitlines()[-LOG_LINES_SHOWN:]
-        return ServerError(
-            "\n".join([f"vllm serve {Path(self.model).name} {what}; {self.log}:", *lines])
-        )
+        return ServerError("\n".join([f"{self.title} {what}; {self.log}:", *lines]))
+
+
+class Server(ServerProcess):
+    """One model served by `vllm serve`.
+
+    name:  what requests call the model.
+    model: a directory, or an id that vLLM resolves.
+    flags: for `vllm serve`;  variables: for its environment.
+    """
+
+    def __init__(
+        self, name: str, model: Path | str, log: Path, *flags: str, **variables: str
+    ) -> None:
+        self.name, self.model = name, model
+        command = [os.environ.get("VLLM") or str(COMMANDS / "vllm"), "serve", str(model), *flags]
+        command += ["--host", OWN_ADDRESS, "--port", "{port}", "--served-model-name", name]
+        super().__init__(f"vllm serve {Path(model).name}", command, log, **variables)
+
+    def _healthy(self) -> bool:
+        return self._status("/health") == 200
 
 
 def alive(process: psutil.Process) -> bool:

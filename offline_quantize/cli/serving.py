@@ -1,16 +1,27 @@
 """The command that measures servers: `precalib bench`."""
 
+import enum
 import importlib.util
 import shlex
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
 from offline_quantize.cli import console
 from precalib_kernels.errors import UsageError
+
+if TYPE_CHECKING:
+    from offline_quantize.benchmark.cases import Mode
+
+
+class Driver(enum.Enum):
+    """What measures servers."""
+
+    vllm = "vllm"
+    guidellm = "guidellm"
 
 
 def bench(
@@ -18,9 +29,10 @@ def bench(
     against: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="FOLDER|URL",
-            help="What to measure beside it: a checkpoint to serve, or the address of a server. "
-            "Ratios are relative to the first.",
+            metavar="FOLDER|URL|NAME=COMMAND",
+            help="What to measure beside it: a checkpoint to serve, the address of a server, or "
+            "the command of a server with {port} where its port goes. Ratios are relative to the "
+            "first. NAME= may stand before each.",
         ),
     ] = None,
     out: Annotated[
@@ -33,6 +45,18 @@ def bench(
     minutes: Annotated[
         float | None, typer.Option(help="Begin no measurement after that long.")
     ] = None,
+    modes: Annotated[
+        str,
+        typer.Option(
+            metavar="serve,throughput,latency",
+            help="Servers with clients; engines without a server that get all requests at the "
+            "beginning; such engines that get a batch at a time.",
+        ),
+    ] = "serve",
+    driver: Annotated[
+        Driver,
+        typer.Option(help="What measures servers: vllm bench serve, or GuideLLM if installed."),
+    ] = Driver.vllm,
     concurrency: Annotated[
         str, typer.Option(metavar="N,…", help="Numbers of requests at once.")
     ] = "1,4,16,64",
@@ -40,11 +64,14 @@ def bench(
         str, typer.Option(metavar="short,long", help="Lengths of the prompts.")
     ] = "short,long",
     serve_flags: Annotated[
-        str, typer.Option(metavar="FLAGS", help="For every vllm serve that is started.")
+        str, typer.Option(metavar="FLAGS", help="For every engine of vLLM that is started.")
     ] = "",
     quick: Annotated[
         bool,
-        typer.Option("--quick", help="1 and 4 requests, short prompts, 2 rounds, eager servers."),
+        typer.Option(
+            "--quick",
+            help="Servers only, 1 and 4 requests, short prompts, 2 rounds, eager, 3 minutes.",
+        ),
     ] = False,
 ) -> None:
     """Measure a packed checkpoint as vLLM serves it, beside other models or servers, in rounds."""
@@ -67,6 +94,8 @@ def bench(
         minutes,
         numbers,
         [text.strip() for text in prompts.split(",")],
+        cast("list[Mode]", [text.strip() for text in modes.split(",")]),
+        driver.value,
         shlex.split(serve_flags),
         quick,
     )

@@ -2,6 +2,8 @@
 
     python fake_vllm.py serve MODEL --port N [--fault NAME]
     python fake_vllm.py bench serve --base-url URL --result-dir FOLDER …
+    python fake_vllm.py bench throughput|latency --model MODEL --output-json FILE …
+    python fake_vllm.py run --backend JSON --output JSON …      as GuideLLM
 
 Faults are those that `tests/deploy/test_checks.py` lists.
 """
@@ -15,6 +17,7 @@ import sys
 import threading
 import time
 import urllib.request
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -76,7 +79,9 @@ def handler(model: Model) -> type[BaseHTTPRequestHandler]:
             self.wfile.write(text.encode())
 
         def do_GET(self) -> None:
-            if self.path == "/v1/models":
+            if self.path == "/health" and model.fault == "no health":
+                self.send("", 404)
+            elif self.path == "/v1/models":
                 self.send({"object": "list", "data": [{"id": "m", "max_model_len": 4096}]})
             else:
                 self.send(model.metrics() if self.path == "/metrics" else "")
@@ -127,32 +132,89 @@ def serve(model: Model, port: int = 0) -> ThreadingHTTPServer:
     return server
 
 
+def ask(url: str, model: str) -> bool:
+    """One request; whether the server is a slow one."""
+    asked = {"model": model, "prompt": "x", "max_tokens": 4}
+    data = json.dumps(asked).encode()
+    with urllib.request.urlopen(urllib.request.Request(f"{url}/v1/completions", data)) as answer:
+        slow = len(json.load(answer)["choices"][0]["text"]) != len("".join(TEXT))
+    if slow and "BENCH_CRASHES" in os.environ:
+        sys.exit("out of luck")
+    return slow
+
+
 def bench(words: list[str]) -> None:
     """The result that `vllm bench serve` writes: 100 tokens/s for each request at once, and 1 more
     in each round; half of that on a server with a fault, whose `crash` ends without a result.
     """
-
-    def given(name: str) -> str:
-        return words[words.index(f"--{name}") + 1]
-
-    asked = {"model": given("model"), "prompt": "x", "max_tokens": 4}
-    url = f"{given('base-url')}/v1/completions"
-    with urllib.request.urlopen(urllib.request.Request(url, json.dumps(asked).encode())) as answer:
-        slow = len(json.load(answer)["choices"][0]["text"]) != len("".join(TEXT))
-    if slow and "BENCH_CRASHES" in os.environ:
-        sys.exit("out of luck")
+    given = given_in(words)
+    slow = ask(given("base-url"), given("model"))
     speed = (100 * int(given("max-concurrency")) + int(given("seed"))) / (2 if slow else 1)
+    count = int(given("num-prompts"))
     lost = int(os.environ.get("BENCH_LOSES", "0"))
-    result = {"completed": int(given("num-prompts")) - lost, "duration": 1.0}
+    tokens = count * int(given("random-output-len")) // (2 if "BENCH_ENDS" in os.environ else 1)
+    result = {"completed": count - lost, "duration": 1.0, "total_output_tokens": tokens}
     result |= {"output_throughput": speed, "median_ttft_ms": 5.0, "p99_ttft_ms": 9.0}
     result |= {"median_tpot_ms": 1000 / speed, "p99_tpot_ms": 2000 / speed}
+    result |= {"median_e2el_ms": 64000 / speed}
     Path(given("result-dir"), given("result-filename")).write_text(json.dumps(result))
+
+
+def bench_offline(mode: str, words: list[str]) -> None:
+    """What `vllm bench throughput` and `latency` write: a second for each round, half as many for
+    a model that is not called "slow".
+    """
+    given = given_in(words)
+    seconds = int(given("seed")) / (1 if Path(given("model")).name == "slow" else 2)
+    if mode == "throughput":
+        result = {"elapsed_time": seconds, "num_requests": int(given("num-prompts"))}
+    else:
+        result = {"latencies": [seconds] * int(given("num-iters")), "percentiles": {"50": seconds}}
+    Path(given("output-json")).write_text(json.dumps(result))
+
+
+def guidellm(words: list[str]) -> None:
+    """What `guidellm run` 0.8 writes, as far as it is read."""
+    backend, output, tokenizer = (
+        json.loads(words[words.index(f"--{name}") + 1])
+        for name in ("backend", "output", "tokenizer")
+    )
+    assert Path(tokenizer["model"]).is_dir()
+    wanted = dict(part.split("=") for word in words for part in word.split(",") if "=" in part)
+    slow = ask(backend["target"], backend["model"])
+    speed = 100.0 * int(wanted["streams"]) / (2 if slow else 1)
+
+    def metric(value: float) -> dict[str, Any]:
+        found = {"mean": value, "median": value, "percentiles": {"p99": 2 * value}}
+        return {"successful": found, "total": None}
+
+    metrics = {
+        "request_totals": {"successful": int(wanted["count"])},
+        "output_tokens_per_second": metric(speed),
+        "output_token_count": metric(float(wanted["output_tokens"])),
+        "time_to_first_token_ms": metric(5.0),
+        "inter_token_latency_ms": metric(1000 / speed),
+        "request_latency": metric(64 / speed),
+        "slo_attainment": None,
+    }
+    report = {"benchmarks": [{"duration": 1.0, "metrics": metrics}]}
+    Path(output["path"]).write_text(json.dumps(report))
+
+
+def given_in(words: list[str]) -> Callable[[str], str]:
+    return lambda name: words[words.index(f"--{name}") + 1]
 
 
 def main() -> None:
     words = sys.argv
-    if words[1] == "bench":
+    if words[1:3] == ["bench", "serve"]:
         bench(words)
+        return
+    if words[1] == "bench":
+        bench_offline(words[2], words)
+        return
+    if words[1] == "run":
+        guidellm(words)
         return
     fault = words[words.index("--fault") + 1] if "--fault" in words else ""
     if Path(words[2]).name == "slow":
