@@ -19,7 +19,6 @@ from salience_rules import (
 from torch import Tensor
 
 from offline_quantize import dequantize_weight, list_recipes
-from offline_quantize.calibration.text import OWN_WINDOW
 from offline_quantize.checkpoint.source import open_checkpoint
 from offline_quantize.evaluation.command import OriginalModel, Request
 from offline_quantize.evaluation.kl import text_windows
@@ -30,6 +29,7 @@ from offline_quantize.method.recipes import Recipe, adjust, for_head
 
 SHARES = (0.03, 0.05, 0.08, 0.12, 0.15)  # the paper looks at 3 to 15 %
 COUNTS = (1, 2, 4, 10, 19)  # of 128: .8 to 15 %
+WINDOW = 128  # tokens of a text that goes through the model at once
 OWN = "own text"
 SCALED = "E[x²] in the column scale"
 FED_BACK = "error feedback"
@@ -79,11 +79,11 @@ class Inputs:
 
     @functools.cached_property
     def own_text(self) -> Sequence[Tensor]:
-        """Windows that the model writes, as `precalib quantize --activations self` has them."""
-        return self.original.generated_text(min(OWN_WINDOW, self.tokens))
+        """Windows that the model writes."""
+        return self.original.generated_text(min(WINDOW, self.tokens))
 
     def _windows(self, file: Path) -> list[Tensor]:
-        windows = text_windows(load_tokenizer(self.source), [file], self.tokens, OWN_WINDOW)
+        windows = text_windows(load_tokenizer(self.source), [file], self.tokens, WINDOW)
         return [window for window in windows if len(window) == len(windows[0])]
 
 

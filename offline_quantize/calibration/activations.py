@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from offline_quantize.calibration.expert_inputs import ExpertInput, experts_statistics
 from offline_quantize.evaluation.models import input_device
 from offline_quantize.method.input_statistics import InputStatistics
 from offline_quantize.planning.selection import LAYER, within_decoder
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Block = tuple[str, Mapping[str, InputStatistics]]
+
+PANEL = 128  # columns of a Hessian at once
 
 
 class _Stopped(BaseException):
@@ -34,6 +37,7 @@ def observe(
     windows: Sequence[Tensor],
     layers: Mapping[str, str],
     *,
+    experts: Mapping[str, ExpertInput] = {},
     head: str | None = None,
     hessians: bool = False,
     threads: int = 1,
@@ -42,8 +46,9 @@ def observe(
 
     windows:  token ids, int64 [n], all of one length.
     layers:   of the wanted weights: the model's module of each, by name (`linear_layers`).
+    experts:  of the wanted weights of experts: which input each takes (`expert_inputs`).
     head:     name of the output head's weight, if it is wanted, too; a block of its own, the last.
-    hessians: whether E[x·xᵀ] is wanted, too.
+    hessians: whether E[x·xᵀ] is wanted, too; of experts it never is.
     threads:  of the processor for the pass; while a block is looked at, torch is set to one.
 
     The statistics are float32, on the device of the layer. The pass stands still while a block is
@@ -78,9 +83,16 @@ def observe(
         except BaseException as error:  # of any model class: raised again by the consumer
             found.put(error)
 
-    for block, inside in _by_block(model, layers).items():
-        for name, layer in inside.items():
-            hooks.append(layer.register_forward_pre_hook(recorder.hook(name)))
+    for name, layer in layers.items():
+        hooks.append(model.get_submodule(layer).register_forward_pre_hook(recorder.hook(name)))
+    for holder, places in _by_module(experts).items():
+        hooks.append(
+            model.get_submodule(holder).register_forward_pre_hook(
+                recorder.expert_hook(places), with_kwargs=True
+            )
+        )
+    modules = [*layers.values(), *(place.module for place in experts.values())]
+    for block in dict.fromkeys(map(_block, modules)):
         module = model.get_submodule(block)
         hooks.append(
             module.register_forward_hook(lambda *_, block=block: hand_over(block, recorder.take()))
@@ -146,6 +158,15 @@ class _Recorder:
 
         return record
 
+    def expert_hook(self, places: Mapping[str, ExpertInput]) -> Any:
+        def record(module: torch.nn.Module, given: Sequence[Any], named: Mapping[str, Any]) -> None:
+            tokens, chosen, *_ = (*given, *named.values())
+            of_experts = experts_statistics(module, tokens, chosen)
+            for name, place in places.items():
+                self.found[name] = of_experts[place.expert][place.down]
+
+        return record
+
     def take(self) -> dict[str, InputStatistics]:
         """What was found since the last time."""
         found, self.found, self.last = self.found, {}, None
@@ -155,18 +176,32 @@ class _Recorder:
 def input_statistics(x: Tensor, hessian: bool) -> InputStatistics:
     """Moments of inputs x [..., K] over all that comes before the last dimension."""
     rows = x.reshape(-1, x.shape[-1]).float()
-    moments = rows.T @ rows / len(rows) if hessian else None
+    moments = _second_moments(rows) if hessian else None
     return InputStatistics(rows.square().mean(0), moments)
 
 
-def _by_block(
-    model: "PreTrainedModel", layers: Mapping[str, str]
-) -> dict[str, dict[str, torch.nn.Module]]:
-    """Linear layers by the block that they lie in, and within it by name of their weight."""
-    blocks: dict[str, dict[str, torch.nn.Module]] = {}
-    for name, module in layers.items():
-        match = LAYER.search(f"{module}.")
-        assert match
-        block = module[: match.end() - 1]
-        blocks.setdefault(block, {})[name] = model.get_submodule(module)
-    return blocks
+def _second_moments(rows: Tensor) -> Tensor:
+    """E[x·xᵀ] of rows x: panel by panel from the diagonal on, the rest is its mirror image."""
+    count, size = rows.shape
+    moments = rows.new_empty(size, size)
+    for first in range(0, size, PANEL):
+        last = first + PANEL
+        panel = rows[:, first:last].T @ rows[:, first:]
+        moments[first:last, first:] = panel.div_(count)
+        moments[last:, first:last] = panel[:, PANEL:].T
+    return moments
+
+
+def _by_module(experts: Mapping[str, ExpertInput]) -> dict[str, dict[str, ExpertInput]]:
+    """Weights of experts by the module that holds them."""
+    found: dict[str, dict[str, ExpertInput]] = {}
+    for name, place in experts.items():
+        found.setdefault(place.module, {})[name] = place
+    return found
+
+
+def _block(module: str) -> str:
+    """The block of the model that a module lies in."""
+    match = LAYER.search(f"{module}.")
+    assert match
+    return module[: match.end() - 1]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from offline_quantize.calibration.activations import Block, linear_layers, observe
+from offline_quantize.calibration.expert_inputs import ExpertInput, expert_inputs
 from offline_quantize.calibration.model import model_for_pass
 from offline_quantize.calibration.text import own_text, random_tokens, text_of_file
 from offline_quantize.checkpoint.progress import Progress
@@ -32,6 +33,7 @@ class Observation:
     root:    folder of the checkpoint, for errors.
     windows: token ids, int64 [n], all of one length.
     layers:  the model's module of each weight whose inputs will be known, by name.
+    experts: which inputs each weight of an expert takes, by name.
     head:    name of the output head's weight if it is to be quantized, too.
     unknown: names of the others in decoder layers.
     threads: for the pass.
@@ -41,6 +43,7 @@ class Observation:
     model: "PreTrainedModel"
     windows: Sequence[Tensor]
     layers: Mapping[str, str]
+    experts: Mapping[str, ExpertInput]
     head: str | None
     unknown: Sequence[str]
     options: ActivationOptions
@@ -56,6 +59,7 @@ class Observation:
             self.model,
             self.windows,
             self.layers,
+            experts=self.experts,
             head=self.head,
             hessians=self.options.feedback,
             threads=self.threads,
@@ -111,6 +115,7 @@ def observation(
         except SourceError as error:
             raise SourceError(f"{str(error).rstrip('?')}; {REMEDY}") from error
         layers = linear_layers(model, shapes)
+        experts = expert_inputs(model, shapes)
         if not layers:
             raise SourceError(
                 f"{source.root}: transformers' {type(model).__name__} has no layer for "
@@ -119,9 +124,10 @@ def observation(
         progress.begin("text for the model")
         with _errors_of_the_model(source.root):
             windows = _text(model, source.root, options)
-        unknown = [name for name in shapes if name not in layers and LAYER.search(name)]
+        known = layers.keys() | experts.keys()
+        unknown = [name for name in shapes if name not in known and LAYER.search(name)]
         yield Observation(
-            source.root, model, windows, layers, head, unknown, options, progress, threads
+            source.root, model, windows, layers, experts, head, unknown, options, progress, threads
         )
 
 

@@ -15,9 +15,10 @@ if TYPE_CHECKING:
 
 SEED = 0
 # Short windows: the first token of a text fills columns that must not be wrong, and more first
-# tokens give these their weight (docs/method.md).
+# tokens give these their weight (docs/method.md). A step of writing takes little longer for more
+# windows, so short ones are written sooner, too.
 RANDOM_WINDOW = 32
-OWN_WINDOW = 128  # a step of writing costs the same for any number of windows
+OWN_WINDOW = 32
 
 
 def random_tokens(model: "PreTrainedModel", count: int, seed: int = SEED) -> list[Tensor]:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 DAMPING = 1.0  # of the mean diagonal: what a Hessian of a few thousand tokens wants
 LEAST_DAMPING = 1e-6  # added where a factorization fails, then doubled until it does not
+ROWS = 256  # of the factor that are converted at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,28 +37,53 @@ def feedback_factor(
 
     hessian: [K, K], finite, symmetric;  column_scale: s, [1, K], or None for 1.
     """
-    matrix = hessian.double()
-    if column_scale is not None:
-        scale = column_scale.double().view(-1)
-        matrix = matrix * scale[:, None] * scale
-    mean = float(matrix.diagonal().mean())
-    if not mean > 0:
-        return _factored(torch.eye(len(matrix), dtype=torch.float64, device=matrix.device))
-    # Column by column from the last: the Cholesky factor of the reversed matrix, reversed.
-    matrix = (matrix / mean).flip(0, 1)
-    matrix.diagonal().add_(damping)
+    scale = None if column_scale is None else column_scale.double().view(-1)
+    added = damping
     step = max(damping, LEAST_DAMPING)
     while True:
-        lower, failed = torch.linalg.cholesky_ex(matrix)
-        if not int(failed):
-            return _factored(lower.flip(0, 1))
-        matrix.diagonal().add_(step)
+        matrix = _reversed(hessian, scale)
+        mean = float(matrix.diagonal().mean())
+        if not mean > 0:
+            return _factored(matrix.zero_().fill_diagonal_(1))
+        matrix.div_(mean).diagonal().add_(added)
+        if _factorize(matrix):
+            return _factored(matrix.mT)
+        added += step
         step *= 2
 
 
-def _factored(upper: Tensor) -> FeedbackFactor:
-    diagonal = upper.diagonal()
+def feedback_bytes(columns: int) -> int:
+    """Memory that a weight of K columns takes at its peak: its Hessian, and making the factor.
+
+    The Hessian and `effects` are float32, and the matrix that is factorized in between is float64.
+    """
+    return 16 * columns**2
+
+
+def _reversed(hessian: Tensor, scale: Tensor | None) -> Tensor:
+    """diag(s)·H·diag(s) in float64, rows and columns from the last to the first."""
+    matrix = hessian.flip(0, 1).double()
+    if scale is not None:
+        reverse = scale.flip(0)
+        matrix.mul_(reverse[:, None]).mul_(reverse)
+    return matrix
+
+
+def _factorize(matrix: Tensor) -> bool:
+    """Put the transpose of a symmetric matrix's Cholesky factor in its place, if it has one."""
+    lower = matrix.mT  # LAPACK's own order of elements, so nothing is copied
+    info = torch.empty((), dtype=torch.int32, device=matrix.device)
+    torch.linalg.cholesky_ex(lower, out=(lower, info))
+    return not int(info)
+
+
+def _factored(lower: Tensor) -> FeedbackFactor:
+    """The factor, from that of the reversed matrix: column by column from the last."""
+    diagonal = lower.diagonal().flip(0)
+    count = len(diagonal)
+    effects = torch.empty(count, count, device=lower.device)
+    for first in range(0, count, ROWS):  # in pieces, as memory is what large weights lack
+        part = lower[max(0, count - first - ROWS) : count - first].flip(0, 1)
+        effects[first : first + ROWS] = part / diagonal
     importance = diagonal.square()
-    return FeedbackFactor(
-        (upper / diagonal).float().contiguous(), (importance / importance.mean()).float()
-    )
+    return FeedbackFactor(effects, (importance / importance.mean()).float())

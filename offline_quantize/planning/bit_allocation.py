@@ -2,7 +2,8 @@
 
 Nothing is measured on the model: a weight's expected loss is its relative error, which its layout
 alone sets once the column scale is taken off, times a sensitivity that its name and place tell.
-Bits go where they lower the sum of losses most per byte. Weights that vLLM computes as one layer,
+All weights get the largest layout that fits, and what is left goes where it lowers the sum of
+losses most per byte. Weights that vLLM computes as one layer,
 and all experts of one, get the same layout.
 """
 
@@ -59,8 +60,6 @@ OPTIONS = (
     _option("balanced-5", 2 / 128, 0.00119),
 )
 
-ENOUGH_BITS = 3  # weights of fewer are taken only for targets that these cannot meet
-
 # Measured on one model only (docs/method.md), so the factors are few and round.
 WRITES_BACK = re.compile(r"\.(?:o_proj|out_proj|down_proj|w2|wo|c_proj|fc2|dense_4h_to_h)$")
 KEY_OR_VALUE = re.compile(r"\.(?:k_proj|v_proj)$")
@@ -97,7 +96,7 @@ def allocate(
             f"{math.ceil(1000 * low) / 1000:.3f} and {math.floor(1000 * high) / 1000:.3f} "
             "effective bits"
         )
-    options = _widths_around(every, allowed)
+    options = _options_from(every, allowed)
     depth = _depth(weights, config)
     expected_loss = {
         unit: sum(
@@ -141,7 +140,7 @@ def _greedy(
     expected_loss: Mapping[str, float],
     allowed: int,
 ) -> dict[str, int]:
-    """Option of each unit: from the lowest, always the step that lowers the loss most per byte."""
+    """Option of each unit: from the first, always the step that lowers the loss most per byte."""
     sizes = {unit: [option.nbytes(shapes[unit]) for option in options] for unit in shapes}
     chosen = dict.fromkeys(shapes, 0)
     spare = allowed - sum(size[0] for size in sizes.values())
@@ -170,19 +169,15 @@ def _greedy(
         chosen[unit], spare = up, spare - cost
 
 
-def _widths_around(every: list[Shape], allowed: int) -> tuple[BitOption, ...]:
-    """The options of the two widths of base codes that enclose the target; fewer layouts serve
-    better.
+def _options_from(every: list[Shape], allowed: int) -> tuple[BitOption, ...]:
+    """The largest option that all weights can have, and larger ones up to the next wider base code.
+
+    So no weight gets less than in a uniform model of that size, whatever its sensitivity.
     """
-    enough = tuple(o for o in OPTIONS if o.recipe.layout.bits >= ENOUGH_BITS)
-    if allowed < enough[0].nbytes(every):
-        return tuple(o for o in OPTIONS if o.recipe.layout.bits <= ENOUGH_BITS)
-    widths = sorted({option.recipe.layout.bits for option in enough})
-    for width in widths:
-        options = tuple(o for o in enough if width <= o.recipe.layout.bits <= width + 1)
-        if allowed <= options[-1].nbytes(every):
-            break
-    return options
+    sizes = [option.nbytes(every) for option in OPTIONS]
+    least = max(i for i, size in enumerate(sizes) if size <= allowed)
+    widest = OPTIONS[least].recipe.layout.bits + 1
+    return tuple(o for o in OPTIONS[least:] if o.recipe.layout.bits <= widest)
 
 
 def _units(weights: Mapping[str, Shape]) -> dict[str, list[str]]:

@@ -5,7 +5,7 @@ import torch
 from random_hessians import correlated
 from torch import Tensor
 
-from offline_quantize.method.feedback_factor import feedback_factor
+from offline_quantize.method.feedback_factor import ROWS, feedback_bytes, feedback_factor
 
 
 def damped(hessian: Tensor, scale: Tensor, damping: float) -> Tensor:
@@ -14,7 +14,7 @@ def damped(hessian: Tensor, scale: Tensor, damping: float) -> Tensor:
 
 
 @pytest.mark.parametrize("damping", [0.01, 1.0])
-@pytest.mark.parametrize("size", [1, 32, 96])
+@pytest.mark.parametrize("size", [1, 32, ROWS + 44])
 def test_the_factor_gives_back_the_damped_hessian(size, damping):
     hessian, scale = correlated(size), torch.rand(1, size) + 0.5
     factor = feedback_factor(hessian, scale, damping)
@@ -87,3 +87,16 @@ def test_the_hessian_stays_as_it_is():
     feedback_factor(hessian)
     feedback_factor(hessian, scale)
     assert torch.equal(hessian, before)
+
+
+def test_it_takes_no_more_memory_than_it_says():
+    hessian = correlated(1024)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        factor = feedback_factor(hessian, torch.rand(1, 1024) + 0.5)
+    changes = [(event.time_range.start, event.self_cpu_memory_usage) for event in profile.events()]
+    total = peak = hessian.nbytes
+    for _, change in sorted(changes):
+        total += change
+        peak = max(peak, total)
+    assert total >= hessian.nbytes + factor.effects.nbytes
+    assert peak <= 1.3 * feedback_bytes(1024)  # and a piece of ROWS rows

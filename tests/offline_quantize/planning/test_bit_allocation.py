@@ -85,6 +85,27 @@ def test_two_bits_are_taken_only_where_three_do_not_fit():
         assert {recipe.layout.bits for _, recipe in allocated.values()} == widths
 
 
+@settings(max_examples=40, deadline=None)
+@given(layers=st.integers(1, 12), share=st.floats(0, 1))
+def test_no_weight_gets_less_than_in_the_largest_uniform_model_that_fits(layers, share):
+    weights = llama(layers)
+    count = sum(rows * columns for rows, columns in weights.values())
+    uniform = [8 * option.nbytes(list(weights.values())) / count for option in OPTIONS]
+    target = uniform[0] + share * (uniform[-1] - uniform[0]) + 1e-9
+    least = max(i for i, size in enumerate(uniform) if size <= target)
+    recipes = [option.recipe for option in OPTIONS]
+    allocated = allocate(weights, target, CONFIG)
+    assert min(recipes.index(recipe) for _, recipe in allocated.values()) >= least
+
+
+@pytest.mark.parametrize("option", OPTIONS, ids=lambda option: option.label)
+def test_the_size_of_a_uniform_model_gives_that_model(option):
+    weights = llama(5)
+    count = sum(rows * columns for rows, columns in weights.values())
+    target = (8 * option.nbytes(list(weights.values())) + 0.1) / count
+    assert {label for label, _ in allocate(weights, target, CONFIG).values()} == {option.label}
+
+
 def test_more_bits_go_where_errors_weigh_more():
     weights = llama(12)
     allocated = allocate(weights, 3.9, CONFIG)
