@@ -39,14 +39,27 @@ def model_for_pass(
         yield load_original(source, default_dtype(device), device, placement)
 
 
+def free_memory(device: str) -> int:
+    """Bytes that are free where a device computes."""
+    from accelerate.utils import get_max_memory
+
+    free: int = get_max_memory()[_place(device)]
+    return free
+
+
 def _memory(device: str, memory: int | None) -> dict[int | str, int]:
     """Bytes that weights may take on the device and in main memory, for accelerate."""
     from accelerate.utils import get_max_memory
 
     free = get_max_memory()
     allowed: dict[int | str, int] = {}
-    if torch.device(device).type != "cpu":
-        index = torch.device(device).index or 0
-        allowed[index] = int(MEMORY_SHARE * free[index])
+    if (place := _place(device)) != "cpu":
+        allowed[place] = int(MEMORY_SHARE * free[place])
     allowed["cpu"] = int(MEMORY_SHARE * free["cpu"]) if memory is None else memory
     return allowed
+
+
+def _place(device: str) -> int | str:
+    """A device as accelerate names it."""
+    found = torch.device(device)
+    return "cpu" if found.type == "cpu" else found.index or 0

@@ -10,15 +10,16 @@ import torch
 from torch import Tensor
 
 from offline_quantize.calibration.activations import Block, linear_layers, observe
-from offline_quantize.calibration.expert_inputs import ExpertInput, expert_inputs
-from offline_quantize.calibration.model import model_for_pass
+from offline_quantize.calibration.expert_inputs import EXPERT, ExpertInput, expert_inputs
+from offline_quantize.calibration.model import free_memory, model_for_pass
 from offline_quantize.calibration.text import own_text, random_tokens, text_of_file
 from offline_quantize.checkpoint.progress import Progress
 from offline_quantize.checkpoint.source import Checkpoint
+from offline_quantize.method.feedback_factor import feedback_bytes
 from offline_quantize.method.input_statistics import InputStatistics
 from offline_quantize.planning.activation_options import ActivationOptions
 from offline_quantize.planning.selection import LAYER
-from precalib_kernels.errors import PrecalibError, SourceError
+from precalib_kernels.errors import PrecalibError, SourceError, UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -105,9 +106,12 @@ def observation(
     head:   which of them logits are computed with, None if none is.
 
     Raises SourceError when transformers cannot load or run the model or its layers have other names
-    than all these weights, and what reading a text raises.
+    than all these weights, UsageError when memory is too small for error feedback, and what reading
+    a text raises.
     """
     threads = torch.get_num_threads()
+    if options.feedback:
+        _check_memory(source.root, shapes, device)
     with contextlib.ExitStack() as stack:
         progress.begin("model for a forward pass")
         try:
@@ -128,6 +132,21 @@ def observation(
         unknown = [name for name in shapes if name not in known and LAYER.search(name)]
         yield Observation(
             source.root, model, windows, layers, experts, head, unknown, options, progress, threads
+        )
+
+
+def _check_memory(root: Path, shapes: Mapping[str, Sequence[int]], device: str) -> None:
+    """Raise UsageError if the Hessian of one weight alone, with its factor, is too large."""
+    columns = {name: shape[1] for name, shape in shapes.items() if not EXPERT.search(name)}
+    if not columns:
+        return
+    name = max(columns, key=lambda name: columns[name])
+    needed, free = feedback_bytes(columns[name]), free_memory(device)
+    if needed > free:
+        raise UsageError(
+            f"{root}: error feedback takes {needed / 1e9:.1f} GB of memory for '{name}' alone, "
+            f"which has {columns[name]:,} inputs, and {free / 1e9:.1f} GB are free; leave out "
+            "--feedback"
         )
 
 

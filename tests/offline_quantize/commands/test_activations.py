@@ -5,9 +5,11 @@ import shutil
 
 import pytest
 import torch
+import transformers
 from killed_runs import Disk, Killed
 from safetensors.torch import load_file, save_file
 
+from offline_quantize.calibration import observation
 from offline_quantize.calibration.activations import input_statistics
 from offline_quantize.calibration.choice import choose_activations
 from offline_quantize.calibration.text import random_tokens
@@ -20,6 +22,7 @@ from offline_quantize.evaluation.arithmetic import default_dtype
 from offline_quantize.evaluation.models import load_original
 from offline_quantize.planning.options import Options
 from offline_quantize.planning.plan import make_plan
+from precalib_kernels.errors import UsageError
 
 
 @pytest.fixture
@@ -184,3 +187,35 @@ def test_a_text_needs_a_beginning(source, precalib, tmp_path):
     done = precalib("quantize", source, tmp_path / "packed", "--feedback")
     assert "give one with --activations FILE" in done.sentence
     assert not (tmp_path / "packed").exists()
+
+
+def test_a_hessian_larger_than_memory_is_refused(source, tmp_path, monkeypatch):
+    needed = 16 * 160**2  # of down_proj: its Hessian, the matrix to factorize, the factor
+    monkeypatch.setattr(observation, "free_memory", lambda _: needed)
+    run(source, tmp_path / "enough", feedback=True)
+    monkeypatch.setattr(observation, "free_memory", lambda _: needed - 1)
+    with pytest.raises(
+        UsageError, match=r"'model\.layers\.0\.mlp\.down_proj\.weight' alone, which has 160"
+    ):
+        run(source, tmp_path / "less", feedback=True)
+    assert not (tmp_path / "less").exists()
+    run(source, tmp_path / "random")
+
+
+def test_experts_know_their_inputs(tmp_path):
+    """Their column scales differ from those of a run without a pass; nothing stays unknown."""
+    size = {"hidden_size": 128, "intermediate_size": 128, "num_local_experts": 3}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(**size, **heads, vocab_size=260, num_hidden_layers=1)
+    transformers.MixtralForCausalLM(config).save_pretrained(tmp_path / "source")
+    ways = {"none": {"text": "none"}, "random": {}, "fed back": {"feedback": True}}
+    scales = {}
+    for name, options in ways.items():
+        assert not run(tmp_path / "source", tmp_path / name, **options).unknown
+        packed = load_file(tmp_path / name / "model.safetensors")
+        suffix = ".column_scale"
+        scales[name] = {k: v for k, v in packed.items() if ".experts." in k and k.endswith(suffix)}
+    assert len(scales["none"]) == 9
+    for name in ("random", "fed back"):
+        assert not any(torch.equal(scales[name][key], scales["none"][key]) for key in scales[name])
