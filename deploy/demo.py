@@ -9,11 +9,10 @@ import os
 import shlex
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import checks
@@ -23,6 +22,12 @@ from openai import OpenAIError
 from rich.console import Console
 from rich.table import Table
 
+from offline_quantize.benchmark import results
+from offline_quantize.benchmark.cases import Case, Measurement
+from offline_quantize.benchmark.drivers import measure
+from offline_quantize.benchmark.environment import about_machine
+from offline_quantize.benchmark.rounds import JOURNAL, Journal, Plan
+from offline_quantize.benchmark.rounds import run as run_rounds
 from offline_quantize.benchmark.server import (
     COMMANDS,
     SMALL,
@@ -40,9 +45,10 @@ EMBEDDINGS = "balanced-5"  # recipe of the embeddings, which are this model's ou
 SOURCE = OUTPUT / "SmolLM2-135M-Instruct"
 TARGET = OUTPUT / f"SmolLM2-135M-Instruct-{RECIPE}"
 CHOICES = OUTPUT / "backends.jsonl"  # the plugin says here which backend computes each layer
+BENCH = OUTPUT / "bench"
 BENCH_ROUNDS = 3  # at most
-BENCH_SECONDS = 100  # no round begins after so many, but for the first of each server
-BENCH_LOAD = "8 requests, 4 at a time, 32 random tokens in, 32 out"
+BENCH_SECONDS = 100  # after the first round no measurement begins that would end later
+BENCH_LOAD = Case("short", 4)
 
 console = Console(highlight=False)
 
@@ -95,9 +101,9 @@ def _demonstrate(stack: contextlib.ExitStack) -> None:
         side_by_side(servers)
     except (OpenAIError, CheckError) as error:
         raise DemoError(f"a server did not answer ({error})") from error
-    speeds = bench(servers)
+    measured = bench(servers)
     title(6, "Result")
-    report(seconds, speeds, {name: memory(server) for name, server in servers.items()})
+    report(seconds, measured, {name: memory(server) for name, server in servers.items()})
     console.print(f"\n{explanation(backends(CHOICES), library.supported_isas()[-1:])}")
     title(7, "Stop it")
     try:
@@ -171,34 +177,29 @@ def side_by_side(servers: dict[str, Server]) -> None:
     console.print()
 
 
-def bench(servers: dict[str, Server]) -> dict[str, list[float]]:
-    """Output tokens/s of `vllm bench serve` per server, in alternating rounds."""
-    speeds: dict[str, list[float]] = {name: [] for name in servers}
-    began = time.monotonic()
-    for round_number in range(1, BENCH_ROUNDS + 1):
-        if round_number > 1 and time.monotonic() - began > BENCH_SECONDS:
-            break
-        for name, server in servers.items():
-            with working(f"vllm bench serve, round {round_number} of {BENCH_ROUNDS}: {name}"):
-                speeds[name].append(bench_once(server))
-    return speeds
+def bench(servers: Mapping[str, Server]) -> list[results.Row]:
+    """A row for each server, measured and written as `precalib bench` does."""
+    shutil.rmtree(BENCH, ignore_errors=True)  # the servers are new
 
+    def put(name: str, case: Case, number: int) -> Measurement:
+        server = servers[name]
+        return measure(name, server.url, server.name, TARGET, case, number)
 
-def bench_once(server: Server) -> float:
-    result = OUTPUT / f"bench-{server.name}.json"
-    arguments = "--backend openai --dataset-name random --random-input-len 32 --ignore-eos"
-    arguments += " --random-output-len 32 --num-prompts 8 --max-concurrency 4 --num-warmups 1"
-    arguments += " --seed 0 --disable-tqdm --save-result"
-    run(
-        f"bench-{server.name}",
-        *[str(COMMANDS / "vllm"), "bench", "serve", *arguments.split()],
-        *["--base-url", server.url, "--model", server.name, "--tokenizer", str(server.model)],
-        *["--result-dir", str(OUTPUT), "--result-filename", result.name],
+    tokens_in, tokens_out = BENCH_LOAD.tokens
+    about = results.About(
+        servers=list(servers),
+        prompts={BENCH_LOAD.prompts: f"{tokens_in} tokens in, {tokens_out} out"},
+        driver="vllm",
+        flags=shlex.join(SMALL),
+        **about_machine(),
     )
-    fields = json.loads(result.read_text())
-    if fields["completed"] != 8:
-        raise DemoError(f"vllm bench: {fields['completed']} of 8 requests succeeded; see {result}")
-    return float(fields["output_throughput"])
+    journal, began = Journal(BENCH / JOURNAL, about.to_json()), time.monotonic()
+    for rounds, seconds in ((1, None), (BENCH_ROUNDS, BENCH_SECONDS)):
+        plan = Plan(about.servers, [BENCH_LOAD], rounds, seconds)
+        run_rounds(plan, journal, put, say, began=began)
+    for path in results.write(BENCH, about, journal.measurements):
+        say(f"wrote {path}")
+    return results.rows(journal.measurements, about.servers)
 
 
 def memory(server: Server) -> float:
@@ -207,7 +208,7 @@ def memory(server: Server) -> float:
     return float(sum(process.memory_full_info().pss for process in processes))
 
 
-def report(seconds: float, speeds: dict[str, list[float]], memories: dict[str, float]) -> None:
+def report(seconds: float, measured: list[results.Row], memories: dict[str, float]) -> None:
     """The table of sizes and speeds."""
     totals = read_manifest(TARGET).totals
     modules = json.loads((TARGET / "config.json").read_text())["quantization_config"]["modules"]
@@ -228,15 +229,18 @@ def report(seconds: float, speeds: dict[str, list[float]], memories: dict[str, f
     bits = totals.bits_per_weight
     table.add_row("effective bits per weight", "16", f"[bold]{bits:.3f}[/]", f"÷ {16 / bits:.2f}")
     table.add_row("seconds to quantize, with start-up", "", f"{seconds:.1f}", "")
-    plain, packed = speeds["bf16"], speeds["precalib"]
-    medians = statistics.median(plain), statistics.median(packed)
-    tokens = [f"{median:.1f}" for median in medians]
-    table.add_row("output tokens/s, median", *tokens, f"× {medians[1] / medians[0]:.2f}")
-    ranges = [f"{min(values):.0f} … {max(values):.0f}" for values in (plain, packed)]
-    table.add_row("output tokens/s, all rounds", *ranges)
+    plain, packed = measured
+    tokens = [f"{row.tokens_per_second:.1f}" for row in measured]
+    table.add_row("output tokens/s, median", *tokens, f"× {packed.ratio}")
+    for text, values in (
+        ("time to first token, ms", [row.first_token_ms for row in measured]),
+        ("time per token, ms", [row.token_ms for row in measured]),
+    ):
+        table.add_row(text, *(f"{value:.1f}" for value in values if value is not None))
     console.print(table)
     console.print(
-        f"\nSpeed: {len(plain)} alternating rounds of vllm bench serve ({BENCH_LOAD}). Memory is "
+        f"\nSpeed: {min(plain.rounds, packed.rounds)} alternating rounds of vllm bench serve "
+        f"({BENCH_LOAD.requests} requests, {BENCH_LOAD}), and the ratio's 95 % interval. Memory is "
         "of all of a server's processes: Python, torch and vLLM take most, 1 GiB is KV cache."
     )
 
@@ -300,6 +304,11 @@ def working(what: str) -> Iterator[None]:
     with console.status(what):
         yield
     console.print(f"{what}: {time.monotonic() - start_time:.0f} s", markup=False, soft_wrap=True)
+
+
+def say(line: str) -> None:
+    """Print a line as it is."""
+    console.print(line, markup=False, soft_wrap=True)
 
 
 def said(piece: str) -> None:

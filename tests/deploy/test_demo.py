@@ -1,4 +1,3 @@
-import contextlib
 import json
 import re
 import subprocess
@@ -9,6 +8,10 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import save_file
+
+from offline_quantize.benchmark import rounds as rounds_of_bench
+from offline_quantize.benchmark.cases import Case, Measurement
+from offline_quantize.benchmark.results import Results
 
 
 def test_linear_bytes_counts_what_replaces_a_weight(tmp_path):
@@ -35,12 +38,42 @@ def test_the_result_is_explained(computed_by, isas, text):
     assert re.search(text, demo.explanation(computed_by, isas))
 
 
-def test_rounds_end_when_the_time_is_up(monkeypatch):
-    clock = iter([0, 60, 120])  # when it begins, and before the second and the third round
-    monkeypatch.setattr(demo.time, "monotonic", lambda: next(clock))
-    monkeypatch.setattr(demo, "bench_once", lambda server: float(server))
-    monkeypatch.setattr(demo, "working", lambda _: contextlib.nullcontext())
-    assert demo.bench({"a": 1, "b": 2}) == {"a": [1, 1], "b": [2, 2]}
+@pytest.mark.parametrize(("seconds", "rounds"), [(10, 3), (25, 2), (200, 1)])
+def test_the_servers_are_measured_by_the_bench(monkeypatch, tmp_path, capsys, seconds, rounds):
+    clock = [0.0]
+    monkeypatch.setattr(rounds_of_bench.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(demo, "BENCH", tmp_path / "bench")
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench" / "measurements.jsonl").write_text("of an earlier run")
+
+    def measure(label, address, model, tokenizer, case, number):
+        clock[0] += seconds
+        assert (address, model, tokenizer, case) == (
+            f"at {label}",
+            "m",
+            demo.TARGET,
+            Case("short", 4),
+        )
+        return Measurement(
+            server=label,
+            prompts=case.prompts,
+            concurrency=case.concurrency,
+            round=number,
+            seconds=1.0,
+            tokens_per_second=100.0 if label == "bf16" else 150.0,
+            answer_tokens=64.0,
+            first_token_ms=1000.0,
+            token_ms=12.34,
+        )
+
+    monkeypatch.setattr(demo, "measure", measure)
+    servers = {name: SimpleNamespace(url=f"at {name}", name="m") for name in ("bf16", "precalib")}
+    plain, packed = demo.bench(servers)
+    assert (plain.rounds, packed.rounds) == (rounds, rounds)
+    assert packed.ratio.mean == pytest.approx(1.5)
+    written = Results.model_validate_json((tmp_path / "bench" / "bench.json").read_text())
+    assert written.rows == [plain, packed]
+    assert "1 of 2: round 1, short prompts, 4 at once, precalib" in capsys.readouterr().out
 
 
 def test_memory_is_that_of_all_processes():
