@@ -31,33 +31,52 @@ def markdown(about: Mapping[str, Any], models: Mapping[str, Mapping[str, Any]]) 
             [f"{n['memory_middle_mb']:.0f}" for n in models.values()],
         ),
         ("MB in the last third", [f"{n['memory_last_mb']:.0f}" for n in models.values()]),
-        (
-            "MB of a minute after the first third, least – most",
-            [least_and_most(n["memory_by_minute_mb"]) for n in models.values()],
-        ),
         ("faults", ["; ".join(n["faults"]) or "none" for n in models.values()]),
     ]
+    minutes = [n.get("memory_by_minute_mb", ()) for n in models.values()]
+    if all(minutes):
+        told = ("MB of a minute after the first third, least – most", [*map(spread, minutes)])
+        rows.insert(-1, told)
     pause = f", each with {about['pause']:g} s on average between two requests"
     pause = pause if about["pause"] else ""
+    each = " on each model, one after another" if len(models) > 1 else ""
     lines = [
-        "# Load",
+        "# Soak" if about["pause"] else "# Load",
         "",
-        f"{about['clients']} clients at once for {about['minutes']:g} minutes on each model, one "
-        f"after another{pause}. Malformed requests and those that are too long have to be refused "
-        "with a status of 4xx; all others have to end with a reason.",
+        f"{about['clients']} clients at once for {about['minutes']:g} minutes{each}{pause}.",
+        "Clients leave in the middle of an answer, read slowly, or send what is malformed or too",
+        "long, which has to be refused with a status of 4xx; every other request has to end with a",
+        "reason. The server's counts of requests and HTTP answers have to be the clients' own.",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {name} | {value} |" for name, value in conditions(about)),
         "",
         f"| | {' | '.join(models)} |",
         f"|---|{'--:|' * len(models)}",
         *(f"| {name} | {' | '.join(cells)} |" for name, cells in rows),
         "",
         "MB are the resident size of the server and all of its processes.",
-        "",
-        *(f"- {name}: {value}" for name, value in about.items()),
     ]
     return "\n".join(lines) + "\n"
 
 
-def least_and_most(minutes: Sequence[float]) -> str:
-    """Of the minutes after the first third."""
+def spread(minutes: Sequence[float]) -> str:
+    """Least and most of the minutes after the first third."""
     after = minutes[len(minutes) // 3 :]
-    return f"{min(after):.0f} – {max(after):.0f}" if after else "–"
+    return f"{min(after):.0f} – {max(after):.0f}"
+
+
+def conditions(about: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """When, where and how it was measured."""
+    settings = [f"`{name}={value}`" for name, value in about["settings"].items()]
+    versions = [f"{name} {version}" for name, version in about["versions"].items()]
+    return [
+        ("date", about["date"]),
+        ("commit", f"`{about['commit']}`" if about["commit"] else "not recorded"),
+        ("processor", about["processor"]),
+        ("versions", ", ".join(versions)),
+        ("flags of `vllm serve`", f"`{about['flags']}`" if about["flags"] else "none"),
+        ("settings", f"{', '.join(settings) or 'none'}; niceness {about['nice']}"),
+        ("load", about["other work"]),
+    ]
