@@ -75,13 +75,14 @@ class Options:
                 f'additional_config: "precalib" is {ours!r}, but only {{"backend": NAME, '
                 '"activations": "int8", "choices_file": PATH, "against": URL} is known, and for a '
                 'checkpoint that is not packed {"recipe": NAME, "keep": [PATTERN], '
-                '"overrides": {PATTERN: NAME}, "head": NAME}'
+                '"overrides": {PATTERN: NAME}, "head": NAME, "embeddings": NAME}'
             )
         recipes = RecipeOptions(
             ours.get("recipe"),
             overrides=tuple(ours.get("overrides", {}).items()),
             keep=tuple(ours.get("keep", ())),
             head=ours.get("head"),
+            embeddings=ours.get("embeddings"),
         )
         file = Path(ours["choices_file"]) if "choices_file" in ours else None
         return cls(ours.get("backend"), "activations" in ours, file, ours.get("against"), recipes)
@@ -97,7 +98,9 @@ KINDS: Mapping[str, type] = {
     "keep": list,
     "overrides": dict,
     "head": str,
+    "embeddings": str,
 }
+RECIPE_KEYS = ("recipe", "keep", "overrides", "head", "embeddings")
 
 
 def _words(ours: Mapping[str, Any]) -> Iterator[Any]:

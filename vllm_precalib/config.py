@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 WEIGHT = ".weight"
 PACKED_WEIGHT = ".qweight"
+# Ways of loading that bring tensors as they are after loading, not those of a checkpoint.
+PROCESSED = frozenset(("ipc_cache", "runai_streamer_sharded", "sharded_state", "tensorizer"))
 
 
 class PrecalibConfig(QuantizationConfig):
@@ -115,8 +117,11 @@ class PrecalibConfig(QuantizationConfig):
 
         It is asked for when all layers are made and before any weight is loaded.
 
-        Raises ServingError for a packed output head that no layer of the model takes.
+        Raises ServingError for a packed output head that no layer of the model takes, and for
+        patterns that match no module of a checkpoint which is quantized while it is loaded.
         """
+        if self.quantizer is not None:
+            self.quantizer.check_used()
         heads = self._packed_heads()
         if heads and self.head_expected:
             raise ServingError(
@@ -129,14 +134,12 @@ class PrecalibConfig(QuantizationConfig):
         """Raise ServingError for a packed module whose weight vLLM's loader would change, and for
         options that do not go with a packed checkpoint.
         """
-        from vllm_precalib.backends import Options
+        from vllm_precalib.backends import RECIPE_KEYS, Options
 
         config = get_current_vllm_config()
         model = config.model_config
         recipes = Options.parse(config.additional_config).recipes
-        if given := next(
-            (k for k in ("recipe", "keep", "overrides", "head") if getattr(recipes, k)), None
-        ):
+        if given := next((k for k in RECIPE_KEYS if getattr(recipes, k)), None):
             raise ServingError(
                 f'additional_config: "{given}" is for an ordinary checkpoint, but this one is '
                 "already packed; leave it out"
@@ -157,7 +160,8 @@ class PrecalibConfig(QuantizationConfig):
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """The method for the layer `prefix`; None where vLLM's own default is right.
 
-        Raises ServingError for experts that are not stored alike.
+        Raises ServingError for experts that are not stored alike, and for a --load-format that
+        brings no checkpoint.
         """
         # imported here so that a vLLM without these names can still serve other models
         from vllm_precalib import linear_method as methods
@@ -165,12 +169,14 @@ class PrecalibConfig(QuantizationConfig):
         from vllm_precalib.undecided_linear_method import UndecidedLinearMethod
 
         kind = methods.layer_kind(layer)
+        if kind == "linear":
+            _check_load_format(get_current_vllm_config().load_config.load_format)
         if not self.packed:
             if self.quantizer is None:
                 self.quantizer = OnlineQuantizer(self.registry, self.choices)
             return self.quantizer.method(kind, layer, prefix, self.packed_modules_mapping)
         if kind == "experts":
-            from vllm_precalib.experts.method import experts_method
+            from vllm_precalib.experts.choice import experts_method
 
             return experts_method(self.checkpoint, layer, prefix, self.registry, self.choices)
         head = prefix.removeprefix(".")  # StableLM calls it ".lm_head"
@@ -200,6 +206,14 @@ class PrecalibConfig(QuantizationConfig):
         """The one packed module that is the input embeddings by its name, if there is one."""
         found = [name for name in self.checkpoint.modules if name.endswith("embed_tokens")]
         return found[0] if len(found) == 1 else None
+
+
+def _check_load_format(load_format: Any) -> None:
+    if load_format in PROCESSED:
+        raise ServingError(
+            f"--load-format {load_format} brings weights in the form that a backend gave them on "
+            "another machine, which precalib does not read; leave out --load-format"
+        )
 
 
 def register_config() -> None:

@@ -5,45 +5,39 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from threading import Semaphore
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
-from offline_quantize.method.encode import encode
-from offline_quantize.method.recipes import Recipe
-
-WAITING = 1  # weights per core that may wait beside those that are worked on
+WAITING = 1  # tasks per core that may wait beside those that are worked on
+Result = TypeVar("Result")
 
 
 class EncoderPool:
-    """A thread for each core; a weight is encoded by one of them, as `precalib quantize` does it.
+    """A thread for each core, in which tasks begin in the order in which they were submitted.
 
-    There are threads only while there is work. So that not more than a few weights are in memory,
-    `submit` blocks while enough of them wait.
+    So a task may wait for the results of earlier ones. There are threads only while there is work.
+    So that not more than a few weights are in memory, `submit` blocks while enough tasks wait.
     """
 
     def __init__(self) -> None:
         self.cores = allowed_cores()
         self.pool: ThreadPoolExecutor | None = None
         self.room = Semaphore((1 + WAITING) * len(self.cores))
-        self.unclaimed = 0  # weights whose result nobody has taken
+        self.unclaimed = 0  # tasks whose result nobody has taken
 
-    def submit(self, weight: Tensor, recipe: Recipe, where: str) -> "Future[dict[str, Tensor]]":
-        """The packed tensors of `weight` [N, K], in the future; errors are those of `encode`.
-
-        The weight is not changed, and must not be changed by others until then.
-        """
+    def submit(self, task: Callable[..., Result], *arguments: Any) -> "Future[Result]":
+        """What the task returns or raises, in the future."""
         if self.pool is None:
             self.pool = ThreadPoolExecutor(len(self.cores), initializer=self._start_thread)
         self.room.acquire()
         self.unclaimed += 1
-        future = self.pool.submit(_tensors, weight, recipe, where)
+        future = self.pool.submit(_without_gradients, task, *arguments)
         future.add_done_callback(lambda _: self.room.release())
         return future
 
-    def result(self, future: "Future[dict[str, Tensor]]") -> dict[str, Tensor]:
-        """The packed tensors that `submit` promised, once; the threads end with the last."""
+    def result(self, future: "Future[Result]") -> Result:
+        """What `submit` promised, once; the threads end with the last."""
         self.unclaimed -= 1
         try:
             return future.result()
@@ -63,9 +57,9 @@ class EncoderPool:
         os.sched_setaffinity(0, self.cores)  # vLLM pins the thread that began this one
 
 
-def _tensors(weight: Tensor, recipe: Recipe, where: str) -> dict[str, Tensor]:
-    with torch.no_grad():
-        return encode(weight, recipe, where).tensors
+def _without_gradients(task: Callable[..., Result], *arguments: Any) -> Result:
+    with torch.no_grad():  # each thread has its own setting
+        return task(*arguments)
 
 
 def allowed_cores() -> set[int]:

@@ -1,6 +1,6 @@
 """The linear layers of a precalib checkpoint: packed ones and unquantized ones."""
 
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any, Literal
 
 import torch
@@ -128,7 +128,10 @@ class PrecalibLinearMethod(LinearMethodBase):
 
         Raises ServingError for missing or non-finite tensors, FormatError for bad positions.
         """
-        prepared = self.backend.prepare(self._loaded(layer), self.prefix)
+        self._install(layer, self.backend.prepare(self._loaded(layer), self.prefix))
+
+    def _install(self, layer: torch.nn.Module, prepared: Mapping[str, Tensor]) -> None:
+        """What the backend made of the packed tensors, in their place."""
         for name in self.names:
             delattr(layer, name)
         for name, tensor in prepared.items():

@@ -1,5 +1,6 @@
 """Linear layers of an ordinary checkpoint, quantized while it is loaded."""
 
+import dataclasses
 from collections.abc import Callable, MutableMapping, Sequence
 from concurrent.futures import Future
 from types import MethodType
@@ -8,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from offline_quantize.method.encode import encode
 from offline_quantize.method.recipes import Recipe
 from precalib_kernels.backends.registry import BackendChoice, BackendRegistry
 from precalib_kernels.errors import PrecalibError, ServingError, UnfitError
 from vllm_precalib.compat import vllm_names
-from vllm_precalib.encoder_pool import EncoderPool
+from vllm_precalib.encoder_pool import EncoderPool, Result
 from vllm_precalib.linear_method import PrecalibLinearMethod
 from vllm_precalib.online_plan import OnlineModule
 
@@ -22,7 +24,16 @@ with vllm_names():
     from vllm.model_executor.utils import set_weight_attrs
 
 
-Arrival = tuple[Any, "Future[dict[str, Tensor]]"]  # vLLM's shard id, and what it becomes
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """A weight of the checkpoint, packed.
+
+    shard:   vLLM's id of the part of the layer that it is; None for all of it.
+    tensors: taken out when they are loaded, so that their memory is released.
+    """
+
+    shard: Any
+    tensors: dict[str, Tensor]
 
 
 @register_weight_loader_v2_supported_method
@@ -30,7 +41,8 @@ class OnlineLinearMethod(PrecalibLinearMethod):
     """A packed layer whose packed tensors are made from the weights that vLLM loads.
 
     A weight of the checkpoint is encoded as soon as it arrives, whole, in another thread. So every
-    rank of several encodes all of it and takes its slice, as it would of a packed checkpoint.
+    rank of several encodes all of it and takes its slice, as it would of a packed checkpoint. On
+    CPUs the thread of the layer's last weight also hands the layer to its backend.
 
     The layer has a parameter "weight" without memory for vLLM's loader to find.
     """
@@ -42,11 +54,14 @@ class OnlineLinearMethod(PrecalibLinearMethod):
         registry: BackendRegistry | None,
         choices: MutableMapping[str, BackendChoice],
         pool: EncoderPool,
+        rows: bool = False,
     ) -> None:
-        super().__init__(prefix, planned.module, registry, choices)
+        super().__init__(prefix, planned.module, registry, choices, rows)
         self.recipe: Recipe = planned.recipe
         self.pool = pool
-        self.arrived: list[Arrival] = []
+        self.arrived: set[int] = set()  # shards
+        self.encoding: list[Future[Encoded]] = []
+        self.preparing: Future[dict[str, Tensor]] | None = None
         self.loaded = False
 
     def create_weights(
@@ -76,33 +91,35 @@ class OnlineLinearMethod(PrecalibLinearMethod):
         layer.register_parameter("weight", weight)
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        """Load what was encoded, then as of a packed layer.
+        """As of a packed layer, with what was encoded.
 
         Raises ServingError for a weight that did not arrive or that the recipe cannot hold.
         """
-        if not self.dummy:
-            arrived, self.arrived, self.loaded = self.arrived, [], True
-            self._check_whole(arrived)
-            for shard, future in arrived:
-                for name, tensor in self._result(future).items():
-                    param: Any = layer.get_parameter(name)
-                    param.weight_loader(param, tensor, *(() if shard is None else (shard,)))
-            del layer.weight
-        super().process_weights_after_loading(layer)
+        if self.dummy:
+            super().process_weights_after_loading(layer)
+            return
+        self._check_whole()
+        encoded = [self._result(future) for future in self.encoding]
+        if self.preparing is None:
+            prepared = self._prepare(layer, encoded)
+        else:
+            prepared = self._result(self.preparing)
+        self.arrived, self.encoding, self.preparing, self.loaded = set(), [], None, True
+        del layer.weight
+        self._install(layer, prepared)
 
     def tie_weights(self, *_: torch.nn.Module) -> torch.nn.Module:
         """Refuse, with ServingError: there is no weight to make a packed head of."""
         raise ServingError(
-            f"{self.prefix}: this model's head is a copy of its embeddings, which cannot be packed "
-            'while it is loaded; leave out "head", or quantize the model first: precalib quantize '
-            "SRC DST --head RECIPE"
+            f"{self.prefix}: this model's head is a copy of its embeddings, so it cannot be packed "
+            'alone while it is loaded; give "embeddings" in place of "head", which packs both, or '
+            "quantize the model first: precalib quantize SRC DST --head RECIPE"
         )
 
-    def _check_whole(self, arrived: Sequence[Arrival]) -> None:
+    def _check_whole(self) -> None:
         """Raise ServingError naming the first weight that did not arrive."""
-        there = {i for shard, _ in arrived for i in self.guard.shards_of("weight", shard)}
         for shard in range(len(self.spec.shard_sizes)):
-            if shard not in there:
+            if shard not in self.arrived:
                 raise ServingError(
                     f"{self.guard.label('weight', shard)} was not in the checkpoint; "
                     "copy the checkpoint again"
@@ -128,12 +145,41 @@ class OnlineLinearMethod(PrecalibLinearMethod):
                 return
             shards = self.guard.shards_of("weight", loaded_shard_id)
             where = self.guard.label("weight", shards[0] if len(shards) == 1 else None)
+            if not self.arrived.isdisjoint(shards):
+                raise ServingError(f"{where} is in the checkpoint twice; copy the checkpoint again")
+            self.arrived.update(shards)
             weight = loaded_weight.to("cpu", copy=True)  # its owner may use its memory again
-            self.arrived.append((loaded_shard_id, self.pool.submit(weight, self.recipe, where)))
+            task = self.pool.submit(self._encode, weight, loaded_shard_id, where)
+            self.encoding.append(task)
+            whole = len(self.arrived) == len(self.spec.shard_sizes)
+            if whole and self.spec.device == "cpu":
+                self.preparing = self.pool.submit(self._prepare_last, layer, self.encoding)
 
         return MethodType(receive, layer)
 
-    def _result(self, future: "Future[dict[str, Tensor]]") -> dict[str, Tensor]:
+    def _encode(self, weight: Tensor, shard: Any, where: str) -> Encoded:
+        return Encoded(shard, encode(weight, self.recipe, where, histograms=False).tensors)
+
+    def _prepare_last(
+        self, layer: torch.nn.Module, encoding: Sequence["Future[Encoded]"]
+    ) -> dict[str, Tensor]:
+        """`_prepare` when all weights are encoded."""
+        return self._prepare(layer, [future.result() for future in encoding])
+
+    def _prepare(self, layer: torch.nn.Module, encoded: Sequence[Encoded]) -> dict[str, Tensor]:
+        """What the backend makes of this rank's slices; the packed tensors are released."""
+        for one in encoded:
+            while one.tensors:
+                name, tensor = one.tensors.popitem()
+                param: Any = layer.get_parameter(name)
+                param.weight_loader(param, tensor, *(() if one.shard is None else (one.shard,)))
+        prepared = self.backend.prepare(self._loaded(layer), self.prefix)
+        for name in self.names:
+            parameter = layer.get_parameter(name)
+            parameter.data = parameter.data.new_empty(0)
+        return prepared
+
+    def _result(self, future: "Future[Result]") -> Result:
         try:
             return self.pool.result(future)
         except UnfitError as error:

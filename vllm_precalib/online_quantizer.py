@@ -8,15 +8,18 @@ from vllm_precalib.backends import Options
 from vllm_precalib.compat import vllm_names
 from vllm_precalib.encoder_pool import EncoderPool
 from vllm_precalib.online_linear_method import OnlineLinearMethod
-from vllm_precalib.online_plan import OnlinePlan
+from vllm_precalib.online_plan import OnlineExpertPair, OnlinePlan
+from vllm_precalib.tied_head import TiedHeadMethod
 from vllm_precalib.undecided_linear_method import CheckedLinearMethod
 
 with vllm_names():
     from vllm.config import get_current_vllm_config
     from vllm.logger import init_logger
+    from vllm.model_executor.layers.linear import LinearBase
     from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 
 logger = init_logger("vllm.precalib")
+EMBEDDINGS = "model.embed_tokens"
 
 
 class OnlineQuantizer:
@@ -48,13 +51,63 @@ class OnlineQuantizer:
         self, kind: str | None, layer: Any, prefix: str, fused: Mapping[str, Sequence[str]]
     ) -> QuantizeMethodBase | None:
         """The method for a layer of this `layer_kind`; None where vLLM's own default is right."""
-        if kind not in ("linear", "head"):
+        if kind == "experts":
+            return self._experts(layer, prefix)
+        if kind is None:
             return None
-        planned = self.plan.module(prefix, (layer.output_size, layer.input_size), fused)
+        if kind == "embedding":
+            prefix = prefix or EMBEDDINGS  # some models do not tell
+        elif kind == "head" and self.plan.tied:
+            return TiedHeadMethod(prefix, EMBEDDINGS)
+        planned = self.plan.module(prefix, _shape(layer), fused)
         if not isinstance(planned, str):
-            return OnlineLinearMethod(prefix, planned, self.registry, self.choices, self.pool)
-        if kind == "head":
+            arguments = prefix, planned, self.registry, self.choices, self.pool
+            return OnlineLinearMethod(*arguments, rows=kind == "embedding")
+        if kind != "linear":
             return None
-        leaf = prefix.rpartition(".")[2] or "layers without a name"
-        logger.info_once("precalib leaves %s unquantized: %s", leaf, planned)
+        self._log(prefix, planned)
         return CheckedLinearMethod(prefix)
+
+    def check_used(self) -> None:
+        """Raise ServingError for a pattern that matches no module, once all layers are made."""
+        config = get_current_vllm_config()
+        whole = config.parallel_config.pipeline_parallel_size == 1
+        if whole and config.model_config and config.model_config.runner_type != "draft":
+            self.plan.check_used()
+
+    def _experts(self, layer: Any, prefix: str) -> QuantizeMethodBase | None:
+        # imported here so that a vLLM without these names can still serve other models
+        from vllm_precalib.experts.choice import stay_packed
+        from vllm_precalib.experts.online import online_experts_method
+
+        moe = layer.moe_config
+        gate, up = layer.ckpt_gate_proj_name, layer.ckpt_up_proj_name
+        planned: OnlineExpertPair | str = self.plan.experts(
+            prefix,
+            moe.num_logical_experts,
+            (moe.intermediate_size_per_partition * moe.tp_size, moe.hidden_dim),
+            (gate,) if up is None else (gate, up),
+            layer.ckpt_down_proj_name,
+        )
+        if not isinstance(planned, str):
+            if moe.has_bias:
+                planned = "experts with a bias are packed by precalib quantize only"
+            elif not stay_packed(layer, planned.packed, self.registry):
+                planned = "no backend here computes packed experts"
+        if isinstance(planned, str):
+            self._log(prefix, planned)
+            return None
+        return online_experts_method(
+            layer, planned.packed, planned.recipes, self.registry, self.choices, self.pool
+        )
+
+    def _log(self, prefix: str, reason: str) -> None:
+        leaf = prefix.rpartition(".")[2] or "layers without a name"
+        logger.info_once("precalib leaves %s unquantized: %s", leaf, reason)
+
+
+def _shape(layer: Any) -> tuple[int, int]:
+    """N and K of the whole layer."""
+    if isinstance(layer, LinearBase):
+        return layer.output_size, layer.input_size
+    return layer.org_vocab_size, layer.embedding_dim

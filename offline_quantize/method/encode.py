@@ -107,7 +107,11 @@ class EncodedGroups:
 
 
 def encode_unchecked(
-    weight: Tensor, recipe: Recipe, where: str, inputs: InputStatistics | None = None
+    weight: Tensor,
+    recipe: Recipe,
+    where: str,
+    inputs: InputStatistics | None = None,
+    histograms: bool = True,
 ) -> Encoded:
     """Quantize and pack one weight, whatever the error; else as `encode`."""
     layout, (rows, columns) = recipe.layout, weight.shape
@@ -118,7 +122,7 @@ def encode_unchecked(
     }
     if matrix.column_scale is not None:
         tensors["column_scale"].copy_(matrix.column_scale)
-    statistics = Statistics(matrix.largest, weight.device)
+    statistics = Statistics(matrix.largest, weight.device, histograms)
     block_weights = BLOCK_WEIGHTS if weight.device.type == "cpu" else GPU_BLOCK_WEIGHTS
     step = max(1 if matrix.factor is None else FEEDBACK_ROWS, block_weights // columns)
     for start in range(0, rows, step):
@@ -224,18 +228,23 @@ def encode_rows(rows: PreparedRows, recipe: Recipe, factor: FeedbackFactor) -> E
 
 
 def encode(
-    weight: Tensor, recipe: Recipe, where: str, inputs: InputStatistics | None = None
+    weight: Tensor,
+    recipe: Recipe,
+    where: str,
+    inputs: InputStatistics | None = None,
+    histograms: bool = True,
 ) -> Encoded:
     """Quantize and pack one weight.
 
     weight: [N, K], bfloat16, float16 or float32.
     where:  file and tensor, for errors.
     inputs: what is known of the inputs of its layer, if anything.
+    histograms: whether the statistics need them, which is a quarter of the time.
 
     Raises SourceError for NaN or infinite weights, and UnfitError for weights too large for float16
     scales or whose error is far above what the recipe gives (`expected_if_ruined`).
     """
-    encoded = encode_unchecked(weight, recipe, where, inputs)
+    encoded = encode_unchecked(weight, recipe, where, inputs, histograms)
     error, largest = encoded.statistics.relative_error, encoded.statistics.largest
     expected = expected_if_ruined(weight, recipe, error, inputs)
     if expected is not None:
@@ -265,7 +274,9 @@ def expected_if_ruined(
     if error <= floor:
         return None
     weight = weight.float() * power_of_two(_largest_magnitude(weight))
-    expected = encode_unchecked(weight, recipe, "size 1", inputs).statistics.relative_error
+    expected = encode_unchecked(
+        weight, recipe, "size 1", inputs, histograms=False
+    ).statistics.relative_error
     return None if error <= max(3 * expected, floor) and error < 1 else expected
 
 

@@ -33,10 +33,12 @@ class Statistics:
 
     largest: the largest original magnitude. Histograms have 256 equal bins over ± it.
     device:  of the blocks.
+    histograms: whether to make them; without them there is no `summary`.
     """
 
-    def __init__(self, largest: float, device: torch.device) -> None:
+    def __init__(self, largest: float, device: torch.device, histograms: bool = True) -> None:
         self.largest = largest
+        self.histograms = histograms
         self.unit = power_of_two(largest)  # without it squares underflow or overflow
         self.width = 2 * largest * self.unit / BINS
         self.weights = 0
@@ -56,8 +58,9 @@ class Statistics:
         signal, noise = _squares(original, quantized)
         self.signal += signal
         self.noise += noise
-        self.before += self._histogram(original)
-        self.after += self._histogram(quantized)
+        if self.histograms:
+            self.before += self._histogram(original)
+            self.after += self._histogram(quantized)
 
     @property
     def relative_error(self) -> float:

@@ -49,11 +49,11 @@ def start(path: Path, **options: Any) -> vllm.LLM:
     return vllm.LLM(str(path), **{**sizes, **options})
 
 
-def answers(llm: vllm.LLM, **options: Any) -> Answers:
+def answers(llm: vllm.LLM, texts: list[list[int]] = PROMPTS, **options: Any) -> Answers:
     sampling = vllm.SamplingParams(
         temperature=0, max_tokens=TOKENS, logprobs=1, detokenize=False, ignore_eos=True
     )
-    prompts = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
+    prompts = [{"prompt_token_ids": prompt} for prompt in texts]
     outputs = llm.generate(prompts, sampling, use_tqdm=False, **options)
     return [
         [(t, step[t].logprob) for t, step in zip(o.token_ids, o.logprobs, strict=True)]
@@ -62,13 +62,17 @@ def answers(llm: vllm.LLM, **options: Any) -> Answers:
     ]
 
 
-def truth(checkpoint: tiny.Checkpoint, edit: Callable[[Any], None] | None = None) -> Answers:
+def truth(
+    checkpoint: tiny.Checkpoint,
+    edit: Callable[[Any], None] | None = None,
+    texts: list[list[int]] = PROMPTS,
+) -> Answers:
     """`edit` changes the model first."""
     model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint.dense, dtype=torch.float32)
     if edit:
         edit(model)
     result = []
-    for prompt in PROMPTS:
+    for prompt in texts:
         ids, steps = torch.tensor([prompt]), []
         for _ in range(TOKENS):
             with torch.no_grad():
@@ -255,9 +259,10 @@ def case_online(folder: Path) -> dict[str, Any]:
     """Ordinary checkpoints; the truth is what vLLM answers on the same ones quantized before."""
     sources = [llama(folder / name, seed).dense for name, seed in (("1", 19), ("2", 20))]
     packed = [folder / "3", folder / "4"]
+    recipes = {"recipe": "balanced-3", "head": "balanced-4", "embeddings": "rtn-4", "keep": KEPT}
     for source, target in zip(sources, packed, strict=True):
-        quantize_checkpoint(source, target, "balanced-3", activations="none", keep=KEPT, jobs=1)
-    ours = {"recipe": "balanced-3", "keep": KEPT, "backend": "reference"}
+        quantize_checkpoint(source, target, activations="none", jobs=1, **recipes)
+    ours = {**recipes, "backend": "reference"}
     options = {"additional_config": {"precalib": ours}, "quantization": "precalib"}
     llm = start(sources[0], **options)
     first = answers(llm)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import PretrainedConfig
 from vllm.config import get_current_vllm_config
+from vllm.config.load import LoadConfig
 from vllm.model_executor.layers.linear import ReplicatedLinear
 from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,
@@ -260,3 +261,14 @@ def test_names_are_mapped_with_their_suffix(config):
         WeightsMapper(orig_to_new_prefix={"gpt_neox.": "model."}, orig_to_new_suffix=suffix)
     )
     assert dict(packed.checkpoint.modules) == {"model.layers.0.a": "row", "lm_head": "row"}
+
+
+@pytest.mark.parametrize("load_format", ["sharded_state", "tensorizer"])
+def test_ways_of_loading_without_a_checkpoint_are_refused(config, rank, load_format):
+    with (
+        rank(load_config=LoadConfig(load_format=load_format)),
+        pytest.raises(
+            ServingError, match=f"^--load-format {load_format} brings .* leave out --load"
+        ),
+    ):
+        ReplicatedLinear(160, 96, quant_config=config({}), prefix="model.layers.0.mlp.down_proj")

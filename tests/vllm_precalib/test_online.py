@@ -11,20 +11,24 @@ from vllm.model_executor.layers.linear import (
     QKVParallelLinear,
     RowParallelLinear,
 )
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
-from vllm.model_executor.model_loader.reload.meta import materialize_meta_tensor
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    VocabParallelEmbedding,
+)
+from vllm.model_executor.model_loader.reload.meta import materialize_meta_tensor, to_meta_tensor
 
 from offline_quantize.method.encode import encode
 from offline_quantize.method.recipes import RECIPES, for_head
 from offline_quantize.planning.options import Options as RecipeOptions
 from precalib_kernels.errors import ServingError
 from precalib_kernels.format.checkpoint_config import CheckpointConfig
+from precalib_kernels.format.reference import dequantize
 from vllm_precalib import linear_method
-from vllm_precalib.backends import Options
 from vllm_precalib.config import PrecalibConfig
 from vllm_precalib.encoder_pool import EncoderPool, allowed_cores
 from vllm_precalib.online_linear_method import OnlineLinearMethod
 from vllm_precalib.online_plan import OnlinePlan
+from vllm_precalib.online_quantizer import OnlineQuantizer
 from vllm_precalib.undecided_linear_method import CheckedLinearMethod
 
 FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
@@ -130,16 +134,20 @@ def test_a_head_is_quantized_on_demand(ours):
 def test_a_reload_makes_it_again(ours):
     with ours():
         layer = attention(online())
-        fresh = dict(layer.named_parameters())
+        fresh = {name: to_meta_tensor(param) for name, param in layer.named_parameters()}
         for part, rows in ROWS.items():
             load(layer, "weight", weight(rows), part)
         process(layer)
         first = layer.qweight.clone()
         for name in ("qweight", "scales", "row_scale", "salient", "column_scale", "weight"):
-            layer.register_parameter(name, fresh[name])
+            meta = fresh[name]
+            layer.register_parameter(name, None)
+            layer.register_parameter(
+                name, meta if name == "weight" else materialize_meta_tensor(meta)
+            )
         for part, rows in ROWS.items():
             load(layer, "weight", weight(rows), part)  # on meta: vLLM counts
-        assert not layer.quant_method.arrived
+        assert not layer.quant_method.encoding
         layer.register_parameter("weight", None)
         layer.register_parameter("weight", materialize_meta_tensor(fresh["weight"]))
         for part, rows in ROWS.items():
@@ -155,6 +163,29 @@ def test_weights_that_do_not_arrive_are_missed(ours):
         load(layer, "weight", weight(128), "q")
         with pytest.raises(ServingError, match=rf"^{PREFIX}\.k_proj\.weight was not in the check"):
             process(layer)
+
+
+def test_weights_that_arrive_twice_are_named(ours):
+    with ours():
+        layer = attention(online())
+        load(layer, "weight", weight(64), "k")
+        with pytest.raises(
+            ServingError, match=rf"^{PREFIX}\.k_proj\.weight is in the checkpoint tw"
+        ):
+            load(layer, "weight", weight(64), "k")
+
+
+def test_layers_are_prepared_while_others_are_read(ours):
+    """Nothing of the packed tensors is left then; only what the backend made of them."""
+    with ours():
+        layer = attention(online())
+        for part, rows in ROWS.items():
+            load(layer, "weight", weight(rows), part)
+        assert layer.quant_method.preparing.result()["qweight"].shape == (256, 80)
+        names = layer.quant_method.names
+        assert not sum(layer.get_parameter(name).numel() for name in names)
+        process(layer)
+        assert layer.qweight.shape == (256, 80)
 
 
 def test_weights_that_cannot_be_quantized_are_named(ours):
@@ -185,74 +216,33 @@ def test_unquantized_layers_are_guarded(ours):
             process(layer)
 
 
-def plan(*configs, **options):
-    return OnlinePlan(RecipeOptions(**options), *configs)
+def test_embeddings_are_quantized_on_demand(ours):
+    table, recipe = weight(100), for_head("balanced-4")[1]
+    with ours():
+        config = online()
+        config.quantizer = OnlineQuantizer(None, {})
+        config.quantizer.plan = OnlinePlan(
+            RecipeOptions(embeddings="balanced-4"), {"model_type": "llama"}
+        )
+        layer = VocabParallelEmbedding(100, 160, quant_config=config, prefix="model.embed_tokens")
+        load(layer, "weight", table)
+        process(layer)
+        packed = encode(table, recipe, "head").tensors
+        assert torch.equal(layer.qweight[:100], packed["qweight"])
+        ids = torch.tensor([3, 99, 0])
+        rows = dequantize(packed, recipe.layout, 160)[ids]
+        torch.testing.assert_close(layer.quant_method.embedding(layer, ids), rows)
 
 
-def test_the_choice_is_that_of_the_quantizer():
-    chosen = plan({"num_hidden_layers": 2}, overrides=[("down_proj", "rtn-3")])
-    shape = 64, 128
-    module = chosen.module("model.layers.1.self_attn.qkv_proj", shape, FUSED)
-    assert module.module.shards == tuple(f"model.layers.1.self_attn.{x}_proj" for x in "qkv")
-    assert module.recipe == RECIPES["balanced-4"]
-    assert chosen.module("model.layers.1.mlp.down_proj", shape, {}).recipe == RECIPES["rtn-3"]
-    reasons = {
-        "model.layers.2.mlp.down_proj": "multi-token prediction head",
-        "model.layers.1.mlp.gate": "router or gate",
-        "visual.blocks.0.mlp.fc1": "vision or audio tower",
-        "": "outside the decoder layers",
-    }
-    for prefix, reason in reasons.items():
-        assert chosen.module(prefix, shape, FUSED) == reason
-    narrow = chosen.module("model.layers.0.a.dt_proj", (64, 96), {})
-    assert narrow == "its 96 inputs are fewer than a group of 128"
-    odd = chosen.module("model.layers.0.a.dt_proj", (64, 100), {})
-    assert odd == "input size 100 is not a multiple of 32"
-
-
-@pytest.mark.parametrize(
-    ("options", "text"),
-    [
-        ({"keep": ["k_proj"]}, r'"keep" treats a\.layers\.0\.q_proj, .* differently, which vLLM'),
-        ({"overrides": [("k_proj", "rtn-3")]}, r'"overrides" treats a\.layers\.0\.q_proj, '),
-    ],
-)
-def test_parts_of_one_layer_are_treated_alike(options, text):
-    with pytest.raises(ServingError, match=text):
-        plan(**options).module("a.layers.0.qkv_proj", (64, 128), FUSED)
-
-
-@pytest.mark.parametrize(
-    ("config", "options", "text"),
-    [
-        ({}, {"recipe": "none"}, r'^additional_config: "precalib": unknown recipe \'none\''),
-        ({}, {"keep": ["("]}, r'^additional_config: "precalib": --keep .* not a regular expr'),
-        (
-            {"architectures": ["OPTForCausalLM"]},
-            {"head": "rtn-4"},
-            r'serves OPTForCausalLM .* "hea',
-        ),
-    ],
-)
-def test_options_that_are_wrong(config, options, text):
-    with pytest.raises(ServingError, match=text):
-        plan(config, **options)
-
-
-@pytest.mark.parametrize(
-    "wrong", [{"recipe": 3}, {"keep": "a"}, {"keep": [1]}, {"overrides": {"a": 1}}, {"head": None}]
-)
-def test_options_of_another_kind_are_refused(wrong):
-    with pytest.raises(
-        ServingError, match=r'"precalib" is .* and for a checkpoint that is not pac'
-    ):
-        Options.parse({"precalib": wrong})
-
-
-def test_options_are_read():
-    fields = {"recipe": "rtn-3", "keep": ["a"], "overrides": {"b": "rtn-4"}, "head": "rtn-4"}
-    recipes = Options.parse({"precalib": fields}).recipes
-    assert recipes == RecipeOptions("rtn-3", overrides=(("b", "rtn-4"),), keep=("a",), head="rtn-4")
+def test_a_head_that_shares_packed_embeddings_is_tied(ours):
+    with ours():
+        config = online()
+        config.quantizer = OnlineQuantizer(None, {})
+        tied = {"model_type": "llama", "tie_word_embeddings": True}
+        config.quantizer.plan = OnlinePlan(RecipeOptions(embeddings="balanced-4"), tied)
+        layer = VocabParallelEmbedding(100, 160, quant_config=config, prefix="model.embed_tokens")
+        head = ParallelLMHead(100, 160, quant_config=config, prefix="lm_head")
+        assert head.tie_weights(layer) is layer
 
 
 def test_recipes_for_a_packed_checkpoint_are_refused(ours):
@@ -266,12 +256,11 @@ def test_recipes_for_a_packed_checkpoint_are_refused(ours):
 
 def test_the_pool_ends_with_its_last_result():
     pool = EncoderPool()
-    futures = [pool.submit(weight(64), RECIPES["rtn-4"], "test") for _ in range(12)]
+    futures = [pool.submit(divmod, number, 5) for number in range(12)]
     assert pool.pool is not None
-    for future in futures:
-        assert pool.result(future)["qweight"].shape == (64, 80)
+    assert [pool.result(future) for future in futures] == [divmod(n, 5) for n in range(12)]
     assert pool.pool is None
-    assert pool.result(pool.submit(weight(64), RECIPES["rtn-4"], "test"))
+    assert not pool.result(pool.submit(torch.is_grad_enabled))
     assert isinstance(copy.deepcopy(pool), EncoderPool)
     assert isinstance(pickle.loads(pickle.dumps(pool)), EncoderPool)
 

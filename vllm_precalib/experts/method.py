@@ -1,141 +1,29 @@
-"""vLLM's method for a layer of packed experts.
+"""vLLM's methods for a layer of packed experts.
 
 There are two: experts that stay packed are computed one after the other, only those that have
 rows; experts that are unpacked at load are computed by vLLM's own kernels.
 """
 
 import dataclasses
-from collections.abc import MutableMapping
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from precalib_kernels.backends.base import Backend, LinearSpec
-from precalib_kernels.backends.registry import BackendChoice, BackendRegistry
-from precalib_kernels.errors import ServingError
-from precalib_kernels.format.checkpoint_config import CheckpointConfig
-from vllm_precalib.backends import Options, choose, plugin_registry
+from precalib_kernels.backends.base import Backend
 from vllm_precalib.compat import vllm_names
 from vllm_precalib.dense_backend import DenseBackend
 from vllm_precalib.experts import op
 from vllm_precalib.experts.activation import activation_of
 from vllm_precalib.experts.mixture import mixture
-from vllm_precalib.experts.packed_experts import (
-    GATE_UP,
-    ExpertMatrix,
-    PackedExperts,
-    find_packed_experts,
-)
-from vllm_precalib.experts.parameters import ExpertLoader, MatrixParameters, check_columns
+from vllm_precalib.experts.parameters import ExpertLoader, MatrixParameters
 
 with vllm_names():
-    from vllm.config import VllmConfig, get_current_vllm_config
     from vllm.model_executor.layers.fused_moe import RoutedExperts, UnquantizedFusedMoEMethod
     from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
     from vllm.model_executor.utils import set_weight_attrs
-    from vllm.platforms import current_platform
-
-
-def experts_method(
-    checkpoint: CheckpointConfig,
-    layer: Any,
-    prefix: str,
-    registry: BackendRegistry | None,
-    choices: MutableMapping[str, BackendChoice],
-) -> FusedMoEMethodBase | None:
-    """The method for the experts `prefix`; None if they are not packed.
-
-    registry: backends to choose from, None for the plugin's own.
-    choices:  gets the choice for each of the two matrices, under "PREFIX.w13" and "PREFIX.w2".
-
-    Raises ServingError for experts that cannot be served.
-    """
-    packed = find_packed_experts(
-        checkpoint,
-        prefix,
-        layer.moe_config.num_logical_experts,
-        layer.ckpt_gate_proj_name,
-        layer.ckpt_up_proj_name,
-        layer.ckpt_down_proj_name,
-    )
-    if packed is None:
-        return None
-    config = get_current_vllm_config()
-    options = Options.parse(config.additional_config)
-    matrices = matrices_of(layer, packed, options)
-    check_columns(matrices[1].spec, matrices[1].ranks, prefix)
-    backends: list[type[Backend]] = []
-    for matrix in matrices:
-        name = f"{prefix}.{matrix.name}"
-        choice = choose(
-            matrix.spec, options, registry or plugin_registry(), name, matrix.stored.layout_name
-        )
-        choices[name] = choice
-        backends.append(choice.backend)
-    loader = ExpertLoader(packed, matrices)
-    dummy = config.load_config.load_format == "dummy"
-    dense = all(backend is DenseBackend for backend in backends)
-    _check_options(layer, prefix, config, dense)
-    # vLLM's kernels for CPUs take every expert for one of this rank's
-    if dense and not (current_platform.is_cpu() and layer._expert_map is not None):
-        return DenseExpertsMethod(layer, loader, dummy)
-    return PackedExpertsMethod(layer, loader, dummy, backends)
-
-
-def matrices_of(
-    layer: RoutedExperts, packed: PackedExperts, options: Options
-) -> tuple[MatrixParameters, MatrixParameters]:
-    """The two matrices of `layer` on this rank."""
-    moe = layer.moe_config
-    inner, hidden = moe.intermediate_size_per_partition, moe.hidden_dim
-
-    def spec(stored: ExpertMatrix, inputs: int, shards: tuple[int, ...]) -> LinearSpec:
-        return LinearSpec(
-            stored.layout,
-            inputs,
-            shards,
-            moe.in_dtype,
-            current_platform.device_type,
-            experts=moe.num_local_experts,
-            int8_activations=options.int8_activations,
-        )
-
-    fused = packed.gate_up.shards == (GATE_UP,)
-    shards = (2 * inner,) if fused else (inner,) * len(packed.gate_up.shards)
-    gate_up, down = packed.gate_up, packed.down
-    place = moe.tp_rank, moe.tp_size
-    return (
-        MatrixParameters("w13", gate_up, spec(gate_up, hidden, shards), True, *place),
-        MatrixParameters("w2", down, spec(down, inner, (hidden,)), False, *place),
-    )
-
-
-def _check_options(layer: RoutedExperts, prefix: str, config: VllmConfig, dense: bool) -> None:
-    """Raise ServingError for what vLLM was asked to do and cannot do with packed experts."""
-    gpu = not current_platform.is_cpu()
-    if layer.moe_config.is_lora_enabled and not (dense and gpu):
-        raise ServingError(
-            f"{prefix}: vLLM adds LoRA adapters to experts inside kernels of its own for GPUs, so "
-            "packed experts cannot have adapters; serve without --enable-lora, or on a GPU with "
-            'the backend "dense"'
-        )
-    if layer.moe_config.moe_parallel_config.enable_eplb and not dense:
-        raise ServingError(
-            f"{prefix}: packed experts cannot be moved between ranks; leave out --enable-eplb, or "
-            'use the backend "dense"'
-        )
-    if layer.expert_map_manager.num_fused_shared_experts:
-        raise ServingError(
-            f"{prefix}: precalib cannot serve shared experts that vLLM fuses into the routed ones; "
-            r"quantize the model again with --keep '\.experts\.'"
-        )
-    if gpu and not dense and not config.model_config.enforce_eager:
-        raise ServingError(
-            f"{prefix}: experts that stay packed are computed one after the other on a GPU, which "
-            'no CUDA graph can record; use the backend "dense", or --enforce-eager'
-        )
 
 
 class PackedExpertsMethod(FusedMoEMethodBase):
@@ -190,13 +78,27 @@ class PackedExpertsMethod(FusedMoEMethodBase):
 
         Raises ServingError for missing or non-finite tensors, FormatError for bad positions.
         """
+        self.install(layer, self.prepare(layer))
+
+    def prepare(self, layer: Any) -> dict[str, Tensor]:
+        """What the backends make of the packed tensors, by the names of their parameters.
+
+        Raises ServingError for missing or non-finite tensors, FormatError for bad positions.
+        """
         self.loader.finish(layer, self.dummy)
+        prepared = {}
         for matrix, backend in zip(self.loader.matrices, self.backends, strict=True):
-            prepared = _prepared(layer, matrix, backend, self.loader)
+            for name, tensor in _prepared(layer, matrix, backend, self.loader).items():
+                prepared[matrix.parameter_name(name)] = tensor
+            matrix.release(layer)
+        return prepared
+
+    def install(self, layer: Any, prepared: Mapping[str, Tensor]) -> None:
+        """Put what `prepare` returned in the place of the packed tensors."""
+        for matrix in self.loader.matrices:
             matrix.remove(layer)
-            for name, tensor in prepared.items():
-                parameter = Parameter(tensor, requires_grad=False)
-                layer.register_parameter(matrix.parameter_name(name), parameter)
+        for name, tensor in prepared.items():
+            layer.register_parameter(name, Parameter(tensor, requires_grad=False))
 
     def get_fused_moe_quant_config(self, layer: Any) -> None:
         """None: no kernel of vLLM's computes these experts."""
@@ -263,17 +165,28 @@ class DenseExpertsMethod(UnquantizedFusedMoEMethod):
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Check and unpack what was loaded, for vLLM's own method; runs again after a reload."""
+        self.install(layer, self.prepare(layer))
+
+    def prepare(self, layer: Any) -> dict[str, Tensor]:
+        """The weights, by the names of their parameters; raises as `PackedExpertsMethod`."""
         self.loader.finish(layer, self.dummy)
         experts, hidden, inner = self.sizes  # which vLLM may have rounded up
         first, second = self.loader.matrices
         rows = (2 if self.moe.is_act_and_mul else 1) * inner
+        prepared = {}
         for matrix, shape in ((first, (rows, hidden)), (second, (hidden, inner))):
             weight = torch.zeros(experts, *shape, dtype=matrix.spec.dtype, device=_device(layer))
             _unpack(layer, matrix, weight, self.loader)
+            matrix.release(layer)
+            prepared[f"{matrix.name}_weight"] = weight
+        return prepared
+
+    def install(self, layer: Any, prepared: Mapping[str, Tensor]) -> None:
+        """Put what `prepare` returned in the place of the packed tensors, for vLLM's kernels."""
+        for matrix in self.loader.matrices:
             matrix.remove(layer)
-            layer.register_parameter(
-                f"{matrix.name}_weight", Parameter(weight, requires_grad=False)
-            )
+        for name, tensor in prepared.items():
+            layer.register_parameter(name, Parameter(tensor, requires_grad=False))
         super().process_weights_after_loading(layer)
 
 

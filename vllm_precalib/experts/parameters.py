@@ -72,6 +72,12 @@ class MatrixParameters:
         """The packed tensors of one of this rank's experts, as a backend prepares them."""
         return {t: getattr(layer, self.parameter_name(t)).data[expert] for t in self.tensors}
 
+    def release(self, layer: RoutedExperts) -> None:
+        """Free the memory of all parameters, which stay."""
+        for tensor in self.tensors:
+            parameter = layer.get_parameter(self.parameter_name(tensor))
+            parameter.data = parameter.data.new_empty(0)
+
     def remove(self, layer: RoutedExperts) -> None:
         """Remove all parameters."""
         for tensor in self.tensors:
@@ -152,6 +158,26 @@ class ExpertLoader:
         if self.packed.gate_up.shards == (GATE_UP,):
             self._register_names(layer)
 
+    def fill(
+        self,
+        param: Tensor,
+        matrix: MatrixParameters,
+        tensor: str,
+        local: int,
+        number: int,
+        shard: int,
+        loaded: Tensor,
+    ) -> None:
+        """Put this rank's slice of a packed tensor into its parameter.
+
+        local, number: of the expert on this rank, and in the checkpoint.
+
+        Raises ServingError for another shape or type than expected.
+        """
+        where = self.label(matrix, number, shard, tensor)
+        matrix.fill(param.data[local], tensor, shard, loaded, where)
+        self.filled.add((matrix.name, tensor, local, shard))
+
     def finish(self, layer: RoutedExperts, dummy: bool) -> None:
         """See that everything came and is finite; then start anew, for a reload.
 
@@ -173,7 +199,7 @@ class ExpertLoader:
                 matrix.tensors, range(self.experts), shards
             ):
                 if (matrix.name, tensor, expert, shard) not in filled:
-                    label = self._label(matrix, numbers[expert], shard, tensor)
+                    label = self.label(matrix, numbers[expert], shard, tensor)
                     raise ServingError(f"{label} was not in the checkpoint; {AGAIN}")
             self._check_finite(layer, matrix, numbers)
 
@@ -207,13 +233,14 @@ class ExpertLoader:
                 expert, row = map(int, (~data.isfinite()).any(2).nonzero()[0])
                 ends = list(itertools.accumulate(matrix.spec.shard_sizes))
                 shard = row if tensor == "column_scale" else sum(row >= end for end in ends)
-                label = self._label(matrix, numbers[expert], shard, tensor)
+                label = self.label(matrix, numbers[expert], shard, tensor)
                 raise ServingError(
                     f"{label} is not finite everywhere; the checkpoint is damaged, quantize the "
                     "model again"
                 )
 
-    def _label(self, matrix: MatrixParameters, expert: int, shard: int, tensor: str) -> str:
+    def label(self, matrix: MatrixParameters, expert: int, shard: int, tensor: str) -> str:
+        """A tensor of a shard of an expert, the way the checkpoint calls it."""
         return self.packed.label(expert, matrix.stored.shards[shard], tensor)
 
     def _loader(self, layer: RoutedExperts, matrix: MatrixParameters, tensor: str) -> MethodType:
@@ -232,10 +259,8 @@ class ExpertLoader:
             local = layer._map_global_expert_id_to_local_expert_id(expert_id)
             if local == -1:
                 return False if return_success else None
-            shard = SHARDS[shard_id]
-            where = self._label(matrix, expert_id, shard, tensor)
-            matrix.fill(param.data[local], tensor, shard, loaded_weight, where)
-            self.filled.add((matrix.name, tensor, local, shard))
+            place = tensor, local, expert_id, SHARDS[shard_id]
+            self.fill(param, matrix, *place, loaded_weight)
             return True if return_success else None
 
         # not a closure over the layer, see `WeightLoadGuard.watch`
@@ -247,10 +272,8 @@ class ExpertLoader:
         """What vLLM calls for a tensor that it found by its name."""
 
         def load(layer: RoutedExperts, param: Tensor, loaded_weight: Tensor) -> None:
-            del param
-            data = getattr(layer, matrix.parameter_name(tensor)).data[local]
-            matrix.fill(data, tensor, 0, loaded_weight, self._label(matrix, number, 0, tensor))
-            self.filled.add((matrix.name, tensor, local, 0))
+            param = getattr(layer, matrix.parameter_name(tensor))
+            self.fill(param, matrix, tensor, local, number, 0, loaded_weight)
 
         return MethodType(load, layer)
 

@@ -4,6 +4,7 @@ As engines_suite.py, but checkpoints are quantized by the quantizer, and dequant
 """
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,19 @@ FAMILIES: dict[str, tuple[type[transformers.PreTrainedConfig], dict[str, Any]]] 
         QWEN | {"shared_expert_intermediate_size": 64},
     ),
     "qwen3_moe": (transformers.Qwen3MoeConfig, QWEN | {"head_dim": 32, "norm_topk_prob": True}),
+    "glm4_moe": (
+        transformers.Glm4MoeConfig,
+        {
+            "head_dim": 32,
+            "moe_intermediate_size": 96,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_shared_experts": 1,
+            "first_k_dense_replace": 1,
+            "n_group": 1,
+            "topk_group": 1,
+        },
+    ),
     "deepseek_v2": (
         transformers.DeepseekV2Config,
         DEEPSEEK | {"q_lora_rank": None, "n_group": 1, "topk_group": 1},
@@ -77,15 +91,20 @@ FAMILIES: dict[str, tuple[type[transformers.PreTrainedConfig], dict[str, Any]]] 
 
 
 def build(
-    folder: Path, name: str, seed: int = 0, stacked: bool = False, **options: Any
+    folder: Path,
+    name: str,
+    seed: int = 0,
+    edit: Callable[[Path], None] | None = None,
+    layers: int = 2,
+    **options: Any,
 ) -> tiny.Checkpoint:
     """A random model of the family, packed and unpacked again.
 
-    stacked: its experts are put into 3-D tensors first. options: of `quantize_checkpoint`.
+    edit: changes the folder of the unquantized one first. options: of `quantize_checkpoint`.
     """
     kind, fields = FAMILIES[name]
     torch.manual_seed(seed)
-    config = kind(**{**COMMON, **fields})
+    config = kind(**{**COMMON, **fields, "num_hidden_layers": layers})
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     for parameter_name, parameter in model.named_parameters():
         if parameter_name.endswith("bias"):  # transformers starts them at zero
@@ -96,17 +115,17 @@ def build(
         config_file = source / "config.json"
         text = config_file.read_text()
         config_file.write_text(text.replace("{", '{"topk_method": "noaux_tc",', 1))
-    if stacked:
-        stack(source / "model.safetensors")
+    if edit:
+        edit(source)
     settings = {"group_size": 32, "activations": "none", "jobs": 1, **options}
     quantize_checkpoint(source, folder / "packed", **settings)
     dequantize_checkpoint(folder / "packed", folder / "dense", dtype=torch.float32, jobs=1)
     return tiny.Checkpoint(folder / "packed", folder / "dense")
 
 
-def stack(file: Path) -> None:
+def stack(folder: Path) -> None:
     """Put experts with matrices of their own into 3-D tensors, as newer checkpoints have them."""
-    tensors = load_file(file)
+    tensors = load_file(file := folder / "model.safetensors")
     layers = {name.partition(".experts.")[0] for name in tensors if ".experts." in name}
     for layer in layers:
         found: dict[str, list[torch.Tensor]] = {}
@@ -120,8 +139,10 @@ def stack(file: Path) -> None:
     save_file(tensors, file, {"format": "pt"})
 
 
-def case(folder: Path, name: str, stacked: bool = False, **options: Any) -> dict[str, Any]:
-    checkpoint = build(folder, name, stacked=stacked)
+def case(
+    folder: Path, name: str, edit: Callable[[Path], None] | None = None, **options: Any
+) -> dict[str, Any]:
+    checkpoint = build(folder, name, edit=edit)
     llm = start(checkpoint.packed, **options)
     return {"first": (answers(llm), truth(checkpoint))}
 
@@ -170,7 +191,7 @@ def case_qwen2_moe(folder: Path) -> dict[str, Any]:
 
 
 def case_qwen3_moe(folder: Path) -> dict[str, Any]:
-    return case(folder, "qwen3_moe", stacked=True)
+    return case(folder, "qwen3_moe", edit=stack)
 
 
 def of_vllm(folder: Path, name: str) -> dict[str, Any]:
@@ -208,6 +229,21 @@ def case_online(folder: Path) -> dict[str, Any]:
     return found
 
 
+def case_packed_at_load(folder: Path) -> dict[str, Any]:
+    """Ordinary checkpoints; the truth is what vLLM answers on the same ones quantized before."""
+    options = {"recipe": "balanced-3", "group_size": None}
+    first, second = (build(folder / str(seed), "qwen3_moe", seed, **options) for seed in (1, 2))
+    ours = {"additional_config": {"precalib": {"recipe": "balanced-3"}}}
+    sources = [checkpoint.packed.parent / "source" for checkpoint in (first, second)]
+    llm = start(sources[0], quantization="precalib", **ours)
+    found = [answers(llm)]
+    llm.collective_rpc("reload_weights", kwargs={"weights_path": str(sources[1])})
+    llm.reset_prefix_cache()
+    found.append(answers(llm))
+    truths = [answers(start(checkpoint.packed)) for checkpoint in (first, second)]
+    return {"first": (found[0], truths[0]), "reloaded": (found[1], truths[1])}
+
+
 def case_compiled(folder: Path) -> dict[str, Any]:
     checkpoint = build(folder, "qwen3_moe")
     llm = start(checkpoint.packed, enforce_eager=False)
@@ -239,6 +275,7 @@ engines.SUITES = {
         case_deepseek_v2,
         case_deepseek_v3,
         case_online,
+        case_packed_at_load,
     ],
     "experts_compiled": [case_compiled],
     "experts_parallel": [case_tensor_parallel, case_expert_parallel],

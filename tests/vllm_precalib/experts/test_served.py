@@ -64,6 +64,11 @@ def test_vllm_quantizes_experts_that_were_kept(case):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("weights", ["first", "reloaded"])
+def test_packing_while_loading_is_packing_before(case, weights):
+    assert_same(case("experts_families", "packed_at_load")[weights], tolerance=0)
+
+
 def test_torch_compile_calls_the_operator(case):
     result = case("experts_compiled", "compiled")
     assert result["mode"] == "DYNAMO_TRACE_ONCE"
