@@ -42,8 +42,8 @@ def expert_inputs(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> dict
     sizes.
     """
     modules: dict[str, list[str]] = collections.defaultdict(list)
-    for name, module in model.named_modules():
-        if (layer := LAYER.search(f"{name}.")) and _is_known(module):
+    for name, submodule in model.named_modules():
+        if (layer := LAYER.search(f"{name}.")) and _is_known(submodule):
             modules[layer[1]].append(name)
     found = {}
     for name, shape in shapes.items():
@@ -51,7 +51,7 @@ def expert_inputs(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> dict
         if layer is None or expert is None or len(modules[layer[1]]) != 1:
             continue
         place = ExpertInput(modules[layer[1]][0], int(expert[1]), expert[2] in INTO_DOWN)
-        module = model.get_submodule(place.module)
+        module: Any = model.get_submodule(place.module)
         if place.expert < module.num_experts and shape[1] == _inputs(module, place.down):
             found[name] = place
     return found
@@ -74,7 +74,7 @@ def experts_statistics(
         of_expert = (chosen == expert).any(-1)
         x = tokens[of_expert] if int(of_expert.sum()) >= FEW else tokens
         after = _activated(module, x, expert)
-        found.append(tuple(InputStatistics(_mean_square(rows)) for rows in (x, after)))
+        found.append((_statistics(x), _statistics(after)))
     return found
 
 
@@ -109,5 +109,5 @@ def _activated(module: Any, x: Tensor, expert: int) -> Tensor:
     return activated
 
 
-def _mean_square(rows: Tensor) -> Tensor:
-    return rows.float().square().mean(0)
+def _statistics(rows: Tensor) -> InputStatistics:
+    return InputStatistics(rows.float().square().mean(0))
