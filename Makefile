@@ -149,6 +149,15 @@ FUZZ_MINUTES ?= 60
 fuzz: $(STAMP) ## damaged checkpoints, 100,000 cases or an hour; goes on where it stopped: make fuzz [FUZZ_CASES=… FUZZ_MINUTES=…]
 	@OMP_NUM_THREADS=1 VLLM_LOGGING_LEVEL=ERROR $(BIN)/python tests/fuzz/fuzz.py --cases $(FUZZ_CASES) --minutes $(FUZZ_MINUTES)
 
+FUZZ_NATIVE_MINUTES ?= 20
+fuzz-native: $(STAMP) ## random tensors for the C++ code, under sanitizers, 20 minutes; goes on: make fuzz-native [FUZZ_NATIVE_MINUTES=…]
+	@$(BIN)/python tests/fuzz/native.py --minutes $(FUZZ_NATIVE_MINUTES)
+
+KILLS ?= 100
+KILL_MINUTES ?= 60
+kill: $(STAMP) ## `precalib quantize` killed at random moments and resumed, 100 times in each of 4 ways: make kill [KILLS=… KILL_MINUTES=…]
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/kill.py --kills $(KILLS) --minutes $(KILL_MINUTES)
+
 bench-speed: $(STAMP) ## seconds to quantize, recipe by recipe
 	@$(BIN)/python benchmarks/quantize_speed.py
 
@@ -169,7 +178,7 @@ vllm-contract: $(STAMP) ## the plugin against the Python files of another vLLM's
 	@PYTHONPATH=$(CURDIR)/$(VLLM_WHEEL)/unpacked OMP_NUM_THREADS=1 $(BIN)/pytest -m 'not engine' tests/vllm_precalib \
 	  -k 'not dense-dtype0' # needs a compiled operator
 
-.PHONY: docs gpu-acceptance fuzz dist sbom lock audit vllm-contract
+.PHONY: docs gpu-acceptance fuzz fuzz-native kill dist sbom lock audit vllm-contract
 docs: .venv-docs/.installed ## the documentation site, in build/docs; links are checked
 	@.venv-docs/bin/python docs/check_links.py
 	@NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet

@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from offline_quantize import memory
 from offline_quantize.checkpoint.atomic_files import loads_json
 from precalib_kernels.errors import SourceError
 
@@ -92,6 +93,8 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
         with safe_open(path, framework="pt"):
             pass
     except (SafetensorError, OSError, RuntimeError) as error:  # the last of torch, for its size
+        if memory.is_short(error):
+            raise SourceError(f"{path}: {memory.SHORT}") from error
         raise SourceError(
             f"{path}: not a whole safetensors file ({str(error)[:300]}); download it again"
         ) from error
@@ -162,8 +165,7 @@ def read_tensor(path: Path, name: str, entry: Entry) -> Tensor:
         data = bytearray(entry.end - entry.begin)
     except (MemoryError, RuntimeError) as error:
         raise SourceError(
-            f"{path}: tensor '{name}' of shape {list(entry.shape)} does not fit into memory; "
-            "use a machine with more, or fewer --jobs"
+            f"{path}: tensor '{name}' of shape {list(entry.shape)}: {memory.SHORT}"
         ) from error
     with _reading(path) as file:
         file.seek(entry.begin)

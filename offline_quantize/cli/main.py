@@ -3,7 +3,6 @@
 import contextlib
 import enum
 import os
-import re
 import shlex
 import sys
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ import torch
 import typer
 from rich.text import Text
 
+from offline_quantize import memory
 from offline_quantize.calibration.choice import choose_activations
 from offline_quantize.checkpoint import hub
 from offline_quantize.checkpoint.atomic_files import check_folder, json_bytes, write_json
@@ -38,8 +38,6 @@ from offline_quantize.planning.options import Options
 from offline_quantize.planning.plan import make_plan
 from offline_quantize.report import Request, check_out, write_report
 from precalib_kernels.errors import PrecalibError, UsageError
-
-NO_MEMORY = re.compile("out of memory|(?:allocate|Cannot allocate) memory")  # as torch says it
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -417,15 +415,15 @@ def main() -> None:
     except PrecalibError as error:
         console.err.print(f"precalib: {error}", style="red")
         sys.exit(1)
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        console.err.print(f"precalib: {where}{error.strerror or error}", style="red")
-        sys.exit(1)
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not NO_MEMORY.search(str(error)):
+    except (OSError, MemoryError, RuntimeError) as error:
+        if memory.is_short(error):
+            text = memory.SHORT
+        elif isinstance(error, OSError):
+            text = f"{error.filename}: " if error.filename else ""
+            text += error.strerror or str(error)
+        else:
             raise
-        hint = "use fewer --jobs, or a machine with more"
-        console.err.print(f"precalib: the memory is not enough; {hint}", style="red")
+        console.err.print(f"precalib: {text}", style="red")
         sys.exit(1)
 
 

@@ -8,7 +8,13 @@ import pytest
 import torch
 
 from offline_quantize.method.recipes import RECIPES
-from precalib_kernels.format.layout import JSON_NAMES, Layout
+from precalib_kernels.format.layout import (
+    JSON_NAMES,
+    MAX_GROUP_SIZE,
+    MAX_SALIENT_COUNT,
+    MAX_SALIENT_SLOTS,
+    Layout,
+)
 
 PRESENT = {
     "always": lambda layout: layout.bits > 0,
@@ -89,6 +95,9 @@ def test_the_table_of_fields(tables):
         else:
             expected = f'"{default}"' if isinstance(default, str) else str(default)
         assert rows[name][2] == expected
+    assert rows["group_size"][1] == f"multiple of 32, at most {MAX_GROUP_SIZE}"
+    most = f"0 … {MAX_SALIENT_COUNT}, and g·m at most {MAX_SALIENT_SLOTS}"
+    assert rows["salient_count"][1] == most
 
 
 def test_the_formulas_of_sizes():

@@ -1,5 +1,6 @@
 """Disks that fail or are full, sources that change, memory that is short: a sentence, no harm."""
 
+import errno
 import fcntl
 import os
 import resource
@@ -95,7 +96,13 @@ def test_another_process_writes_there(source, precalib, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "error", [MemoryError(), RuntimeError("[enforce fail] ... can't allocate memory: 9 bytes")]
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("[enforce fail] ... can't allocate memory: 9 bytes"),
+        RuntimeError("can't start new thread"),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+    ],
 )
 def test_too_little_memory_is_a_sentence(source, precalib, monkeypatch, tmp_path, error):
     def fail(*_):
