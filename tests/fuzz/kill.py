@@ -39,8 +39,8 @@ from precalib_kernels.errors import PrecalibError  # noqa: E402
 
 WAYS = {
     "default": (),
-    "self": ("--activations", "self", "--activation-tokens", "256"),
-    "feedback": ("--feedback", "--activation-tokens", "256"),
+    "self": ("--activations", "self", "--activation-tokens", "64"),
+    "feedback": ("--feedback", "--activation-tokens", "64"),
     "resume": (),
 }
 MOST_KILLS = 4  # of one run that is killed while it is resumed
