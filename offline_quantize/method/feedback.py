@@ -94,7 +94,8 @@ def encode_native(task: FeedbackTask, library: ctypes.CDLL) -> Found:
         *((grid.low, grid.high, grid.bias, grid.sign) if grid else (0, 0, 0, 0)),
         *map(_address, (found.codes, found.values, found.chosen)),
     )  # fmt: skip
-    library.encode_with_feedback(ctypes.byref(fields))
+    if library.encode_with_feedback(ctypes.byref(fields)):
+        raise MemoryError("for error feedback")
     return found
 
 

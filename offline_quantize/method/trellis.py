@@ -87,7 +87,7 @@ def search_native(
     codes = torch.empty(weights.shape, dtype=torch.uint8, device=cpu)
     entries = torch.empty(weights.shape, dtype=torch.float32, device=cpu)
     unit, low_bits = unit.contiguous(), low_bits.contiguous()
-    library.trellis_search(
+    short = library.trellis_search(
         *(ctypes.c_void_p(t.data_ptr()) for t in (weights, unit, low_bits)),
         ctypes.c_void_p(None if importance is None else importance.data_ptr()),
         ctypes.c_void_p(codebook.data_ptr()),
@@ -98,6 +98,8 @@ def search_native(
         ctypes.c_void_p(codes.data_ptr()),
         ctypes.c_void_p(entries.data_ptr()),
     )
+    if short:
+        raise MemoryError("for the trellis search")
     return codes, entries
 
 

@@ -19,11 +19,11 @@
 #include "../../kernels/precalib_kernels/backends/x86/csrc/isa_dispatch.h"
 #include "../../offline_quantize/method/csrc/feedback_task.h"
 
-extern "C" void encode_with_feedback(const FeedbackTask*);
-extern "C" void trellis_search(const float* weights, const float* unit, const uint8_t* forced,
-                               const float* importance, const int32_t* codebook,
-                               int32_t codebook_size, int32_t limit, int64_t groups, int32_t size,
-                               uint8_t* codes, float* values);
+extern "C" int32_t encode_with_feedback(const FeedbackTask*);
+extern "C" int32_t trellis_search(const float* weights, const float* unit, const uint8_t* forced,
+                                  const float* importance, const int32_t* codebook,
+                                  int32_t codebook_size, int32_t limit, int64_t groups,
+                                  int32_t size, uint8_t* codes, float* values);
 
 // GCC's code calls this at every basic block; libFuzzer looks at the counters.
 namespace {
@@ -94,7 +94,8 @@ struct Array {
   int64_t size;
   explicit Array(int64_t size, size_t alignment = 64) : memory(nullptr, std::free), size(size) {
     void* made = nullptr;
-    if (posix_memalign(&made, alignment, std::max<size_t>(size_t(size) * sizeof(T), 1))) std::abort();
+    const size_t bytes = std::max<size_t>(size_t(size) * sizeof(T), 1);
+    if (posix_memalign(&made, alignment, bytes)) std::abort();
     memory.reset(made);
     data = static_cast<T*>(made);
   }

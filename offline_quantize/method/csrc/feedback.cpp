@@ -9,6 +9,7 @@
 // last, and that sum is added to the target, block by block.
 
 #include <algorithm>
+#include <new>
 #include <vector>
 
 #include "feedback_group.h"
@@ -82,6 +83,12 @@ void encode(const FeedbackTask& task) {
 
 }  // namespace
 
-extern "C" void encode_with_feedback(const FeedbackTask* task) {
-  task->trellis ? encode<4>(*task) : encode<1>(*task);
+// Returns 0, or 1 if the memory is not enough.
+extern "C" int32_t encode_with_feedback(const FeedbackTask* task) {
+  try {
+    task->trellis ? encode<4>(*task) : encode<1>(*task);
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+  return 0;
 }

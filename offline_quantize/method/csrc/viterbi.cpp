@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <new>
 #include <vector>
 
 #include "lanes.h"
@@ -107,17 +108,9 @@ struct Block {
   }
 };
 
-}  // namespace
-
-// weights: [groups][size];  unit: [groups], codebook units per weight unit;  forced:
-// [groups][size], the low bit of the code where it is given, else 2;  importance: [groups][size],
-// factors of the squared errors, or null for 1;  results: codes and codebook entries,
-// [groups][size].
-extern "C" void trellis_search(const float* weights, const float* unit, const uint8_t* forced,
-                               const float* importance, const int32_t* codebook,
-                               int32_t codebook_size, int32_t limit, int64_t groups, int32_t size,
-                               uint8_t* codes, float* values) {
-  const NearestEntries entries(codebook, codebook_size, limit, 4);
+void search_all(const float* weights, const float* unit, const uint8_t* forced,
+                const float* importance, const NearestEntries& entries, int64_t groups,
+                int32_t size, uint8_t* codes, float* values) {
   Block block(size);
   for (int64_t first = 0; first < groups; first += kLanes) {
     const int lanes = int(std::min<int64_t>(kLanes, groups - first));
@@ -129,4 +122,23 @@ extern "C" void trellis_search(const float* weights, const float* unit, const ui
     block.trace(entries, cost);
     block.store(codes + offset, values + offset, lanes);
   }
+}
+
+}  // namespace
+
+// weights: [groups][size];  unit: [groups], codebook units per weight unit;  forced:
+// [groups][size], the low bit of the code where it is given, else 2;  importance: [groups][size],
+// factors of the squared errors, or null for 1;  results: codes and codebook entries,
+// [groups][size].  Returns 0, or 1 if the memory is not enough.
+extern "C" int32_t trellis_search(const float* weights, const float* unit, const uint8_t* forced,
+                                  const float* importance, const int32_t* codebook,
+                                  int32_t codebook_size, int32_t limit, int64_t groups,
+                                  int32_t size, uint8_t* codes, float* values) {
+  try {
+    const NearestEntries entries(codebook, codebook_size, limit, 4);
+    search_all(weights, unit, forced, importance, entries, groups, size, codes, values);
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+  return 0;
 }

@@ -97,6 +97,29 @@ def test_a_limit_of_memory(checkpoint, weights, quantize, contents, tmp_path):
     assert 1 < refused < 5
 
 
+# The search of groups as large as the format allows takes 20 MB, of which there are 4.
+SEARCH = """
+import resource, torch
+from offline_quantize.method import trellis
+from offline_quantize.method.recipes import RECIPES
+groups = torch.ones(1, 32768), torch.ones(1), torch.full((1, 32768), 2, dtype=torch.uint8)
+arguments = (*groups, RECIPES["balanced-4"].layout, trellis._native())
+trellis.search_native(*arguments)
+taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (taken + (4 << 20),) * 2)
+try:
+    trellis.search_native(*arguments)
+except MemoryError as error:
+    print("no memory", error)
+"""
+
+
+@pytest.mark.slow
+def test_compiled_code_without_memory_does_not_end_the_process():
+    ran = subprocess.run([sys.executable, "-c", SEARCH], capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout) == (0, "no memory for the trellis search\n"), ran.stderr
+
+
 @pytest.mark.parametrize("jump", [-1e9, 1e9])
 def test_a_clock_that_jumps(source, quantize, contents, monkeypatch, tmp_path, jump):
     """Neither the journal nor what is unfinished goes by the time of day."""
