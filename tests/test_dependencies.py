@@ -30,6 +30,7 @@ BEYOND_CORE = MappingProxyType(
     {
         "precalib_kernels.backends.triton": {"triton": "cuda"},
         "offline_quantize.benchmark": {"psutil": "bench", "matplotlib": "report"},
+        "offline_quantize.method.feedback_triton": {"triton": "cuda"},
         "offline_quantize.method.trellis_triton": {"triton": "cuda"},
         "offline_quantize.calibration": {"transformers": "eval", "accelerate": "eval"},
         "offline_quantize.evaluation": {"transformers": "eval"},

@@ -2,9 +2,10 @@
 
 A weight is encoded on the CPU the way it would be on a GPU, in the GPU's blocks, and every operator
 of torch that it goes through is counted: a kernel, which reads its inputs and writes its results
-once. The trellis search is counted in its compiled code. Times are the counts over a chip's
-figures, as if nothing overlapped: bytes over bandwidth plus launches times LAUNCH. Operators that
-sort read more than that and are marked. Reading files, copying, hashing and writing are left out.
+once. The trellis search and error feedback are counted in their compiled code. Times are the counts
+over a chip's figures, as if nothing overlapped: bytes over bandwidth plus launches times LAUNCH.
+Operators that sort read more than that and are marked. Reading files, copying, hashing and writing
+are left out.
 """
 
 import argparse
@@ -16,12 +17,19 @@ from typing import Any
 import aot_compile
 import instruction_count
 import torch
-from cost_model import CHIPS, Cost, integer_operations
+from aot_compile import Compiled
+from cost_model import CHIPS, Chip, Cost, integer_operations
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from offline_quantize.method import encode, trellis, trellis_triton
+from offline_quantize.method import (
+    encode,
+    feedback_torch,
+    feedback_triton,
+    trellis,
+    trellis_triton,
+)
 from offline_quantize.method.recipes import RECIPES
 
 POINTERS = {
@@ -29,6 +37,13 @@ POINTERS = {
     "value_table": "i32", "rank_table": "i32", "survivors": "i32", "codes": "i32",
     "entries": "fp32",
 }  # fmt: skip
+FEEDBACK_POINTERS = {
+    **dict.fromkeys(("target", "weight", "effects", "importance", "unit", "step"), "fp32"),
+    **dict.fromkeys(("salient_inverse", "salient_scale", "salient_offset"), "fp32"),
+    **dict.fromkeys(("moved", "values", "block_errors", "loss"), "fp32"),
+    **dict.fromkeys(("value_table", "rank_table", "words", "ways", "ends"), "i32"),
+    "mask": "u8",
+}
 LAUNCH = 5e-6  # seconds that a CPU takes to start a kernel through torch, an assumption
 SORTING = ("aten.topk", "aten.sort", "aten.kthvalue", "aten.argmin", "aten.bincount", "aten.histc")
 MODEL = 6.98e9  # weights of Llama-3-8B's linear layers; its head and embeddings stay as they are
@@ -95,6 +110,52 @@ def search_cost(weighted: bool, target: str, group_size: int = 128) -> Cost:
     return Cost(each, 1, bits, compiled, integer)
 
 
+@dataclasses.dataclass(frozen=True)
+class FeedbackCost:
+    """Thread-instructions per weight of error feedback.
+
+    search: of all candidates for the scales, in a group of 128;  push: for each column after it.
+    """
+
+    search: float
+    push: float
+    compiled: tuple[Compiled, Compiled]
+
+    def seconds(self, chip: Chip, columns: int) -> float:
+        """For MODEL weights in rows of so many columns, if every instruction slot were used."""
+        instructions = self.search + self.push * columns / 2
+        return max(chip.seconds(0, MODEL * instructions, 0).values())
+
+
+def feedback_cost(target: str, group_size: int = 128) -> FeedbackCost:
+    """A column's step in the search, and what a block moves in its group; then later columns."""
+    block = feedback_torch.BLOCK
+    rows, columns = feedback_triton.PUSH_ROWS, feedback_triton.PUSH_COLUMNS
+    search, push = (
+        aot_compile.compile_kernel(
+            kernel, constants | {"BLOCK": block}, target,
+            {"num_warps": warps, "enable_fp_fusion": False}, FEEDBACK_POINTERS,
+        )
+        for kernel, constants, warps in (
+            (
+                feedback_triton.search_kernel,
+                {"LIMIT": 127, "SALIENT": True, "SIGN": False, "ROWS": feedback_triton.ROWS},
+                feedback_triton.ROWS // 32,
+            ),
+            (feedback_triton.push_kernel, {"ROWS": rows, "COLUMNS": columns}, rows // 32),
+        )
+    )  # fmt: skip
+    step, moved = (
+        max(len(loop.operations) for loop in instruction_count.loops(search) if kind(loop))
+        for kind in (lambda loop: loop.counts()["F2I"], lambda loop: not loop.counts()["F2I"])
+    )
+    blocks = group_size // block
+    later = blocks * (blocks - 1) / 2  # pairs of a block and a later one
+    each = max(len(loop.operations) for loop in instruction_count.loops(push))
+    searched = step + later * block * moved / group_size
+    return FeedbackCost(len(encode.SHRINKS) * searched, each / columns, (search, push))
+
+
 def count_encoding(recipe: str, rows: int, columns: int, in_torch: bool) -> Counts:
     """Operators of encoding one weight; with `in_torch` those of the search in torch as well."""
     weight = torch.randn(rows, columns).bfloat16()
@@ -136,6 +197,14 @@ def report(recipe: str, rows: int, columns: int, in_torch: bool) -> None:
             line += f" + search {max(times.values()):.2f} s "
             line += f"({cost.instructions:.0f} instructions, {cost.bits / 8:.0f} bytes per weight)"
         print(line, flush=True)
+        if not in_torch:
+            feedback = feedback_cost(chip.target)
+            print(
+                f"  with error feedback {feedback.seconds(chip, columns):.1f} s more "
+                f"({feedback.search:.0f} instructions per weight, "
+                f"{feedback.push:.1f} for each later column)",
+                flush=True,
+            )
 
 
 def main() -> None:

@@ -6,8 +6,8 @@ errors of the best path to it, so the Viterbi search makes the loss itself small
 take part: their low bits force the path as ever, their errors are fed on like any others. Each
 group is searched with a few scales, and the one of least loss is taken.
 
-The loop is compiled; without a compiler, or on another device, a torch version gives the same
-codes, bit for bit.
+The loop is compiled, by g++ for the CPU and by Triton for a GPU and a trellis. Where neither can
+be, a torch version gives the same codes, bit for bit.
 """
 
 import ctypes
@@ -23,10 +23,11 @@ from offline_quantize.method.arithmetic import reciprocal
 from offline_quantize.method.codes import Codes
 from offline_quantize.method.feedback_factor import FeedbackFactor
 from offline_quantize.method.feedback_task import FeedbackTask, Found
-from offline_quantize.method.feedback_torch import encode_torch
+from offline_quantize.method.feedback_torch import BLOCK, encode_torch
 from offline_quantize.method.salience import SalientWeights
 from offline_quantize.method.salient_steps import SalientSteps
 from offline_quantize.method.scales import GroupScales, RowScales, choose_scales
+from precalib_kernels.backends.triton.backend import has_triton
 from precalib_kernels.format.layout import Layout
 from precalib_kernels.toolchain import compile as build
 
@@ -65,12 +66,22 @@ def find_codes_with_feedback(
         grid=SalientSteps.of(rows, layout) if layout.salient_count else None,
         layout=layout,
     )
-    native = _native() if target.device.type == "cpu" else None
-    found = encode_torch(task) if native is None else encode_native(task, native)
+    found = _search(task)
     whole, values = found.codes.view(target.shape), found.values.view(target.shape)
     wide = salient.gather(whole)
     codes = Codes(whole.bitwise_and_(2**layout.bits - 1), wide, values)
     return codes, choose_scales(candidates, found.chosen)
+
+
+def _search(task: FeedbackTask) -> Found:
+    if task.target.device.type == "cpu":
+        native = _native()
+        return encode_torch(task) if native is None else encode_native(task, native)
+    if task.layout.trellis and task.columns % BLOCK == 0 and has_triton():
+        from offline_quantize.method.feedback_triton import encode_triton
+
+        return encode_triton(task)
+    return encode_torch(task)
 
 
 def encode_native(task: FeedbackTask, library: ctypes.CDLL) -> Found:

@@ -27,7 +27,7 @@ def search_triton(
     Its weights are read twice; besides, it takes half a byte per weight of memory.
     """
     count, size = weights.shape
-    value, rank = _tables(layout, weights.device)
+    value, rank = entry_tables(layout, weights.device)
     codes = torch.empty(weights.shape, dtype=torch.uint8, device=weights.device)
     entries = torch.empty(weights.shape, dtype=torch.float32, device=weights.device)
     survivors = torch.empty((size // 8, count), dtype=torch.int32, device=weights.device)
@@ -40,7 +40,7 @@ def search_triton(
     return codes, entries
 
 
-def _tables(layout: Layout, device: torch.device) -> tuple[Tensor, Tensor]:
+def entry_tables(layout: Layout, device: torch.device) -> tuple[Tensor, Tensor]:
     """Value, and number in its subset, of the nearest entry in each subset: int32 [points].
 
     A word has a byte for each of the four subsets; points are -limit … limit.
@@ -63,7 +63,7 @@ def search_kernel(
     unit,  # float32 [groups]
     low_bits,  # int32 [groups, SIZE / 4], a byte per weight: 0, 1 or more, which is free
     importance,  # float32 [groups, SIZE] if WEIGHTED
-    value_table,  # int32 [points], see `_tables`
+    value_table,  # int32 [points], see `entry_tables`
     rank_table,  # int32 [points]
     survivors,  # workspace: int32 [SIZE / 8, groups]
     codes,  # out: int32 [groups, SIZE / 4], a byte per weight; meanwhile the points

@@ -3,7 +3,7 @@
 import pytest
 import quantize_cost
 import torch
-from quantize_cost import Counting, count_encoding, search_cost
+from quantize_cost import Counting, count_encoding, feedback_cost, search_cost
 
 pytestmark = pytest.mark.slow
 
@@ -16,6 +16,16 @@ def test_the_trellis_search_rounds_as_a_cpu_does(target, weighted, most):
     assert "FFMA" not in cost.compiled.code
     assert cost.compiled.spilled == 0
     assert cost.instructions <= most
+
+
+def test_error_feedback_rounds_as_a_cpu_does():
+    """As reached, with a tenth of room."""
+    cost = feedback_cost("sm_90")
+    for compiled in cost.compiled:
+        assert "FMUL" in compiled.code
+        assert "FFMA" not in compiled.code
+    assert cost.search < 5500
+    assert cost.push < 8
 
 
 def test_operators_counted_by_hand():

@@ -2,8 +2,11 @@
 
 import dataclasses
 import itertools
+import pathlib
 import platform
+import sys
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -346,3 +349,26 @@ def test_without_a_compiler_torch_encodes_and_says_so(monkeypatch, weights):
         warnings.simplefilter("error")
         fast = encode(weight, RECIPES["rtn-4"], "x", inputs).tensors
     assert all(torch.equal(slow[suffix], fast[suffix]) for suffix in fast)
+
+
+@pytest.mark.slow
+def test_the_kernels_of_a_gpu_are_those_of_torch_under_the_interpreter(run_suite):
+    suite = pathlib.Path(__file__).with_name("interpreted_feedback_suite.py")
+    run_suite(["-m", "pytest", suite], TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+
+
+def test_a_gpu_takes_triton_where_it_can(monkeypatch):
+    monkeypatch.setattr(feedback, "has_triton", lambda: True)
+    monkeypatch.setattr(feedback, "encode_torch", lambda _: "torch")
+    module = SimpleNamespace(encode_triton=lambda _: "triton")
+    monkeypatch.setitem(sys.modules, "offline_quantize.method.feedback_triton", module)
+    target = SimpleNamespace(device=torch.device("cuda"))
+
+    def taken(recipe, columns=64):
+        task = SimpleNamespace(target=target, layout=RECIPES[recipe].layout, columns=columns)
+        return feedback._search(task)
+
+    assert taken("balanced-3") == "triton"
+    assert taken("balanced-3", 72) == taken("rtn-3") == "torch"
+    monkeypatch.setattr(feedback, "has_triton", lambda: False)
+    assert taken("balanced-3") == "torch"
