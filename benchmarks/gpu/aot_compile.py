@@ -18,13 +18,15 @@ from triton.compiler import ASTSource
 
 from precalib_kernels.backends.triton.activation_kernel import prepare_kernel
 from precalib_kernels.backends.triton.dequantize_kernel import dequantize_kernel
+from precalib_kernels.backends.triton.gather_kernel import gather_kernel
+from precalib_kernels.backends.triton.gather_op import BLOCK_IDS, GATHER_OPTIONS
 from precalib_kernels.backends.triton.gemm_kernel import gemm_kernel
+from precalib_kernels.backends.triton.kernel_arguments import prepare_blocks
 from precalib_kernels.backends.triton.launch_configs import Blocks, SparseBlocks
 from precalib_kernels.backends.triton.memory_layout import triton_layout
 from precalib_kernels.backends.triton.op import (
     DEQUANTIZE_WARPS,
     PREPARE_WARPS,
-    prepare_blocks,
     specialization,
 )
 from precalib_kernels.backends.triton.salient_kernel import sparse_kernel
@@ -37,6 +39,7 @@ POINTERS = {
     "values": "fp16", "affine": "fp16", "row_unit": "fp32", "salient_unit": "fp32", "table": "u8",
     "constants": "i16", "tiles": "i32", "dots": "fp16", "by_column": "fp16", "offset_terms": "fp32",
     "group_sums": "fp32", "x_scale": "fp32", "partial_sums": "fp32", "counters": "i32",
+    "routes": "i32", "expert_ids": "i32", "used": "i32", "factors": "fp32", "ids": "i64",
 }  # fmt: skip
 VLLM_KERNEL = "model_executor/kernels/linear/mixed_precision/triton_w4a16.py"
 
@@ -66,14 +69,21 @@ class Compiled:
         return 64 if self.target.startswith("gfx9") else 32
 
 
-def compile_gemm(layout: Layout, blocks: Blocks, target: str, split: bool = True) -> Compiled:
-    """`gemm_kernel` as the operator would launch it, in bfloat16 without bias."""
+def compile_gemm(
+    layout: Layout, blocks: Blocks, target: str, split: bool = True, grouped: bool = False
+) -> Compiled:
+    """`gemm_kernel` as the operator would launch it, in bfloat16 without bias.
+
+    grouped: for a mixture of experts, the second of its products, which weighs results.
+    """
     constants = specialization(triton_layout(layout), target.startswith("sm_")) | {
         "BIAS": False,
         "SPLIT": split,
         "BLOCK_N": blocks.block_n,
         "BLOCK_M": blocks.block_m,
         "STAGES": blocks.stages,
+        "GROUPED": grouped,
+        "WEIGHTED": grouped,
     }
     return compile_kernel(gemm_kernel, constants, target, blocks.options)
 
@@ -91,7 +101,20 @@ def compile_dequantize(layout: Layout, target: str) -> Compiled:
     )
 
 
-def compile_prepare(layout: Layout, block_m: int, columns: int, target: str) -> Compiled:
+def compile_gather(layout: Layout, target: str) -> Compiled:
+    """`gather_kernel` to bfloat16."""
+    form = triton_layout(layout)
+    constants = specialization(form, target.startswith("sm_")) | {
+        "SCALED": layout.column_scale,
+        "ENTRIES_PER_UNIT": form.entries_per_unit,
+        "BLOCK": BLOCK_IDS,
+    }
+    return compile_kernel(gather_kernel, constants, target, GATHER_OPTIONS)
+
+
+def compile_prepare(
+    layout: Layout, block_m: int, columns: int, target: str, grouped: bool = False
+) -> Compiled:
     """`prepare_kernel` for rows of so many bfloat16 columns."""
     block_k, row_block = prepare_blocks(block_m, columns)
     form = triton_layout(layout)
@@ -106,6 +129,7 @@ def compile_prepare(layout: Layout, block_m: int, columns: int, target: str) -> 
         "BLOCK_M": block_m,
         "BLOCK_K": block_k,
         "ROW_BLOCK": row_block,
+        "GROUPED": grouped,
     }
     options = {"num_warps": PREPARE_WARPS, "num_stages": 3}
     return compile_kernel(prepare_kernel, constants, target, options)

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 import aot_compile
 import instruction_count
 
+from precalib_kernels.backends.triton.gather_op import BLOCK_IDS
 from precalib_kernels.backends.triton.launch_configs import TABLE, Blocks, blocks_for, family_of
 from precalib_kernels.backends.triton.memory_layout import (
     SALIENT_CHUNK,
@@ -127,12 +128,15 @@ class Cost:
     integer: float = 0
 
 
-def gemm_cost(layout: Layout, blocks: Blocks, target: str) -> Cost:
+def gemm_cost(layout: Layout, blocks: Blocks, target: str, grouped: bool = False) -> Cost:
     """Main loop and salient loop of the fused product, per weight.
+
+    grouped: of experts, per weight of one of them.
 
     Raises ValueError if the loops are not found where they are expected.
     """
-    form, compiled = triton_layout(layout), aot_compile.compile_gemm(layout, blocks, target)
+    form = triton_layout(layout)
+    compiled = aot_compile.compile_gemm(layout, blocks, target, grouped=grouped)
     found = [loop for loop in instruction_count.loops(compiled) if len(loop.operations) > 10]
     main = [i for i, loop in enumerate(found) if loop.tensor]
     if len(main) != 1 or len(found) <= main[0] + (form.slots > 0):
@@ -172,6 +176,38 @@ def dequantize_cost(layout: Layout, target: str) -> float:
     compiled = aot_compile.compile_dequantize(layout, target)
     threads = compiled.lanes * compiled.warps
     return instruction_count.all_operations(compiled) * threads / (64 * triton_layout(layout).step)
+
+
+def gather_cost(layout: Layout, target: str) -> float:
+    """Thread-instructions per weight of rows that are looked up, of the whole kernel."""
+    compiled = aot_compile.compile_gather(layout, target)
+    threads, weights = compiled.lanes * compiled.warps, BLOCK_IDS * triton_layout(layout).step
+    return instruction_count.all_operations(compiled) * threads / weights
+
+
+def expert_lines(chip: Chip, names: list[str], rows: list[int]) -> Iterator[str]:
+    """Lines of Markdown: grouped products by rows per expert, and rows of embeddings."""
+    yield "| kernel | block | instructions per weight | registers | spilled |"
+    yield "|---|---|--:|--:|--:|"
+    family = family_of(chip.target)
+    for name in names:
+        layout = LAYOUTS[name]
+        for m in rows:
+            blocks = blocks_for(family, m, triton_layout(layout).step)
+            if blocks is not None:
+                cost = gemm_cost(layout, blocks, chip.target, grouped=True)
+                made = cost.compiled
+                block = f"{blocks.block_n} × {blocks.block_m}, {blocks.warps} warps"
+                yield (
+                    f"| experts, {name} | {block} | {cost.instructions:.2f} | {made.registers} | "
+                    f"{made.spilled} |"
+                )
+        made = aot_compile.compile_gather(layout, chip.target)
+        yield (
+            f"| embeddings, {name} | {BLOCK_IDS} ids | {gather_cost(layout, chip.target):.2f} | "
+            f"{made.registers} | {made.spilled} |"
+        )
+    yield ""
 
 
 def layer_seconds(chip: Chip, cost: Cost, rows: int) -> tuple[float, str]:
@@ -231,6 +267,7 @@ def report(chips: list[Chip], names: list[str], rows: list[int]) -> Iterator[str
                 f"| {seconds * 1e6:.1f} | {bound} | {plain[m] / seconds:.2f} |"
             )
         yield ""
+        yield from expert_lines(chip, names, rows)
 
 
 def _columns(chip: Chip, cost: Cost) -> str:
@@ -257,20 +294,22 @@ def check_all() -> Iterator[str]:
             for name, layout in LAYOUTS.items():
                 blocks = blocks_for(family, most, triton_layout(layout).step)
                 assert blocks is not None
-                try:
-                    made = aot_compile.compile_gemm(layout, blocks, target)
-                except RuntimeError as error:
-                    text = str(error).splitlines()
-                    yield f"{target} {name} {blocks.block_m}: {text[0] if text else error!r}"
-                    continue
-                spills = made.spilled > 0 and target != "sm_75"
-                fault = OVER if spills or made.shared > limit else ""
-                yield (
-                    f"{target} {name} {blocks.block_n}x{blocks.block_m}: "
-                    f"{made.registers} registers, {made.spilled} bytes spilled "
-                    f"({instruction_count.spills(made)} instructions in loops), "
-                    f"{made.shared} shared{fault}"
-                )
+                for grouped in (False, True):
+                    kind = f"{target} {name} {blocks.block_n}x{blocks.block_m}"
+                    kind += " of experts" * grouped
+                    try:
+                        made = aot_compile.compile_gemm(layout, blocks, target, grouped=grouped)
+                    except RuntimeError as error:
+                        text = str(error).splitlines()
+                        yield f"{kind}: {text[0] if text else error!r}"
+                        continue
+                    spills = made.spilled > 0 and target != "sm_75"
+                    fault = OVER if spills or made.shared > limit else ""
+                    yield (
+                        f"{kind}: {made.registers} registers, {made.spilled} bytes spilled "
+                        f"({instruction_count.spills(made)} instructions in loops), "
+                        f"{made.shared} shared{fault}"
+                    )
 
 
 def main() -> None:

@@ -1,15 +1,17 @@
 """The operators of the `precalib::` namespace: schema, argument checks and fakes in one place.
 
-| operator        | computes         | from                               | implemented in         |
-|-----------------|------------------|------------------------------------|------------------------|
-| linear          | x·Ŵᵀ + bias      | packed tensors of the file         | backends/reference.py  |
-| dequantize      | Ŵ                | packed tensors of the file         | backends/reference.py  |
-| gather_rows     | Ŵ[ids]           | packed tensors of the file         | backends/reference.py  |
-| cpu_linear      | x·Ŵᵀ + bias      | bytes, x86/memory_layout.py        | x86/csrc (C++)         |
-| cpu_gather_rows | Ŵ[ids]           | bytes, x86/memory_layout.py        | x86/csrc (C++)         |
-| gpu_linear      | x·Ŵᵀ + bias      | arrays, triton/memory_layout.py    | triton/op.py           |
-| gpu_dequantize  | Ŵ                | arrays, triton/memory_layout.py    | triton/op.py           |
-| gpu_sparse      | y + x·Sᵀ + bias  | arrays of salient weights S        | triton/salient_op.py   |
+| operator           | computes         | from                            | implemented in         |
+|--------------------|------------------|---------------------------------|------------------------|
+| linear             | x·Ŵᵀ + bias      | packed tensors of the file      | backends/reference.py  |
+| dequantize         | Ŵ                | packed tensors of the file      | backends/reference.py  |
+| gather_rows        | Ŵ[ids]           | packed tensors of the file      | backends/reference.py  |
+| cpu_linear         | x·Ŵᵀ + bias      | bytes, x86/memory_layout.py     | x86/csrc (C++)         |
+| cpu_gather_rows    | Ŵ[ids]           | bytes, x86/memory_layout.py     | x86/csrc (C++)         |
+| gpu_linear         | x·Ŵᵀ + bias      | arrays, triton/memory_layout.py | triton/op.py           |
+| gpu_grouped_linear | x·Ŵₑᵀ + biasₑ    | the same of all experts e       | triton/grouped_op.py   |
+| gpu_gather_rows    | Ŵ[ids]           | arrays, triton/memory_layout.py | triton/gather_op.py    |
+| gpu_dequantize     | Ŵ                | arrays, triton/memory_layout.py | triton/op.py           |
+| gpu_sparse         | y + x·Sᵀ + bias  | arrays of salient weights S     | triton/salient_op.py   |
 
 The calling convention is the same for all of them:
 
@@ -80,11 +82,16 @@ def named_tensors(
 
 
 def named_arrays(
-    packed: Sequence[Tensor], input_size: int, shard_sizes: Sequence[int], layout: Layout
+    packed: Sequence[Tensor],
+    input_size: int,
+    shard_sizes: Sequence[int],
+    layout: Layout,
+    experts: Sequence[int] = (),
 ) -> dict[str, Tensor]:
     """The arrays of a weight in GPU memory by name.
 
-    packed: in the order of `array_order`.
+    packed:  in the order of `array_order`.
+    experts: their number, where every array has one more dimension for them.
 
     Raises FormatError for another number of arrays, and for a `qweight` of another shape or type.
     """
@@ -93,7 +100,7 @@ def named_arrays(
         raise FormatError(f"{len(packed)} arrays of the in-memory form, expected {names}")
     form = triton_layout(layout)
     rows = sum(padded(size) for size in shard_sizes)
-    shape = (form.steps(input_size), form.stored_tiles, rows, 16)
+    shape = (*experts, form.steps(input_size), form.stored_tiles, rows, 16)
     _check_tensor("qweight", packed[0], shape, torch.int16)
     return dict(zip(names, packed, strict=True))
 
@@ -242,6 +249,52 @@ def _gpu_linear(
 ) -> Tensor:
     named_arrays(packed, x.shape[-1], shard_sizes, Layout.from_text(layout))
     return empty_result(x, bias, sum(shard_sizes))
+
+
+@_operator(
+    "gpu_grouped_linear",
+    "Tensor x, Tensor[] packed, Tensor? bias, Tensor routes, Tensor expert_ids, Tensor used, "
+    "Tensor? factors, SymInt top_k, int block, bool complete, SymInt[] shard_sizes, str layout",
+)
+def _gpu_grouped_linear(
+    x: Tensor,
+    packed: list[Tensor],
+    bias: Tensor | None,
+    routes: Tensor,
+    expert_ids: Tensor,
+    used: Tensor,
+    factors: Tensor | None,
+    top_k: int,
+    block: int,
+    complete: bool,
+    shard_sizes: list[int],
+    layout: str,
+) -> Tensor:
+    del complete, block
+    experts, outputs, count = packed[0].shape[0], sum(shard_sizes), x.shape[0] * top_k
+    named_arrays(packed, x.shape[-1], shard_sizes, Layout.from_text(layout), (experts,))
+    if bias is not None and bias.shape != (experts, outputs):
+        raise FormatError(f"bias has shape {list(bias.shape)}, expected [{experts}, {outputs}]")
+    if factors is not None:
+        _check_tensor("factors", factors, (count,), torch.float32)
+    for name, tensor in (("routes", routes), ("expert_ids", expert_ids), ("used", used)):
+        _check_tensor(name, tensor, (tensor.numel(),), torch.int32)
+    if count * outputs >= 2**31:
+        raise FormatError(f"{count} routes are too many at a time for {outputs} outputs")
+    return x.new_empty((count, outputs))
+
+
+@_operator(
+    "gpu_gather_rows",
+    "Tensor ids, Tensor[] packed, SymInt input_size, SymInt outputs, str layout, ScalarType dtype",
+)
+def _gpu_gather_rows(
+    ids: Tensor, packed: list[Tensor], input_size: int, outputs: int, layout: str,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    named_arrays(packed, input_size, [outputs], Layout.from_text(layout))
+    check_ids(ids)
+    return ids.new_empty((*ids.shape, input_size), dtype=dtype)
 
 
 @_operator(

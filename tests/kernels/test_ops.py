@@ -27,6 +27,15 @@ SCHEMAS = {
     ),
     "gpu_linear": LINEAR,
     "gpu_dequantize": DEQUANTIZE,
+    "gpu_grouped_linear": (
+        "(Tensor x, Tensor[] packed, Tensor? bias, Tensor routes, Tensor expert_ids, Tensor used,"
+        " Tensor? factors, SymInt top_k, int block, bool complete, SymInt[] shard_sizes,"
+        " str layout) -> Tensor"
+    ),
+    "gpu_gather_rows": (
+        "(Tensor ids, Tensor[] packed, SymInt input_size, SymInt outputs, str layout,"
+        " ScalarType dtype) -> Tensor"
+    ),
     "gpu_sparse": (
         "(Tensor y, Tensor x, Tensor positions, Tensor values, Tensor unit, Tensor? bias,"
         " SymInt group_size) -> Tensor"
@@ -162,6 +171,46 @@ def test_wrong_arrays_are_refused_and_faked_alike(arrays, name):
         for call in both(getattr(torch.ops.precalib, name), wrong):
             with pytest.raises(FormatError, match=match):
                 call()
+
+
+def test_wrong_arguments_of_grouped_products_are_refused(arrays):
+    packed, text = arrays
+    stacked = [torch.stack([array, array]).to("meta") for array in packed]
+
+    def given(tokens=3, top_k=2, bias=(2, 70), factors=6, dtype=torch.int32, packed=stacked):
+        empty = {"device": "meta"}
+        return (
+            torch.empty(tokens, 160, dtype=torch.half, **empty),
+            packed,
+            torch.empty(bias, dtype=torch.half, **empty),
+            *(torch.empty(size, dtype=dtype, **empty) for size in (16, 2, 1)),
+            torch.empty(factors, **empty),
+            *(top_k, 8, True, [70], text),
+        )
+
+    run = torch.ops.precalib.gpu_grouped_linear
+    y = run(*given())
+    assert (y.shape, y.dtype) == ((6, 70), torch.half)
+    single = [array.to("meta") for array in packed]
+    for wrong, match in (
+        (given(packed=single), r"'qweight' is "),
+        (given(bias=(70,)), r"bias has shape \[70\], expected \[2, 70\]"),
+        (given(factors=3), r"'factors' is \[3\] torch.float32, expected \[6\]"),
+        (given(dtype=torch.int64), r"'routes' is \[16\] torch.int64, expected"),
+        (given(2**24, factors=2**25), "33554432 routes are too many at a time for 70 outputs"),
+    ):
+        with pytest.raises(FormatError, match=match):
+            run(*wrong)
+
+
+def test_ids_of_another_type_are_refused(arrays):
+    packed, text = arrays
+    meta = [array.to("meta") for array in packed]
+    given = meta, 160, 70, text, torch.half
+    ids = torch.empty(2, 3, dtype=torch.int64, device="meta")
+    assert torch.ops.precalib.gpu_gather_rows(ids, *given).shape == (2, 3, 160)
+    with pytest.raises(FormatError, match=r"ids are torch\.int32"):
+        torch.ops.precalib.gpu_gather_rows(ids.int(), *given)
 
 
 def test_the_fake_of_cpu_linear_checks_what_it_can():

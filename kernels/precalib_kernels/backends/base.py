@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from precalib_kernels.backends.routes import Grouping
 from precalib_kernels.format.layout import Layout
 
 
@@ -64,6 +65,7 @@ class Backend(ABC):
     name:             what users call it.
     int8_activations: whether it can round activations to 8 bits.
     experts:          whether it can compute a layer of several experts.
+    grouped:          whether it multiplies with all of them in one product, `apply_grouped`.
 
     An engine calls `prepare` once the packed tensors are loaded, makes parameters of what it
     returns, calls `finish`, and then `apply` for every product.
@@ -72,6 +74,7 @@ class Backend(ABC):
     name: ClassVar[str]
     int8_activations: ClassVar[bool] = False
     experts: ClassVar[bool] = False
+    grouped: ClassVar[bool] = False
 
     def __init__(self, spec: LinearSpec) -> None:
         self.spec = spec
@@ -130,6 +133,29 @@ class Backend(ABC):
         x:     [..., K] in the spec's type, which is also that of the result [..., N].
         bias:  [N] in the same type, or None.
         """
+
+    def apply_grouped(
+        self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None, grouping: Grouping
+    ) -> Tensor:
+        """factors · (x·Ŵₑᵀ + biasₑ), every row with the weight of the expert it is routed to.
+
+        layer: holds what `prepare` returned for each expert, stacked.
+        x:     [tokens, K] in the spec's type, which is also that of the result [routes, N].
+        bias:  [experts, N] in the same type, or None.
+
+        Raises NotImplementedError where the backend is not `grouped`.
+        """
+        del layer, x, bias, grouping
+        raise NotImplementedError(f"{self.name} has no grouped products")
+
+    def route_block(self, rows: int) -> int:
+        """Places of a block of routes where an expert gets about so many rows."""
+        del rows
+        raise NotImplementedError(f"{self.name} has no grouped products")
+
+    def row_limits(self) -> tuple[int, ...]:
+        """The largest numbers of rows per expert that each kernel is for."""
+        raise NotImplementedError(f"{self.name} has no grouped products")
 
     def embedding(self, layer: torch.nn.Module, ids: Tensor) -> Tensor:
         """Rows of Ŵ, [..., K] in the spec's type, traceable by torch.compile.

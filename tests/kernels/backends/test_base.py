@@ -10,6 +10,7 @@ from packed_tensors import RECIPE_LAYOUTS, random_packed
 from precalib_kernels.backends.base import Backend, LinearSpec
 from precalib_kernels.backends.reference import ReferenceBackend
 from precalib_kernels.backends.registry import BackendRegistry
+from precalib_kernels.backends.routes import Grouping, sorted_routes
 from precalib_kernels.backends.triton.backend import TritonBackend
 from precalib_kernels.backends.x86.backend import X86Backend
 from precalib_kernels.errors import ServingError
@@ -48,13 +49,28 @@ def test_a_spec_is_plain_data():
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_experts_are_refused_with_a_sentence(device):
+    class OneMatrix(ReferenceBackend):
+        experts = False
+
     spec = dataclasses.replace(SPEC, experts=8, device=device)
-    assert TritonBackend.can_run(spec) == "computes one matrix per layer, not 8 experts"
+    assert OneMatrix.can_run(spec) == "computes one matrix per layer, not 8 experts"
 
 
 def test_the_reference_computes_experts_on_every_device():
     for device in ("cpu", "cuda"):
         assert ReferenceBackend.can_run(dataclasses.replace(SPEC, experts=8, device=device)) is None
+
+
+def test_who_has_no_grouped_products_says_so():
+    backend, x = LinearOnly(SPEC), torch.zeros(1, 64)
+    assert not backend.grouped
+    grouping = Grouping(sorted_routes(torch.tensor([[0]]), 1, 8), 1)
+    with pytest.raises(NotImplementedError, match=r"^linear_only has no grouped products$"):
+        backend.apply_grouped(torch.nn.Module(), x, None, grouping)
+    with pytest.raises(NotImplementedError, match=r"^linear_only has no grouped products$"):
+        backend.route_block(1)
+    with pytest.raises(NotImplementedError, match=r"^linear_only has no grouped products$"):
+        backend.row_limits()
 
 
 @pytest.mark.parametrize("backend", [TritonBackend, ReferenceBackend])

@@ -4,15 +4,28 @@ Rows become fp16 that fill its range, by a power of two per row, so one kernel s
 of x exactly; the column scale of each fused shard is multiplied in. They are written twice: in the
 order of the dots, which the tensor cores read, and column by column, which the salient weights
 pick from. Sums per group take the decoders' offset and the zero points off.
+
+GROUPED, row m is that of the token of route m (`routes.Routes`), and the column scales are those
+of its block's expert. Places without a route become zeros.
 """
 
 import triton
 import triton.language as tl
 
+from precalib_kernels.backends.triton.gemm_grouping import block_expert, of_expert
+
 
 @triton.jit(
-    do_not_specialize=["counter_count", "rows", "columns", "padded", "gathered", "row_stride"],
-    do_not_specialize_on_alignment=["x", "column_scale"],
+    do_not_specialize=[
+        "counter_count",
+        "rows",
+        "columns",
+        "padded",
+        "gathered",
+        "row_stride",
+        "top_k",
+    ],
+    do_not_specialize_on_alignment=["x", "column_scale", "routes", "expert_ids", "used"],
 )
 def prepare_kernel(
     x,  # [rows, columns], any float type
@@ -23,12 +36,16 @@ def prepare_kernel(
     group_sums,  # out: float32 [parts, blocks, groups, BLOCK_M]: sums over ENTRIES_PER_UNIT
     x_scale,  # out: float32 [parts, blocks * BLOCK_M]: what undoes the power of two
     counters,  # out: int32, zeroed: arrivals of split programs
+    routes,  # GROUPED: as in `gemm_kernel`, as the next two are
+    expert_ids,
+    used,
     counter_count,
-    rows,
+    rows,  # of x; GROUPED: routes
     columns,
     padded,  # columns of whole steps
     gathered,  # columns that salient weights are picked from, zeros beyond the others
     row_stride,
+    top_k,  # GROUPED: routes of a row of x
     OFFSET: tl.constexpr,
     ENTRIES_PER_UNIT: tl.constexpr,
     GROUP: tl.constexpr,
@@ -39,6 +56,7 @@ def prepare_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     ROW_BLOCK: tl.constexpr,
+    GROUPED: tl.constexpr,
 ):
     """Program (m, part, chunk) makes BLOCK_K columns of one row of x ready for one part.
 
@@ -51,11 +69,23 @@ def prepare_kernel(
     blocks = tl.num_programs(0) // BLOCK_M
     block = part * blocks + m // BLOCK_M
     lane = m % BLOCK_M
+    if (m == 0) & (part == 0) & (chunk == 0):
+        for first in tl.range(0, counter_count, BLOCK_K):
+            counter = first + tl.arange(0, BLOCK_K)
+            tl.store(counters + counter, counter * 0, mask=counter < counter_count)
+    row, real = m, m < rows  # rows of a block past the last are zeros
+    if GROUPED:
+        expert = block_expert(expert_ids, used, m // BLOCK_M, BLOCK_M)
+        if expert < 0:
+            return
+        route = tl.load(routes + m)
+        row, real = route // top_k, route < rows
+        column_scale = of_expert(column_scale, expert, tl.num_programs(1) * padded)
     wide = tl.arange(0, ROW_BLOCK)
     largest = tl.full((), 0.0, tl.float32)
     for first in tl.range(0, padded, ROW_BLOCK):
         values = _scaled(
-            x, column_scale, m, part, first + wide, rows, columns, padded, row_stride, SCALED
+            x, column_scale, row, real, part, first + wide, columns, padded, row_stride, SCALED
         )
         largest = tl.maximum(largest, tl.max(tl.abs(values), 0))
     # 2**14 <= largest * factor < 2**15; exponents are kept where factor and 1 / factor are normal
@@ -68,7 +98,7 @@ def prepare_kernel(
 
     column = chunk * BLOCK_K + tl.arange(0, BLOCK_K)
     inside = column < padded
-    values = _scaled(x, column_scale, m, part, column, rows, columns, padded, row_stride, SCALED)
+    values = _scaled(x, column_scale, row, real, part, column, columns, padded, row_stride, SCALED)
     half = (values * factor).to(tl.float16)
     if BY_COLUMN:
         at = by_column + (block * gathered + column) * BLOCK_M + lane
@@ -87,18 +117,15 @@ def prepare_kernel(
     if MODE == "uniform":
         grouped = tl.reshape(half.to(tl.float32), (BLOCK_K // GROUP, GROUP))
         tl.store(group_sums + at, tl.sum(grouped, 1) / ENTRIES_PER_UNIT, mask=inside_groups)
-    if (m == 0) & (part == 0) & (chunk == 0):
-        for first in tl.range(0, counter_count, BLOCK_K):
-            counter = first + tl.arange(0, BLOCK_K)
-            tl.store(counters + counter, counter * 0, mask=counter < counter_count)
 
 
 @triton.jit
 def _scaled(
-    x, column_scale, m, part, column, rows, columns, padded, row_stride, SCALED: tl.constexpr
+    x, column_scale, row, real, part, column, columns, padded, row_stride, SCALED: tl.constexpr
 ):
-    real = column < tl.where(m < rows, columns, 0)  # rows of a block past the last are zeros
-    values = tl.load(x + m.to(tl.int64) * row_stride + column, mask=real, other=0.0).to(tl.float32)
+    inside = column < tl.where(real, columns, 0)
+    at = x + row.to(tl.int64) * row_stride + column
+    values = tl.load(at, mask=inside, other=0.0).to(tl.float32)
     if SCALED:
         values *= tl.load(column_scale + part * padded + column, mask=column < padded, other=0.0)
     return values

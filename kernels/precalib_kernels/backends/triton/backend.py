@@ -2,14 +2,15 @@
 
 import functools
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from precalib_kernels import ops
 from precalib_kernels.backends.base import Backend, LinearSpec
-from precalib_kernels.backends.triton import op
+from precalib_kernels.backends.routes import Grouping
+from precalib_kernels.backends.triton import gather_op, grouped_op, op
 from precalib_kernels.backends.triton.memory_layout import reason_against, triton_layout
 from precalib_kernels.backends.triton.repack import repack
 
@@ -20,6 +21,8 @@ class TritonBackend(Backend):
     """Fused kernels: base and salient weights in one launch."""
 
     name = "triton"
+    experts = True
+    grouped = True
 
     def __init__(self, spec: LinearSpec) -> None:
         super().__init__(spec)
@@ -58,11 +61,44 @@ class TritonBackend(Backend):
         arrays = [layer.get_parameter(name).data for name in self.names]
         if arrays[0].is_cuda:
             warm_up(self.spec, tuple(arrays))
+            if self.spec.embedding:
+                self.embedding(layer, torch.zeros(1, dtype=torch.int64, device=arrays[0].device))
 
     def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
         """One call of `precalib::gpu_linear`."""
         packed: list[Tensor] = [layer.get_parameter(name) for name in self.names]
         return op.gpu_linear(x, packed, bias, self.shard_sizes, self.layout_text)
+
+    def apply_grouped(
+        self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None, grouping: Grouping
+    ) -> Tensor:
+        """One call of `precalib::gpu_grouped_linear`."""
+        packed: list[Tensor] = [layer.get_parameter(name) for name in self.names]
+        return grouped_op.gpu_grouped_linear(
+            x, packed, bias, grouping, self.shard_sizes, self.layout_text
+        )
+
+    def route_block(self, rows: int) -> int:
+        """Of the fixed configurations."""
+        return grouped_op.route_block(rows)
+
+    def row_limits(self) -> tuple[int, ...]:
+        """Of the fixed configurations."""
+        return grouped_op.row_limits()
+
+    @classmethod
+    def can_embed(cls, spec: LinearSpec) -> str | None:
+        """It needs all rows in one part."""
+        parts = len(spec.shard_sizes)
+        return None if parts == 1 else f"looks up rows of one matrix, not of {parts} fused ones"
+
+    def embedding(self, layer: torch.nn.Module, ids: Tensor) -> Tensor:
+        """One call of `precalib::gpu_gather_rows`."""
+        packed: list[Tensor] = [layer.get_parameter(name) for name in self.names]
+        spec = self.spec
+        return gather_op.gpu_gather_rows(
+            ids, packed, spec.input_size, spec.output_size, self.layout_text, spec.dtype
+        )
 
 
 @functools.cache
@@ -106,16 +142,21 @@ class WarmUps:
     """
 
     def __init__(self) -> None:
-        self._done: set[tuple[str, LinearSpec, torch.device]] = set()
+        self._done: set[Hashable] = set()
+
+    def first(self, kind: Hashable) -> bool:
+        """Whether this is the first layer of a kind."""
+        if kind in self._done:
+            return False
+        self._done.add(kind)
+        return True
 
     def inputs(
         self, backend: str, spec: LinearSpec, device: torch.device, row_counts: Iterable[int]
     ) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Inputs x of so many rows, each without and with a bias; none if the kind is done."""
-        kind = backend, spec, device
-        if kind in self._done:
+        if not self.first((backend, spec, device)):
             return
-        self._done.add(kind)
         bias = torch.zeros(spec.output_size, dtype=spec.dtype, device=device)
         for rows in row_counts:
             x = torch.zeros((rows, spec.input_size), dtype=spec.dtype, device=device)

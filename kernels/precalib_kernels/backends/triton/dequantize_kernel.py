@@ -47,16 +47,38 @@ def dequantize_kernel(
     IN_DOTS: columns are left in the order of the dots, whole steps of them, which a product can
     take as well if x has that order: a dot's 16 columns then lie together in memory.
     """
-    WHOLE: tl.constexpr = TILES - (INLINE or BITS == 5)  # tiles of nibbles
-    GROUPS: tl.constexpr = STEP // GROUP
     columns = columns // 32 * 32  # it always is; so Triton knows, and stores more than one at once
     tile, step = first_tile + tl.program_id(0), tl.program_id(1)
     inner = tl.arange(0, 64)
     n = tile * 64 + inner
-    r = tl.arange(0, 16)
     part = tl.load(tiles + tile * 4)
     row = tl.load(tiles + tile * 4 + 1) - tl.load(tiles + first_tile * 4 + 1) + inner
     inside = inner < tl.load(tiles + tile * 4 + 2)
+    dequantize_rows(
+        weight, n, row, inside, step, words, group_data, positions, values, affine, row_unit,
+        salient_unit, table, constants, column_scale + part * tl.num_programs(1) * STEP, columns,
+        padded_rows, BITS, MODE, INLINE, GROUP, STEP, TILES, J, OFFSET, ZEROS, SLOTS, LOG8, SCALED,
+        ENTRIES_PER_UNIT, IN_DOTS, ASM, REGISTERS, SPARE,
+    )  # fmt: skip
+
+
+@triton.jit
+def dequantize_rows(
+    weight, n, row, inside, step, words, group_data, positions, values, affine, row_unit,
+    salient_unit, table, constants, column_scale, columns, padded_rows,
+    BITS: tl.constexpr, MODE: tl.constexpr, INLINE: tl.constexpr, GROUP: tl.constexpr,
+    STEP: tl.constexpr, TILES: tl.constexpr, J: tl.constexpr, OFFSET: tl.constexpr,
+    ZEROS: tl.constexpr, SLOTS: tl.constexpr, LOG8: tl.constexpr, SCALED: tl.constexpr,
+    ENTRIES_PER_UNIT: tl.constexpr, IN_DOTS: tl.constexpr, ASM: tl.constexpr,
+    REGISTERS: tl.constexpr, SPARE: tl.constexpr,
+):  # fmt: skip
+    """Write the columns of one step of rows n into rows `row` of `weight`, where `inside`.
+
+    n, row, inside: [any]; column_scale: that of the part.
+    """
+    WHOLE: tl.constexpr = TILES - (INLINE or BITS == 5)  # tiles of nibbles
+    GROUPS: tl.constexpr = STEP // GROUP
+    r = tl.arange(0, 16)
     masks = tl.load(constants + r), tl.load(constants + 16 + r)
     masks += tl.load(constants + 32 + r), tl.load(constants + 48 + r)
     if BITS == 5:
@@ -93,7 +115,7 @@ def dequantize_kernel(
                 hit = places[slot][:, None] == inside_group[None, :]
                 value += tl.where(hit, added[slot][:, None], 0.0)
             if SCALED:
-                factor = tl.load(column_scale + part * tl.num_programs(1) * STEP + column)
+                factor = tl.load(column_scale + column)
                 value *= factor.to(tl.float32)[None, :]
             stored = value.to(weight.dtype.element_ty)
             if IN_DOTS:

@@ -36,9 +36,13 @@ def add_splits(total, partial_sums, counters, tile, split, splits, block, blocks
 
 @triton.jit
 def store_result(
-    y, bias, x_scale, about, total, part, block, blocks, rows, outputs, BIAS: tl.constexpr
-):
-    """Undo the scaling of x, add the bias and write total, [rows of the weight, rows of x]."""
+    y, bias, x_scale, about, total, part, block, blocks, routes, factors, rows, outputs,
+    BIAS: tl.constexpr, GROUPED: tl.constexpr, WEIGHTED: tl.constexpr,
+):  # fmt: skip
+    """Undo the scaling of x, add the bias and write total, [rows of the weight, rows of x].
+
+    GROUPED: a row of x goes to the row of y that its route names; WEIGHTED: times its factor.
+    """
     BLOCK_N: tl.constexpr = total.shape[0]
     BLOCK_M: tl.constexpr = total.shape[1]
     inner = tl.arange(0, BLOCK_N)
@@ -48,6 +52,10 @@ def store_result(
     total *= tl.load(x_scale + part * blocks * BLOCK_M + m)[None, :]
     if BIAS:
         total += tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)[:, None]
+    if GROUPED:
+        m = tl.load(routes + m)
+    if WEIGHTED:
+        total *= tl.load(factors + m, mask=m < rows, other=0.0)[None, :]
     # 32 bits do for a few hundred rows; as many 64-bit offsets would not fit into registers.
     at = y + (m[None, :] * outputs + n[:, None])
     tl.store(at, total.to(y.dtype.element_ty), mask=inside[:, None] & (m < rows)[None, :])

@@ -8,6 +8,9 @@ a group's scale belongs to a row of the accumulator.
             + salient_unit[n] · Σ_slots value · x'[m, position]          all · x_scale[m], + bias[n]
 
 The partial products of a split are added up in a fixed order by the program that arrives last.
+
+GROUPED, the weights of several experts lie one after the other, and every block of x belongs to
+one of them (`routes.Routes`). Programs of blocks that belong to none do nothing.
 """
 
 import triton
@@ -16,6 +19,7 @@ import triton.language as tl
 from precalib_kernels.backends.triton import memory_layout
 from precalib_kernels.backends.triton.decode import load_chain, side_by_side, split_tiles
 from precalib_kernels.backends.triton.gemm_epilogue import add_splits, store_result
+from precalib_kernels.backends.triton.gemm_grouping import block_expert, of_expert
 from precalib_kernels.backends.triton.gemm_salient import add_salient, gathered_columns
 from precalib_kernels.backends.triton.gemm_scales import (
     group_scale,
@@ -26,11 +30,12 @@ from precalib_kernels.backends.triton.gemm_scales import (
 )
 
 SALIENT_CHUNK = tl.constexpr(memory_layout.SALIENT_CHUNK)
+ROUTES = ("routes", "expert_ids", "used", "factors")  # slices of tensors may begin anywhere
 
 
 @triton.jit(
     do_not_specialize=["rows", "outputs", "steps"],  # padded_rows is known to be a multiple of 64
-    do_not_specialize_on_alignment=["y", "bias"],
+    do_not_specialize_on_alignment=["y", "bias", *ROUTES],
 )
 def gemm_kernel(
     y,  # out: [rows, outputs]
@@ -52,7 +57,11 @@ def gemm_kernel(
     x_scale,  # float32 [parts, blocks * BLOCK_M]
     partial_sums,  # workspace: float32 [splits, blocks, padded_rows, BLOCK_M]
     counters,  # workspace: int32 [blocks, tiles], zero
-    rows,  # M
+    routes,  # GROUPED: int32 [places], the row of y of each row of x; `rows` for none
+    expert_ids,  # GROUPED: int32 [blocks], negative for none
+    used,  # GROUPED: int32 [1], places in use
+    factors,  # WEIGHTED: float32 [rows], what each row of y is multiplied by
+    rows,  # M; GROUPED: of y
     outputs,  # N
     padded_rows,
     steps,
@@ -61,6 +70,7 @@ def gemm_kernel(
     ZEROS: tl.constexpr, SLOTS: tl.constexpr, LOG8: tl.constexpr, BIAS: tl.constexpr,
     SPLIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, STAGES: tl.constexpr,
     ASM: tl.constexpr, REGISTERS: tl.constexpr, SPARE: tl.constexpr,
+    GROUPED: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
     """Program (tile, split of the steps, block of x)."""
     WHOLE: tl.constexpr = TILES - (INLINE or BITS == 5)  # tiles of nibbles
@@ -73,6 +83,13 @@ def gemm_kernel(
     RUNNING: tl.constexpr = BLOCK_M >= 64
     tile, split, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     blocks, splits = tl.num_programs(2), tl.num_programs(1)
+    if GROUPED:
+        expert = block_expert(expert_ids, used, block, BLOCK_M)
+        if expert < 0:
+            return
+        words = of_expert(words, expert, steps * TILES * padded_rows * 16)
+        group_data = of_expert(group_data, expert, steps * GROUPS * padded_rows)
+        affine = of_expert(affine, expert, steps * GROUPS * padded_rows * 2)
     about = tiles + tile * (BLOCK_N // 64) * 4
     part = tl.load(about)
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -136,19 +153,29 @@ def gemm_kernel(
         plane = part * blocks + block
         n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         total *= unit_ratio(unit, one_unit(n, LOG8), LOG8, ASM != "")[:, None]
+    rounds = tl.cdiv(steps * GROUPS * SLOTS, SALIENT_CHUNK)
+    if GROUPED:
+        expert = tl.load(expert_ids + block)
+        row_unit = of_expert(row_unit, expert, padded_rows)
+        salient_unit = of_expert(salient_unit, expert, padded_rows)
+        positions = of_expert(positions, expert, rounds * SALIENT_CHUNK * padded_rows)
+        values = of_expert(values, expert, rounds * SALIENT_CHUNK * padded_rows)
+        bias = of_expert(bias, expert, outputs)
     total *= tl.load(row_unit + n)[:, None]
     if SLOTS > 0:
         total = add_salient(
             total, n, by_column + plane * gathered_columns(steps * GROUPS, GROUP, SLOTS) * BLOCK_M,
-            positions, values, salient_unit, tl.cdiv(steps * GROUPS * SLOTS, SALIENT_CHUNK),
+            positions, values, salient_unit, rounds,
             split, splits, padded_rows, GROUP, SLOTS, ASM,
         )  # fmt: skip
+    last = True
     if SPLIT:
         total, last = add_splits(total, partial_sums, counters, tile, split, splits, block, blocks)
-        if last:
-            store_result(y, bias, x_scale, about, total, part, block, blocks, rows, outputs, BIAS)
-    else:
-        store_result(y, bias, x_scale, about, total, part, block, blocks, rows, outputs, BIAS)
+    if last:
+        store_result(
+            y, bias, x_scale, about, total, part, block, blocks, routes, factors, rows, outputs,
+            BIAS, GROUPED, WEIGHTED,
+        )  # fmt: skip
 
 
 @triton.jit

@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from precalib_kernels.backends.routes import Grouping
 from precalib_kernels.backends.triton import decode_ptx
+from precalib_kernels.backends.triton.kernel_arguments import (
+    array_arguments,
+    prepare_blocks,
+    routing_arguments,
+)
 from precalib_kernels.backends.triton.launch_configs import (
     TABLE,
     Blocks,
@@ -86,20 +92,26 @@ def gemm(
     layout: Layout,
     shard_sizes: Sequence[int],
     blocks: Blocks,
+    grouping: Grouping | None = None,
 ) -> Tensor:
-    """x [M, K] times Ŵᵀ by the fused kernel, cut up as `blocks` says."""
+    """x [M, K] times Ŵᵀ by the fused kernel, cut up as `blocks` says.
+
+    grouping: which expert computes which rows; arrays and bias are then those of all experts.
+    """
     from precalib_kernels.backends.triton.activation_kernel import prepare_kernel
     from precalib_kernels.backends.triton.gemm_kernel import gemm_kernel
 
     form = triton_layout(layout)
     x = x if x.stride(-1) == 1 else x.contiguous()
     (rows, columns), device = x.shape, x.device
-    words = arrays["qweight"]
-    steps, _, padded_rows, _ = words.shape
+    steps, _, padded_rows, _ = arrays["qweight"].shape[-4:]
     whole, parts = steps * form.step, len(shard_sizes)  # columns of whole steps
     fits = all(padded(size) % blocks.block_n == 0 for size in shard_sizes)
     block_n = blocks.block_n if fits else ROWS  # a program stays within one part
     row_blocks = -(-rows // blocks.block_m)
+    if grouping is not None:
+        rows, row_blocks = rows * grouping.top_k, grouping.routes.expert_ids.numel()
+    routing = routing_arguments(grouping, x)
     tiles = padded_rows // block_n
     split_count = splits(blocks, tiles, row_blocks, steps, processors(device))
 
@@ -117,23 +129,29 @@ def gemm(
         else x_scale
     )
     counters = torch.empty(row_blocks * tiles, dtype=torch.int32, device=device)
-    y = x.new_empty((rows, sum(shard_sizes)))
+    new = x.new_empty if grouping is None or grouping.complete else x.new_zeros
+    y = new((rows, sum(shard_sizes)))
+    grouped = grouping is not None
 
     block_k, row_block = prepare_blocks(blocks.block_m, whole)
     prepare_kernel[(row_blocks * blocks.block_m, parts, -(-max(whole, gathered) // block_k))](
         x, arrays.get("column_scale", x), dots, by_column, offset_terms, group_sums, x_scale,
-        counters, counters.numel(), rows, columns, whole, gathered, x.stride(0),
+        counters, routing["routes"], routing["expert_ids"], routing["used"],
+        counters.numel() if split_count > 1 else 0, rows, columns, whole, gathered, x.stride(0),
+        grouping.top_k if grouping else 1,
         OFFSET=form.offset, ENTRIES_PER_UNIT=form.entries_per_unit, GROUP=form.group,
         MODE=form.mode, J=form.chain_tiles, SCALED=layout.column_scale, BY_COLUMN=form.slots > 0,
-        BLOCK_M=blocks.block_m, BLOCK_K=block_k, ROW_BLOCK=row_block, num_warps=PREPARE_WARPS,
+        BLOCK_M=blocks.block_m, BLOCK_K=block_k, ROW_BLOCK=row_block, GROUPED=grouped,
+        num_warps=PREPARE_WARPS,
     )  # fmt: skip
     gemm_kernel[(tiles, split_count, row_blocks)](
-        y, x if bias is None else bias, **_arguments(arrays),
+        y, x if bias is None else bias, **array_arguments(arrays),
         dots=dots, by_column=by_column, offset_terms=offset_terms, group_sums=group_sums,
-        x_scale=x_scale, partial_sums=partial_sums, counters=counters, rows=rows,
-        outputs=y.shape[1], padded_rows=padded_rows, steps=steps,
-        BIAS=bias is not None, SPLIT=split_count > 1, BLOCK_N=block_n, BLOCK_M=blocks.block_m,
-        STAGES=blocks.stages, **blocks.options, **specialization(form),
+        x_scale=x_scale, partial_sums=partial_sums, counters=counters, **routing, rows=rows,
+        outputs=y.shape[1], padded_rows=padded_rows, steps=steps, GROUPED=grouped,
+        WEIGHTED=grouping is not None and grouping.factors is not None, BIAS=bias is not None,
+        SPLIT=split_count > 1, BLOCK_N=block_n, BLOCK_M=blocks.block_m, STAGES=blocks.stages,
+        **blocks.options, **specialization(form),
     )  # fmt: skip
     return y
 
@@ -155,7 +173,7 @@ def panel(
     form = triton_layout(layout)
     steps, _, padded_rows, _ = arrays["qweight"].shape
     dequantize_kernel[(last - first, steps)](
-        weight, **_arguments(arrays), column_scale=arrays.get("column_scale", weight),
+        weight, **array_arguments(arrays), column_scale=arrays.get("column_scale", weight),
         first_tile=first, columns=weight.shape[1], padded_rows=padded_rows,
         SCALED=layout.column_scale, ENTRIES_PER_UNIT=form.entries_per_unit, IN_DOTS=in_dots,
         num_warps=DEQUANTIZE_WARPS, **specialization(form),
@@ -232,32 +250,6 @@ def specialization(form: TritonLayout, assembler: bool | None = None) -> dict[st
         "ASM": decode_ptx.assembler(form) if use else "",
         "REGISTERS": decode_ptx.constraints(form) if use else "",
         "SPARE": decode_ptx.spare_assembler(form.bits) if use and form.bits < 4 else "",
-    }
-
-
-def prepare_blocks(block_m: int, columns: int) -> tuple[int, int]:
-    """Columns that one program makes ready, and those it takes at a time for the maximum.
-
-    Few rows of x are cut into many programs, as each only waits for memory.
-    """
-    row_block = min(8192, 1 << (columns - 1).bit_length())
-    return min(1024 if block_m <= 16 else 4096, max(128, row_block)), row_block
-
-
-def _arguments(arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Kernel arguments; an array that a form does not have is never read, any pointer will do."""
-    absent = arrays["qweight"]
-    return {
-        "words": arrays["qweight"],
-        "group_data": arrays["group_data"],
-        "positions": arrays.get("salient_positions", absent),
-        "values": arrays.get("salient_values", absent),
-        "affine": arrays.get("salient_affine", absent),
-        "row_unit": arrays["row_unit"],
-        "salient_unit": arrays.get("salient_unit", absent),
-        "table": arrays["table"],
-        "constants": arrays["constants"],
-        "tiles": arrays["tiles"],
     }
 
 

@@ -9,8 +9,9 @@ import torch
 from packed_tensors import RECIPE_LAYOUTS
 
 from precalib_kernels.backends.base import LinearSpec
-from precalib_kernels.backends.triton import backend
+from precalib_kernels.backends.triton import backend, op
 from precalib_kernels.backends.triton.backend import TritonBackend, WarmUps, warm_up
+from precalib_kernels.backends.triton.launch_configs import TABLE
 
 SPEC = LinearSpec(RECIPE_LAYOUTS["balanced-4"], 4096, (4096,), torch.bfloat16, "cuda")
 
@@ -52,6 +53,22 @@ def test_it_needs_asynchronous_copies(gpu):
 )
 def test_it_says_why_not(gpu, change, reason):
     assert reason in TritonBackend.can_run(dataclasses.replace(SPEC, **change))
+
+
+def test_it_computes_experts_and_looks_rows_up(gpu):
+    assert TritonBackend.can_run(dataclasses.replace(SPEC, experts=8)) is None
+    assert TritonBackend.can_run(dataclasses.replace(SPEC, embedding=True)) is None
+    fused = dataclasses.replace(SPEC, embedding=True, shard_sizes=(64, 64))
+    assert TritonBackend.can_run(fused) == "looks up rows of one matrix, not of 2 fused ones"
+
+
+def test_blocks_of_routes_are_those_of_the_table():
+    limits = tuple(TABLE[op.family()])
+    chosen = TritonBackend(dataclasses.replace(SPEC, experts=8))
+    assert chosen.row_limits() == limits
+    for most, blocks in TABLE[op.family()].items():
+        assert chosen.route_block(most) == blocks.block_m
+    assert chosen.route_block(10**6) == blocks.block_m
 
 
 def test_subnormal_numbers_need_matrix_units_that_take_them(gpu):

@@ -7,7 +7,7 @@ import pytest
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("name", ["interpreted_suite.py", "interpreted_salient_suite.py"])
+@pytest.mark.parametrize("name", ["", "_salient", "_grouped", "_gather"])
 def test_kernels_are_the_reference_under_the_interpreter(run_suite, name):
-    suite = Path(__file__).with_name(name)
+    suite = Path(__file__).with_name(f"interpreted{name}_suite.py")
     run_suite(["-m", "pytest", suite], TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
