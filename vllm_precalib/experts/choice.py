@@ -11,7 +11,7 @@ from precalib_kernels.format.checkpoint_config import CheckpointConfig
 from vllm_precalib.backends import Options, choose, plugin_registry
 from vllm_precalib.compat import vllm_names
 from vllm_precalib.dense_backend import DenseBackend
-from vllm_precalib.experts.method import DenseExpertsMethod, PackedExpertsMethod
+from vllm_precalib.experts.method import DenseExpertsMethod, PackedExpertsMethod, grouped
 from vllm_precalib.experts.packed_experts import (
     GATE_UP,
     ExpertMatrix,
@@ -97,7 +97,7 @@ def choose_backends(
     loader = ExpertLoader(packed, matrices)
     dummy = config.load_config.load_format == "dummy"
     dense = all(backend is DenseBackend for backend in backends)
-    _check_options(layer, prefix, config, dense)
+    _check_options(layer, prefix, config, dense, grouped(backends))
     # vLLM's kernels for CPUs take every expert for one of this rank's
     of_vllm = dense and not (current_platform.is_cpu() and layer._expert_map is not None)
     return ExpertBackends(loader, dummy, backends, of_vllm)
@@ -144,7 +144,9 @@ def matrices_of(
     )
 
 
-def _check_options(layer: RoutedExperts, prefix: str, config: VllmConfig, dense: bool) -> None:
+def _check_options(
+    layer: RoutedExperts, prefix: str, config: VllmConfig, dense: bool, grouped: bool
+) -> None:
     """Raise ServingError for what vLLM was asked to do and cannot do with packed experts."""
     gpu = not current_platform.is_cpu()
     if layer.moe_config.is_lora_enabled and not (dense and gpu):
@@ -163,8 +165,8 @@ def _check_options(layer: RoutedExperts, prefix: str, config: VllmConfig, dense:
             f"{prefix}: precalib cannot serve shared experts that vLLM fuses into the routed ones; "
             r"quantize the model again with --keep '\.experts\.'"
         )
-    if gpu and not dense and not config.model_config.enforce_eager:
+    if gpu and not dense and not grouped and not config.model_config.enforce_eager:
         raise ServingError(
-            f"{prefix}: experts that stay packed are computed one after the other on a GPU, which "
+            f"{prefix}: this backend computes experts that stay packed one after the other, which "
             'no CUDA graph can record; use the backend "dense", or --enforce-eager'
         )

@@ -1,22 +1,26 @@
 """vLLM's methods for a layer of packed experts.
 
-There are two: experts that stay packed are computed one after the other, only those that have
-rows; experts that are unpacked at load are computed by vLLM's own kernels.
+There are two. Experts that stay packed are computed in one product if their backend has such
+products, else one after the other, only those that have rows. Experts that are unpacked at load are
+computed by vLLM's own kernels.
 """
 
-import dataclasses
-from collections.abc import Mapping
-from typing import Any, cast
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
 from precalib_kernels.backends.base import Backend
+from precalib_kernels.backends.routes import Grouping
+from precalib_kernels.backends.triton.backend import WARM_UPS
 from vllm_precalib.compat import vllm_names
 from vllm_precalib.dense_backend import DenseBackend
 from vllm_precalib.experts import op
 from vllm_precalib.experts.activation import activation_of
+from vllm_precalib.experts.expert_view import ALL, bias_of, view
+from vllm_precalib.experts.grouped import Sorting, grouped_mixture, warm_up_tokens
 from vllm_precalib.experts.mixture import mixture
 from vllm_precalib.experts.parameters import ExpertLoader, MatrixParameters
 
@@ -24,6 +28,11 @@ with vllm_names():
     from vllm.model_executor.layers.fused_moe import RoutedExperts, UnquantizedFusedMoEMethod
     from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
     from vllm.model_executor.utils import set_weight_attrs
+
+
+def grouped(backends: Sequence[type[Backend]]) -> bool:
+    """Whether both matrices have grouped products, with blocks of the same sizes."""
+    return backends[0].grouped and backends[0] is backends[1]
 
 
 class PackedExpertsMethod(FusedMoEMethodBase):
@@ -48,6 +57,7 @@ class PackedExpertsMethod(FusedMoEMethodBase):
             (PlainDenseBackend if backend is DenseBackend else backend)(matrix.spec)
             for backend, matrix in zip(backends, loader.matrices, strict=True)
         ]
+        self.grouped = grouped(backends)
         self.activation = activation_of(layer, loader.packed.prefix)
 
     def maybe_roundup_sizes(self, *sizes: Any) -> tuple[int, int]:
@@ -99,6 +109,21 @@ class PackedExpertsMethod(FusedMoEMethodBase):
             matrix.remove(layer)
         for name, tensor in prepared.items():
             layer.register_parameter(name, Parameter(tensor, requires_grad=False))
+        if self.grouped and _device(layer).type == "cuda":
+            self._warm_up(layer)
+
+    def _warm_up(self, layer: Any) -> None:
+        """Compile every kernel that serving can reach, for the first layer of its kind."""
+        kind = tuple(backend.spec for backend in self.backends), self.moe.has_bias
+        if not WARM_UPS.first(kind):
+            return
+        chosen, count = self.moe.experts_per_token, self.moe.num_experts
+        limits, device = self.backends[0].row_limits(), _device(layer)
+        for tokens in warm_up_tokens(limits, count, chosen):
+            x = torch.zeros(tokens, self.moe.hidden_dim, dtype=self.moe.in_dtype, device=device)
+            ids = torch.arange(tokens * chosen, dtype=torch.int32, device=device) % count
+            ids = ids.view(tokens, chosen)
+            self.compute(layer, x, torch.zeros(ids.shape, device=device), ids)
 
     def get_fused_moe_quant_config(self, layer: Any) -> None:
         """None: no kernel of vLLM's computes these experts."""
@@ -121,16 +146,41 @@ class PackedExpertsMethod(FusedMoEMethodBase):
 
         x: [tokens, hidden];  weights, ids: [tokens, chosen], numbers being those of the model.
         """
+        if self.grouped:
+            return self._compute_grouped(layer, x, weights, ids)
         local = ids if layer.expert_map is None else layer.expert_map[ids.long()]
         first, second = self.backends
 
         def of_expert(expert: int, rows: Tensor) -> Tensor:
-            inner = first.apply(_view(layer, "w13", expert), rows, _bias(layer, "w13", expert))
+            inner = first.apply(view(layer, "w13", expert), rows, bias_of(layer, "w13", expert))
             inner = self.activation(inner).to(rows.dtype)
-            return second.apply(_view(layer, "w2", expert), inner, _bias(layer, "w2", expert))
+            return second.apply(view(layer, "w2", expert), inner, bias_of(layer, "w2", expert))
 
         count = self.moe.num_local_experts
         return mixture(x, weights, local, count, of_expert, layer.apply_router_weight_on_input)
+
+    def _compute_grouped(self, layer: Any, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        """The same without waiting for the device."""
+        first, second = self.backends
+
+        def gate_up(rows: Tensor, grouping: Grouping) -> Tensor:
+            matrix, bias = view(layer, "w13", ALL), bias_of(layer, "w13", ALL)
+            return first.apply_grouped(matrix, rows, bias, grouping)
+
+        def down(rows: Tensor, grouping: Grouping) -> Tensor:
+            matrix, bias = view(layer, "w2", ALL), bias_of(layer, "w2", ALL)
+            return second.apply_grouped(matrix, rows, bias, grouping)
+
+        sorting = Sorting(self.moe.num_experts, layer.expert_map, first.route_block)
+        return grouped_mixture(
+            x,
+            weights,
+            ids,
+            sorting,
+            (gate_up, down),
+            self.activation,
+            layer.apply_router_weight_on_input,
+        )
 
 
 class DenseExpertsMethod(UnquantizedFusedMoEMethod):
@@ -199,30 +249,6 @@ class PlainDenseBackend(DenseBackend):
     def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
         """One product by torch."""
         return torch.nn.functional.linear(x, layer.get_parameter("weight"), bias)
-
-
-@dataclasses.dataclass(frozen=True)
-class ExpertView:
-    """The parameters of one matrix of one expert, found as a backend finds them in a layer."""
-
-    layer: RoutedExperts
-    matrix: str
-    expert: int
-
-    def get_parameter(self, name: str) -> Tensor:
-        """What `Backend.prepare` returned under this name."""
-        return cast(Tensor, getattr(self.layer, f"{self.matrix}_{name}")[self.expert])
-
-    __getattr__ = get_parameter
-
-
-def _view(layer: RoutedExperts, matrix: str, expert: int) -> torch.nn.Module:
-    return cast(torch.nn.Module, ExpertView(layer, matrix, expert))
-
-
-def _bias(layer: RoutedExperts, matrix: str, expert: int) -> Tensor | None:
-    biases = getattr(layer, f"{matrix}_bias", None)
-    return None if biases is None else biases[expert]
 
 
 def _prepared(

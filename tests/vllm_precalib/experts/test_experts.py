@@ -1,13 +1,23 @@
 """A layer of packed experts on a pretended rank, against what the reference unpacks."""
 
+import inspect
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from precalib_kernels.backends.reference import ReferenceBackend, unpacked_weight
+from precalib_kernels.backends.registry import BackendRegistry
+from precalib_kernels.backends.routes import Routes
+from precalib_kernels.backends.triton import op
+from precalib_kernels.backends.triton.backend import TritonBackend
+from precalib_kernels.backends.triton.memory_layout import reason_against
 from precalib_kernels.errors import ServingError
 from precalib_kernels.format.checkpoint_config import CheckpointConfig
 from precalib_kernels.format.reference import dequantize
+from vllm_precalib.experts import choice
+from vllm_precalib.experts import grouped as grouped_products
 
 PREFIX = "model.layers.0.mlp.experts"
 HIDDEN, INNER, EXPERTS = 96, 128, 4
@@ -23,6 +33,56 @@ def compute(layer, x, weights, ids):
     if isinstance(method, PackedExpertsMethod):
         return method.compute(layer, x, weights, ids)
     return method.apply(layer, x, weights, ids, None, None)
+
+
+class LoopedBackend(ReferenceBackend):
+    """Grouped products place by place; what it must not be asked for is not a number."""
+
+    name = "looped"
+    grouped = True
+
+    def apply_grouped(self, layer, x, bias, grouping):
+        routes, experts = grouping.routes, grouping.routes.expert_ids.tolist()
+        y = x.new_full((len(x) * grouping.top_k, self.spec.output_size), torch.nan)
+        if not grouping.complete:
+            y.zero_()
+        for place, route in enumerate(routes.sorted[: int(routes.used)].tolist()):
+            expert = experts[place // routes.block]
+            if route < len(y) and expert >= 0:
+                tensors = {name: layer.get_parameter(name)[expert] for name in self.names}
+                weight = unpacked_weight(tensors, self.spec, "test")
+                y[route] = weight @ x[route // grouping.top_k]
+                y[route] += 0 if bias is None else bias[expert]
+                y[route] *= 1 if grouping.factors is None else grouping.factors[route]
+        return y
+
+    def route_block(self, rows):
+        return 2 if rows <= 2 else 4
+
+    def row_limits(self):
+        return 2, 4
+
+
+class InterpretedBackend(TritonBackend):
+    """The kernels where Triton interprets them, on a CPU."""
+
+    @classmethod
+    def can_run(cls, spec):
+        return reason_against(spec.layout)
+
+
+# test_interpreted.py runs the tests below once more, with the second of them
+GROUPED = [LoopedBackend, *([InterpretedBackend] if op.interpreted() else [])]
+
+
+@pytest.fixture(params=GROUPED, ids=lambda backend: backend.name)
+def grouped(request, monkeypatch):
+    """`additional` of a backend that has grouped products, and how exact they are."""
+    registry = BackendRegistry([request.param])
+    monkeypatch.setattr(choice, "plugin_registry", lambda: registry)
+    # float16 activations are off by 2**-11, and so is the difference of a salient weight
+    tolerance = 1e-4 if request.param is LoopedBackend else 1e-2
+    return {"precalib": {"backend": request.param.name}}, tolerance
 
 
 @pytest.fixture
@@ -57,9 +117,9 @@ def routed(tokens=7, chosen=2, seed=0):
     return x, weights, ids.int()
 
 
-def assert_close(found, expected):
+def assert_close(found, expected, tolerance=1e-4):
     # each product rounds to float32 after at most 128 additions; sizes are about 1
-    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 40])
@@ -107,6 +167,82 @@ def test_experts_without_rows_are_not_computed(make, monkeypatch):
     counts = ids.flatten().bincount(minlength=EXPERTS).tolist()
     assert seen == [(expert, count) for expert, count in enumerate(counts) if count]
     assert 3 not in dict(seen)
+
+
+def test_grouped_products_are_the_weighted_sum(make, expected, grouped):
+    additional, tolerance = grouped
+    layer, inputs = make(additional), routed(5)
+    assert layer.quant_method.grouped
+    assert_close(compute(layer, *inputs), expected(*inputs), tolerance)
+
+
+def test_grouped_products_of_expert_parallel_ranks(make, expected, grouped):
+    additional, tolerance = grouped
+    inputs = routed(4)
+    for index, own in enumerate([(0, 1), (2, 3)]):
+        layer = make(additional, index, 2, expert_parallel=True)
+        assert_close(compute(layer, *inputs), expected(*inputs, only=own), tolerance)
+
+
+def test_grouped_products_of_weighted_inputs(make, expected, grouped):
+    additional, tolerance = grouped
+    x, weights, ids = routed(3, chosen=1)
+    layer = make(additional, weight_inputs=True)
+    sums = expected(x * weights, torch.ones_like(weights), ids)
+    assert_close(compute(layer, x, weights, ids), sums, tolerance)
+
+
+def test_grouped_products_with_a_bias(make, expected, grouped):
+    additional, tolerance = grouped
+    layer, (x, weights, ids) = make(additional), routed(3)
+    shift = torch.randn(EXPERTS, HIDDEN)
+    layer.register_parameter("w2_bias", torch.nn.Parameter(shift, requires_grad=False))
+    sums = expected(x, weights, ids) + (shift[ids.long()] * weights[..., None]).sum(1)
+    assert_close(compute(layer, x, weights, ids), sums, tolerance)
+
+
+def test_many_tokens_are_taken_some_at_a_time(make, expected, grouped, monkeypatch):
+    additional, tolerance = grouped
+    monkeypatch.setattr(grouped_products, "MOST_ROUTES", 4)
+    layer, inputs = make(additional), routed(5)
+    assert_close(compute(layer, *inputs), expected(*inputs), tolerance)
+
+
+def test_vllm_sorts_routes_on_a_gpu(monkeypatch):
+    """Its function takes what it is given here, and says what `Routes` are made of."""
+    signature, seen = inspect.signature(grouped_products.moe_align_block_size), []
+
+    def align(*arguments, **options):
+        seen.append(signature.bind(*arguments, **options).arguments)
+        return ("sorted", "experts", "used")
+
+    monkeypatch.setattr(grouped_products, "moe_align_block_size", align)
+    ids = SimpleNamespace(is_cuda=True, numel=lambda: 20)
+    sorting = grouped_products.Sorting(4, "map", lambda rows: 8 * rows)
+    assert sorting.routes(ids) == Routes("sorted", "experts", "used", 40)
+    expected = {"topk_ids": ids, "block_size": 40, "num_experts": 4, "expert_map": "map"}
+    assert seen == [{**expected, "ignore_invalid_experts": True}]
+
+
+@pytest.mark.parametrize(
+    ("experts", "chosen", "tokens"),
+    [(128, 8, [1, 128, 129, 256, 257, 512, 513, 2048]), (2, 2, [1, 8, 9, 16, 17, 32, 33, 8192])],
+)
+def test_the_first_and_the_last_number_of_tokens_of_every_kernel_warm_it_up(
+    experts, chosen, tokens
+):
+    found = list(grouped_products.warm_up_tokens((8, 16, 32, 64), experts, chosen))
+    assert found == tokens
+
+
+def test_graphs_cannot_record_experts_one_after_the_other(make, monkeypatch):
+    layer = make({})
+    monkeypatch.setattr(choice, "current_platform", SimpleNamespace(is_cpu=lambda: False))
+    config = SimpleNamespace(model_config=SimpleNamespace(enforce_eager=False))
+    with pytest.raises(ServingError, match="which no CUDA graph can record"):
+        choice._check_options(layer, PREFIX, config, dense=False, grouped=False)
+    choice._check_options(layer, PREFIX, config, dense=False, grouped=True)
+    choice._check_options(layer, PREFIX, config, dense=True, grouped=False)
 
 
 def test_a_group_that_ranks_would_share_is_refused(make, tiny):
