@@ -3,8 +3,9 @@
     python benchmarks/gpu/acceptance.py --out DIRECTORY
 
 Needs torch, Triton and pytest; no vLLM and no network. It runs the tests of the kernels on the GPU,
-times Llama-3-8B's layers beside torch's bfloat16 and 4-bit products, looks for faster blocks, and
-writes `results.json`, `results.md` and `table.txt`, entries for `launch_configs.TABLE`.
+times Llama-3-8B's layers beside torch's bfloat16 and 4-bit products, experts and embeddings beside
+torch's in bfloat16, looks for faster blocks, and writes `results.json`, `results.md` and
+`table.txt`, entries for `launch_configs.TABLE`.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(Path(__file__).parent)]
 
+import experts  # noqa: E402
 import measure  # noqa: E402
 import torch  # noqa: E402
 import triton  # noqa: E402
@@ -62,7 +64,8 @@ def environment() -> dict[str, Any]:
 
 def check(out: Path, jobs: int, seconds: float) -> dict[str, Any]:
     """Runs the kernels' tests on this GPU; counts, and the names and texts of failures."""
-    suites = ["interpreted_suite.py", "test_op.py"]
+    kinds = ("", "_grouped", "_gather")
+    suites = [*(f"interpreted{kind}_suite.py" for kind in kinds), "test_op.py"]
     report = out / "tests.xml"
     command = [
         sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--import-mode=importlib",
@@ -253,6 +256,10 @@ def markdown(results: dict[str, Any]) -> Iterator[str]:
             cells = f"{row['shape']} {row['outputs']} × {row['inputs']} | {row['m']}"
             yield f"| {cells} | {row['microseconds']['bf16']:.1f} | {ratios} |"
         yield ""
+    if rows := results.get("experts"):
+        yield "Weights may be in the cache: experts that a product does not need are not read.\n"
+        yield from experts.markdown(rows)
+        yield ""
     for row in results.get("tuned", []):
         yield f"- {row['layout']}, M ≤ {row['most']}, today {row['today']}: {row['ranked']}"
 
@@ -261,7 +268,7 @@ def main() -> None:
     """Command line; leaves with a sentence where there is no GPU."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", nargs="+", default=["test", "time", "tune"])
+    parser.add_argument("--steps", nargs="+", default=["test", "time", "experts", "tune"])
     parser.add_argument("--layout", nargs="+", choices=list(LAYOUTS), default=list(LAYOUTS))
     parser.add_argument("--batches", nargs="+", type=int, default=list(BATCHES))
     parser.add_argument("--tune", nargs="+", choices=list(LAYOUTS), default=list(TUNED))
@@ -289,11 +296,14 @@ def main() -> None:
         results["tests"] = check(options.out, options.jobs, 0.6 * left())
         print(f"{left():.0f} s left", json.dumps(results["tests"])[:3000], flush=True)
         save()
-    if "tune" in options.steps:
-        results["tuned"] = []
-        for row in tune(options.tune, options.jobs, deadline):
-            results["tuned"].append(row)
-            save()
+    if "experts" in options.steps:
+        results["experts"] = []
+        names = [name for name in TUNED if name in options.layout]
+        for times in (experts.expert_times, experts.embedding_times):
+            for row in itertools.takewhile(lambda _: left() > 0, times(names, ROUNDS)):
+                results["experts"].append(row)
+                save()
+        print(f"{left():.0f} s left, experts and embeddings timed", flush=True)
     if "time" in options.steps:
         entries = [
             (name, m, blocks_for(op.family(), m, triton_layout(LAYOUTS[name]).step))
@@ -306,12 +316,16 @@ def main() -> None:
         print(f"{left():.0f} s left, compiled", flush=True)
         results["times"] = []
         good = [name for name in options.layout if name not in bad]
-        for row in timings(good, options.batches, options.vllm_kernel):
+        rows = timings(good, options.batches, options.vllm_kernel)
+        for row in itertools.takewhile(lambda _: left() > 0, rows):
             results["times"].append(row)
             save()
-            if left() < 0:
-                break
         print(f"{left():.0f} s left, timed", flush=True)
+    if "tune" in options.steps:
+        results["tuned"] = []
+        for row in tune(options.tune, options.jobs, deadline):
+            results["tuned"].append(row)
+            save()
     save()
     print("\n".join(markdown(results)))
 
