@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from no_default_device import NoDefaultDevice
 
 from offline_quantize.method.codes import Objective
 from offline_quantize.method.encode import encode, encode_groups, prepare_matrix, prepare_rows
+from offline_quantize.method.input_statistics import InputStatistics
 from offline_quantize.method.recipes import RECIPES, adjust
 
 
@@ -60,21 +62,6 @@ def test_the_objective_weighs_columns(weights):
     assert weighed[1] > plain[1]
 
 
-FACTORIES = {
-    torch.arange, torch.as_tensor, torch.empty, torch.eye, torch.full, torch.linspace,
-    torch.logspace, torch.ones, torch.rand, torch.randint, torch.randn, torch.tensor, torch.zeros,
-}  # fmt: skip
-
-
-class NoDefaultDevice(torch.overrides.TorchFunctionMode):
-    """Fails where a tensor is made without saying on which device."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func in FACTORIES:
-            assert (kwargs or {}).get("device") is not None, f"{func.__name__} without a device"
-        return func(*args, **kwargs or {})
-
-
 MANY_KINDS = (
     *((RECIPES[name], name) for name in RECIPES),
     (adjust(RECIPES["balanced-4"], alpha=0.0), "no salient weights"),
@@ -112,6 +99,20 @@ def test_every_tensor_is_made_on_the_device_of_the_weight(
     for suffix, tensor in expected.tensors.items():
         assert torch.equal(found.tensors[suffix], tensor), suffix
     assert found.statistics.summary() == expected.statistics.summary()
+
+
+@pytest.mark.parametrize("name", ["balanced-4", "balanced-3", "paper-4", "rtn-4"])
+def test_feedback_makes_every_tensor_on_the_device_of_the_weight(monkeypatch, weights, name):
+    """The search in torch, which is that of a GPU, with statistics of the inputs."""
+    monkeypatch.setattr("offline_quantize.method.feedback._native", lambda: None)
+    weight, x = weights()(3, 160), torch.randn(40, 160)
+    inputs = InputStatistics(x.square().mean(0), x.T @ x / 40)
+    with NoDefaultDevice():
+        expected = encode(weight, RECIPES[name], "x", inputs)
+    with torch.device("meta"):
+        found = encode(weight, RECIPES[name], "x", inputs)
+    for suffix, tensor in expected.tensors.items():
+        assert torch.equal(found.tensors[suffix], tensor), suffix
 
 
 def test_a_weight_goes_through_the_stages_in_their_order_once(monkeypatch, weights):
