@@ -88,6 +88,25 @@ def test_instruction_budget(target, name, rows, most):
     assert chip.programs(cost.compiled) > 0
 
 
+@pytest.mark.parametrize(
+    ("target", "rows", "most"), [("sm_80", 8, 3.77), ("sm_90", 64, 6.84), ("sm_100", 64, 5.88)]
+)
+def test_instruction_budget_of_experts(target, rows, most):
+    """They take what one matrix takes, to within .02 per weight."""
+    layout = LAYOUTS["balanced-4"]
+    cost = gemm_cost(layout, blocks_for(family_of(target), rows, 128), target, grouped=True)
+    assert cost.instructions <= most
+    assert cost.compiled.spilled == 0
+
+
+@pytest.mark.parametrize(("target", "most"), [("sm_80", 23.5), ("sm_90", 30.5), ("sm_100", 28.1)])
+def test_instruction_budget_of_embeddings(target, most):
+    """Per weight of the rows that are looked up; of the whole kernel."""
+    layout = LAYOUTS["balanced-4"]
+    assert cost_model.gather_cost(layout, target) <= most
+    assert aot_compile.compile_gather(layout, target).spilled == 0
+
+
 def test_the_check_of_all_entries_fails_if_one_is_over(monkeypatch, capsys):
     monkeypatch.setattr(cost_model, "check_all", lambda: iter(["fine", "bad" + cost_model.OVER]))
     monkeypatch.setattr("sys.argv", ["cost_model.py", "--check"])
@@ -104,7 +123,9 @@ def test_amd_and_the_other_kernels_compile():
     assert cost.compiled.shared <= 65536
     assert aot_compile.compile_dequantize(LAYOUTS["balanced-3"], "sm_80").spilled == 0
     assert aot_compile.compile_dequantize(LAYOUTS["paper-4"], "sm_90").spilled == 0
-    assert aot_compile.compile_prepare(LAYOUTS["balanced-4"], 16, 4096, "sm_90").spilled == 0
+    for grouped in (False, True):
+        made = aot_compile.compile_prepare(LAYOUTS["balanced-4"], 16, 4096, "sm_90", grouped)
+        assert made.spilled == 0
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])

@@ -63,6 +63,7 @@ TABLE: Mapping[str, Mapping[int, Blocks]] = {
     | {
         16: Blocks(64, 16, 2, 4, 4, 254),
         32: Blocks(64, 32, 2, 3, 3, 241),
+        64: Blocks(128, 64, 4, 3, 2, 254),
     },
     "hip": {
         16: Blocks(64, 16, 2, 2, 4),
