@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 Block = tuple[str, Mapping[str, InputStatistics]]
 
+EXPERTS_ARGUMENTS = ("hidden_states", "top_k_index")  # of transformers' modules of experts
 PANEL = 128  # columns of a Hessian at once
 
 
@@ -160,8 +161,8 @@ class _Recorder:
 
     def expert_hook(self, places: Mapping[str, ExpertInput]) -> Any:
         def record(module: torch.nn.Module, given: Sequence[Any], named: Mapping[str, Any]) -> None:
-            tokens, chosen, *_ = (*given, *named.values())
-            of_experts = experts_statistics(module, tokens, chosen)
+            inputs = dict(zip(EXPERTS_ARGUMENTS, given, strict=False)) | dict(named)
+            of_experts = experts_statistics(module, *(inputs[key] for key in EXPERTS_ARGUMENTS))
             for name, place in places.items():
                 self.found[name] = of_experts[place.expert][place.down]
 
