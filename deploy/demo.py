@@ -48,7 +48,7 @@ CHOICES = OUTPUT / "backends.jsonl"  # the plugin says here which backend comput
 BENCH = OUTPUT / "bench"
 BENCH_ROUNDS = 3  # at most
 BENCH_SECONDS = 100  # after the first round no measurement begins that would end later
-BENCH_LOAD = Case("short", 4)
+BENCH_LOAD = Case("brief", 4)
 
 console = Console(highlight=False)
 

@@ -8,7 +8,9 @@ from offline_quantize.checkpoint.records import Record
 
 Mode = Literal["serve", "throughput", "latency"]
 MODES: tuple[Mode, ...] = ("serve", "throughput", "latency")
-LENGTHS = {"short": (32, 64), "long": (512, 64)}  # tokens in and out
+# Tokens in and out; "brief" is for quick looks.
+LENGTHS = {"brief": (32, 32), "short": (32, 64), "long": (512, 64)}
+PROMPTS = ("short", "long")
 CONCURRENCIES = (1, 4, 16, 64)
 
 

@@ -11,18 +11,21 @@ from offline_quantize.benchmark.cases import (
     CONCURRENCIES,
     LENGTHS,
     MODES,
+    PROMPTS,
     Case,
     Measurement,
     Mode,
     cases,
 )
-from offline_quantize.benchmark.drivers import Driver, driver, measure_offline, vllm
+from offline_quantize.benchmark.drivers import SECONDS, Driver, driver, measure_offline, vllm
 from offline_quantize.benchmark.environment import about_machine
 from offline_quantize.benchmark.rounds import JOURNAL, Journal, Plan, Say, run
-from offline_quantize.benchmark.targets import Running, Target, running, start
+from offline_quantize.benchmark.server import TimeIsUpError
+from offline_quantize.benchmark.targets import READY_SECONDS, Running, Target, running, start
 from precalib_kernels.errors import UsageError
 
-QUICK_MINUTES = 2.5  # of three; the rest is for a measurement that was begun and for the end
+# Of a quick run's three minutes: when nothing more is begun, and when what was begun is cut off.
+QUICK_SECONDS, QUICK_END_SECONDS = 150.0, 165.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +40,8 @@ class Request:
     minutes:   after which nothing more is begun, those of starting servers counted.
     modes:     what is measured;  driver: what measures servers.
     flags:     for every engine of vLLM that is started, with or without a server.
-    quick:     servers only, which are eager, one and four requests at once, short prompts, two
-               rounds, and three minutes in all.
+    quick:     servers only, which are eager, one and four requests at once, brief prompts, two
+               rounds, and three minutes in all, after which what is there is written.
     """
 
     directory: Path
@@ -47,7 +50,7 @@ class Request:
     rounds: int = 3
     minutes: float | None = None
     concurrencies: Sequence[int] = CONCURRENCIES
-    prompts: Sequence[str] = tuple(LENGTHS)
+    prompts: Sequence[str] = PROMPTS
     modes: Sequence[Mode] = ("serve",)
     driver: Driver = "vllm"
     flags: Sequence[str] = ()
@@ -72,18 +75,32 @@ def bench(request: Request, say: Say) -> list[Path]:
     journal = Journal(request.out / JOURNAL, about.to_json())
     if not all(journal.has(*step) for step in plan.steps()):
         with contextlib.ExitStack() as stack:
-            engines = _Engines(request, targets, stack, say)
-            run(plan, journal, engines.measure, say, engines.prepare, began)
+            end = began + QUICK_END_SECONDS if request.quick else None
+            engines = _Engines(request, targets, stack, say, end)
+            try:
+                run(plan, journal, engines.measure, say, engines.prepare, began)
+            except TimeIsUpError:
+                if not (request.quick and journal.measurements):
+                    raise
+                say("out of time in the middle of a measurement; run it again to go on")
     return results.write(request.out, about, journal.measurements)
 
 
 class _Engines:
-    """Servers, which run while servers are measured, and engines that are started each time."""
+    """Servers, which run while servers are measured, and engines that are started each time.
+
+    end: on the monotonic clock, when servers that start and their measurements are cut off.
+    """
 
     def __init__(
-        self, request: Request, targets: Sequence[Target], stack: contextlib.ExitStack, say: Say
+        self,
+        request: Request,
+        targets: Sequence[Target],
+        stack: contextlib.ExitStack,
+        say: Say,
+        end: float | None,
     ) -> None:
-        self.request, self.say, self.servers = request, say, stack
+        self.request, self.say, self.servers, self.end = request, say, stack, end
         self.targets = {target.label: target for target in targets}
         self.driver = driver(request.driver)
         self.running: Mapping[str, Running] = {}
@@ -101,7 +118,8 @@ class _Engines:
         tokenizer = self.request.directory
         if case.mode == "serve":
             there = self.running[label]
-            return self.driver(label, there.address, there.model, tokenizer, case, number)
+            seconds = self._at_most(SECONDS)
+            return self.driver(label, there.address, there.model, tokenizer, case, number, seconds)
         folder = self.targets[label].folder
         assert folder is not None
         return measure_offline(label, folder, tokenizer, case, number, self.request.flags)
@@ -113,17 +131,23 @@ class _Engines:
             if server is not None:
                 self.say(f"starting {target.label}, log in {server.log}")
             started.append((target, server))
-        return {target.label: running(target, server) for target, server in started}
+        return {
+            target.label: running(target, server, self._at_most(READY_SECONDS))
+            for target, server in started
+        }
+
+    def _at_most(self, seconds: float) -> float:
+        return seconds if self.end is None else min(seconds, self.end - time.monotonic())
 
 
 def _quick(request: Request) -> Request:
     return dataclasses.replace(
         request,
-        prompts=("short",),
+        prompts=("brief",),
         concurrencies=(1, 4),
         modes=("serve",),
         rounds=2,
-        minutes=QUICK_MINUTES if request.minutes is None else request.minutes,
+        minutes=QUICK_SECONDS / 60 if request.minutes is None else request.minutes,
         flags=[*request.flags, "--enforce-eager", "--max-model-len", "1024"],
     )
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from offline_quantize.benchmark.cases import Case, Measurement
-from offline_quantize.benchmark.server import COMMANDS, ServerError, environment
+from offline_quantize.benchmark.server import COMMANDS, ServerError, TimeIsUpError, environment
 from precalib_kernels.errors import UsageError
 
 SECONDS = 600  # one measurement of a server may take
@@ -18,8 +18,8 @@ OFFLINE_SECONDS = 1800  # and of an engine, which is started for it
 BATCHES = 5  # whose times `vllm bench latency` takes
 Driver = Literal["vllm", "guidellm"]
 # Measures a server: its label, its address, what it calls its model, whose tokenizer makes the
-# prompts, the load and the round.
-MeasureServer = Callable[[str, str, str, Path, Case, int], Measurement]
+# prompts, the load, the round, and how many seconds it may take.
+MeasureServer = Callable[[str, str, str, Path, Case, int, float], Measurement]
 
 
 def vllm() -> str:
@@ -49,13 +49,19 @@ def driver(name: Driver) -> MeasureServer:
 
 
 def measure(
-    label: str, address: str, model: str, tokenizer: Path, case: Case, round_number: int
+    label: str,
+    address: str,
+    model: str,
+    tokenizer: Path,
+    case: Case,
+    round_number: int,
+    seconds: float = SECONDS,
 ) -> Measurement:
     """Put a load on a server by `vllm bench serve`.
 
     The same round draws the same prompts for every server.
 
-    Raises ServerError if it fails, takes too long, or a request was not answered.
+    Raises ServerError if it fails or a request was not answered, TimeIsUpError.
     """
     with tempfile.TemporaryDirectory() as folder:
         words = [vllm(), "bench", "serve", "--backend", "openai", "--base-url", address]
@@ -65,7 +71,7 @@ def measure(
         words += ["--percentile-metrics", "ttft,tpot,e2el", "--metric-percentiles", "99"]
         words += ["--disable-tqdm", "--save-result", "--result-dir", folder]
         words += ["--result-filename", "result.json", *_prompts(case, round_number)]
-        _run(words, f"{label}, {case}", "vllm bench serve", SECONDS)
+        _run(words, f"{label}, {case}", "vllm bench serve", seconds)
         fields = json.loads((Path(folder) / "result.json").read_text())
     _check_answered(label, case, int(fields["completed"]))
     return Measurement(
@@ -85,7 +91,13 @@ def measure(
 
 
 def measure_with_guidellm(
-    label: str, address: str, model: str, tokenizer: Path, case: Case, round_number: int
+    label: str,
+    address: str,
+    model: str,
+    tokenizer: Path,
+    case: Case,
+    round_number: int,
+    seconds: float = SECONDS,
 ) -> Measurement:
     """Put a load on a server by `guidellm run`, version 0.8; else as `measure`."""
     tokens_in, tokens_out = case.tokens
@@ -100,7 +112,7 @@ def measure_with_guidellm(
         words += ["--tokenizer", json.dumps({"kind": "huggingface_auto", "model": str(tokenizer)})]
         words += ["--seed", f"kind=static,value={round_number}"]
         words += ["--output", json.dumps({"kind": "json", "path": str(file)})]
-        _run(words, f"{label}, {case}", "guidellm run", SECONDS)
+        _run(words, f"{label}, {case}", "guidellm run", seconds)
         (found,) = json.loads(file.read_text())["benchmarks"]
     _check_answered(label, case, int(found["metrics"]["request_totals"]["successful"]))
     metrics = {
@@ -138,7 +150,7 @@ def measure_offline(
 
     flags: for the engine.
 
-    Raises ServerError if it fails or takes too long.
+    Raises ServerError if it fails, TimeIsUpError after half an hour.
     """
     tokens_in, tokens_out = case.tokens
     with tempfile.TemporaryDirectory() as folder:
@@ -186,7 +198,7 @@ def _run(words: Sequence[str], what: str, command: str, seconds: float) -> None:
             words, env=environment(), capture_output=True, text=True, timeout=seconds
         )
     except subprocess.TimeoutExpired:
-        raise ServerError(f"{what}: not done after {seconds} s") from None
+        raise TimeIsUpError(f"{what}: not done after {seconds:.0f} s") from None
     if done.returncode:
         end = (done.stderr or done.stdout)[-2000:]
         raise ServerError(f"{what}: {command} failed:\n{end}")

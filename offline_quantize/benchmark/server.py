@@ -47,6 +47,10 @@ class ServerError(PrecalibError):
     """A server died or never became ready; the text ends with its last log lines."""
 
 
+class TimeIsUpError(ServerError):
+    """A server or a measurement took longer than it was given."""
+
+
 class ServerProcess:
     """A command that serves OpenAI's API on a free port of 127.0.0.1 until `stop`.
 
@@ -79,14 +83,14 @@ class ServerProcess:
     def wait_until_ready(self, seconds: float = 300) -> None:
         """Return once the server is ready.
 
-        Raises ServerError when the process ends, or `seconds` pass, before that.
+        Raises ServerError when the process ends, TimeIsUpError when `seconds` pass, before that.
         """
         deadline = time.monotonic() + seconds
         while not self._healthy():
             if self.process.poll() is not None:
                 raise self.error(f"ended with exit code {self.process.returncode}")
             if time.monotonic() > deadline:
-                raise self.error(f"was not ready after {seconds:.0f} s")
+                raise TimeIsUpError(str(self.error(f"was not ready after {seconds:.0f} s")))
             time.sleep(1)
 
     @property

@@ -76,10 +76,12 @@ def start(
     return server
 
 
-def running(target: Target, server: ServerProcess | None) -> Running:
-    """Where to ask; waits for a server that was started."""
+def running(
+    target: Target, server: ServerProcess | None, seconds: float = READY_SECONDS
+) -> Running:
+    """Where to ask; waits so many seconds for a server that was started."""
     if server is not None:
-        server.wait_until_ready(READY_SECONDS)
+        server.wait_until_ready(seconds)
     address = server.url if server is not None else target.address
     assert address is not None
     return Running(address, MODEL if target.folder is not None else served_name(address))

@@ -61,7 +61,7 @@ def bench(
         str, typer.Option(metavar="N,…", help="Numbers of requests at once.")
     ] = "1,4,16,64",
     prompts: Annotated[
-        str, typer.Option(metavar="short,long", help="Lengths of the prompts.")
+        str, typer.Option(metavar="brief,short,long", help="Lengths of the prompts.")
     ] = "short,long",
     serve_flags: Annotated[
         str, typer.Option(metavar="FLAGS", help="For every engine of vLLM that is started.")
@@ -70,7 +70,7 @@ def bench(
         bool,
         typer.Option(
             "--quick",
-            help="Servers only, 1 and 4 requests, short prompts, 2 rounds, eager, 3 minutes.",
+            help="Servers only, 1 and 4 requests, brief prompts, 2 rounds, eager, 3 minutes.",
         ),
     ] = False,
 ) -> None:

@@ -52,7 +52,7 @@ def test_the_servers_are_measured_by_the_bench(monkeypatch, tmp_path, capsys, se
             f"at {label}",
             "m",
             demo.TARGET,
-            Case("short", 4),
+            Case("brief", 4),
         )
         return Measurement(
             server=label,
@@ -61,7 +61,7 @@ def test_the_servers_are_measured_by_the_bench(monkeypatch, tmp_path, capsys, se
             round=number,
             seconds=1.0,
             tokens_per_second=100.0 if label == "bf16" else 150.0,
-            answer_tokens=64.0,
+            answer_tokens=32.0,
             first_token_ms=1000.0,
             token_ms=12.34,
         )
@@ -73,7 +73,7 @@ def test_the_servers_are_measured_by_the_bench(monkeypatch, tmp_path, capsys, se
     assert packed.ratio.mean == pytest.approx(1.5)
     written = Results.model_validate_json((tmp_path / "bench" / "bench.json").read_text())
     assert written.rows == [plain, packed]
-    assert "1 of 2: round 1, short prompts, 4 at once, precalib" in capsys.readouterr().out
+    assert "1 of 2: round 1, brief prompts, 4 at once, precalib" in capsys.readouterr().out
 
 
 def test_memory_is_that_of_all_processes():

@@ -149,6 +149,8 @@ def bench(words: list[str]) -> None:
     """
     given = given_in(words)
     slow = ask(given("base-url"), given("model"))
+    if os.environ.get("BENCH_HANGS") == given("seed"):
+        time.sleep(600)
     speed = (100 * int(given("max-concurrency")) + int(given("seed"))) / (2 if slow else 1)
     count = int(given("num-prompts"))
     lost = int(os.environ.get("BENCH_LOSES", "0"))

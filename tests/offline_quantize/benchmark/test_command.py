@@ -2,13 +2,14 @@
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import fake_vllm
 import psutil
 import pytest
 
-from offline_quantize.benchmark import drivers, rounds
+from offline_quantize.benchmark import command, drivers, rounds
 from offline_quantize.benchmark.cases import Case, Measurement, cases
 from offline_quantize.benchmark.results import About, Results, markdown, paired, rows
 from offline_quantize.benchmark.rounds import Journal, Plan, run
@@ -80,6 +81,7 @@ def test_a_running_server_is_measured_and_left_running(vllm, precalib):
     found = read(vllm / "out")
     assert found.about.servers == [address, "fast"]
     assert len(found.measurements) == 8
+    assert {m.prompts for m in found.measurements} == {"brief"}
     assert precalib("bench", "fast", "--against", address, "--out", "out").code == 1  # other loads
     server.shutdown()
     server.server_close()
@@ -183,6 +185,25 @@ def test_the_matrix():
 
 
 @pytest.mark.slow
+def test_a_quick_run_ends_in_time_with_what_is_there(vllm, precalib, monkeypatch):
+    monkeypatch.setenv("BENCH_HANGS", "2")  # in the second round
+    monkeypatch.setattr(command, "QUICK_END_SECONDS", 12.0)
+    quick = ("bench", "fast", "--against", "slow", "--quick", "--out", "out")
+    begun = time.monotonic()
+    ran = precalib(*quick)
+    assert time.monotonic() - begun < 40
+    assert ran.code == 0, ran.err
+    assert "out of time in the middle of a measurement; run it again to go on" in ran.out
+    assert len(read(vllm / "out").measurements) == 4
+    monkeypatch.delenv("BENCH_HANGS")
+    monkeypatch.setattr(command, "QUICK_END_SECONDS", 165.0)
+    assert precalib(*quick).code == 0
+    assert len(read(vllm / "out").measurements) == 8
+    monkeypatch.setattr(command, "QUICK_END_SECONDS", 0.0)  # nothing at all
+    assert "was not ready after" in precalib(*quick[:-1], "other").err
+
+
+@pytest.mark.slow
 def test_requests_that_are_lost_and_a_crash_are_errors(vllm, precalib, monkeypatch):
     monkeypatch.setenv("BENCH_LOSES", "1")
     ran = precalib("bench", "fast", *SMALL)
@@ -216,7 +237,7 @@ def test_a_signal_stops_the_servers(vllm):
     [
         (("--concurrency", "1,x"), "'1,x' is no list of numbers"),
         (("--concurrency", "0"), "numbers of requests above 0"),
-        (("--prompts", "medium"), "there are no medium prompts; choose from short, long"),
+        (("--prompts", "medium"), "there are no medium prompts; choose from brief, short, long"),
         (("--modes", "serve,bulk"), "'bulk' is no mode; choose from serve, throughput, latency"),
         (("--against", "llama-server --port {port}"), "has no name; write NAME=COMMAND"),
         (("--against", "fast"), "two servers would be called the same: fast, fast"),
