@@ -20,7 +20,7 @@ import torch
 HERE = Path(__file__).parent
 
 # How each suite of engines_suite.py is started; see section "Start-up" of vLLM's notes on CPUs.
-# Those of experts/experts_suite.py have names that begin with "experts".
+# Those of experts/experts_suite.py and options_suite.py have names that begin with that word.
 SUITE_SECONDS = 600
 IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 EAGER = {**IN_PROCESS, "TORCHDYNAMO_DISABLE": "1"}  # the sampler would start a compiler
@@ -30,6 +30,7 @@ SUITE_ENVIRONMENT = {
     "eager": EAGER,
     "compiled": COMPILED,
     "parallel": PARALLEL,
+    "options": EAGER,
     "experts": EAGER,
     "experts_families": EAGER,
     "experts_compiled": COMPILED,
@@ -61,8 +62,9 @@ def suite(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str,
     def run(name: str) -> dict[str, Any]:
         if name not in done:
             common = {"OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
-            of_experts = name.startswith("experts")
-            script = "experts/experts_suite.py" if of_experts else "engines_suite.py"
+            script = {"experts": "experts/experts_suite.py", "options": "options_suite.py"}.get(
+                name.partition("_")[0], "engines_suite.py"
+            )
             folder = tmp_path_factory.mktemp(name)
             log, results = folder / "log", folder / "results.json"
             with log.open("wb") as output:
