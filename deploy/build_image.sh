@@ -73,10 +73,11 @@ buildah build --pull-never --ignorefile "$here/Dockerfile.cpu.dockerignore" --bu
 container=$(buildah from --pull-never "$image")
 trap 'buildah rm "$container" >/dev/null' EXIT
 say "as $(buildah inspect --format '{{.OCIv1.Config.User}}' "$image"): $(buildah run "$container" -- id)"
-say "kernels in the image: $(buildah run "$container" -- precalib doctor | grep -m 1 -i x86 || echo none)"
+found=$(buildah run "$container" -- precalib doctor || true)
+say "$(grep 'CPU kernels' <<<"$found" || echo 'precalib doctor says nothing of CPU kernels')"
 say "smoke test in the image, with the model mounted read-only"
 buildah run --volume "$here:/deploy:ro" --volume "$model:/model:ro" \
   --env VLLM_CPU_KVCACHE_SPACE="${VLLM_CPU_KVCACHE_SPACE:-1}" \
-  --env OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" \
+  --env OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" --env SMOKE_SECONDS="${SMOKE_SECONDS:-300}" \
   "$container" -- /deploy/smoke.sh /model "$@"
 say "ok"
