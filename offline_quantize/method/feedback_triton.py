@@ -268,7 +268,7 @@ def force(
         wide_codes = wide_codes + (code,)
         wide_values = wide_values + (value,)
         extras = extras + (distance * distance * counts,)
-    least = extras[0]
+    least = extras[0]  # type: ignore[misc]
     for path in tl.static_range(1, 4):
         least = tl.where(extras[path] < least, extras[path], least)
     forced = ()
