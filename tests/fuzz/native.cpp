@@ -34,6 +34,9 @@ extern "C" void __sanitizer_cov_trace_pc() {
   uint8_t& counter = counters[(place ^ place >> 16) % sizeof counters];
   counter = uint8_t(counter + (counter < 255));
 }
+// Compared floats, which libFuzzer has no function for.
+extern "C" void __sanitizer_cov_trace_cmpf(float, float) {}
+extern "C" void __sanitizer_cov_trace_cmpd(double, double) {}
 
 namespace {
 
