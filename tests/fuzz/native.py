@@ -33,7 +33,7 @@ LIBRARIES = "llvm-*/lib/clang/*/lib/linux/libclang_rt.fuzzer-x86_64.a"
 NAMES = [isa.name for isa in ISAS]
 FLAGS = (
     "-O1",
-    "-g",
+    "-g1",
     "-std=c++20",
     "-w",
     "-Wno-psabi",
