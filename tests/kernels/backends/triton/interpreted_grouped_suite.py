@@ -102,7 +102,7 @@ def test_every_route_is_the_product_of_its_expert(chosen):
     check(weights, random_routes(5, 2, 4), BLOCKS[0], weighted=True, bias=True)
 
 
-@pytest.mark.parametrize(("tokens", "block"), zip((1, 16, 33, 64), BLOCKS, strict=False))
+@pytest.mark.parametrize(("tokens", "block"), list(zip((1, 16, 33, 64), BLOCKS, strict=False)))
 def test_numbers_of_tokens_in_blocks_of_every_width(tokens, block):
     """One token of two experts, and blocks that are full, begun and unused."""
     weights = mixture(layout(4, "trellis", 64, 2), [66], 96, 3)
