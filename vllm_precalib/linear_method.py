@@ -11,8 +11,8 @@ from precalib_kernels.backends.base import LinearSpec
 from precalib_kernels.backends.reference import unpacked_weight
 from precalib_kernels.backends.registry import BackendChoice, BackendRegistry
 from precalib_kernels.errors import ServingError
-from precalib_kernels.format.layout import COLUMN_UNIT
 from vllm_precalib.backends import Options, choose, plugin_registry
+from vllm_precalib.column_slice import ColumnSlice
 from vllm_precalib.compat import vllm_names
 from vllm_precalib.load_guard import WeightLoadGuard
 from vllm_precalib.packed_module import PackedModule
@@ -89,19 +89,21 @@ class PrecalibLinearMethod(LinearMethodBase):
     ) -> None:
         """Register an unfilled parameter for every packed tensor.
 
-        Raises ServingError if tensor parallelism cuts through a group or no backend can run.
+        Raises ServingError if no backend can run.
         """
-        self._check_slices(input_size, input_size_per_partition)
+        self.columns = ColumnSlice.of_rank(
+            self.module.layout, input_size, input_size_per_partition, getattr(layer, "tp_rank", 0)
+        )
         self.spec = LinearSpec(
             self.module.layout,
-            input_size_per_partition,
+            self.columns.columns,
             tuple(output_partition_sizes),
             params_dtype,
             current_platform.device_type,
             int8_activations=self.options.int8_activations,
             embedding=self.rows,
         )
-        self._register_packed(layer, input_size, output_size, extra_weight_attrs["weight_loader"])
+        self._register_packed(layer, output_size, extra_weight_attrs["weight_loader"])
         choice = choose(
             self.spec, self.options, self.registry, self.prefix, self.module.layout_name
         )
@@ -152,13 +154,13 @@ class PrecalibLinearMethod(LinearMethodBase):
                 f"{self.prefix} cannot be quantized again by vLLM: its packed tensors were given "
                 "to a backend and are gone; load the model anew"
             )
-        weight = unpacked_weight(self._loaded(layer), self.spec, self.prefix)
+        weight = self.columns.crop(unpacked_weight(self._loaded(layer), self.spec, self.prefix))
         self.choices.pop(self.prefix, None)  # no backend of ours computes the layer
         return weight
 
     def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x·Ŵᵀ + bias by the chosen backend: x [..., K] to [..., N of this rank]."""
-        return self.backend.apply(layer, x, bias)
+        """x·Ŵᵀ + bias by the chosen backend: x [..., K of this rank] to [..., N of this rank]."""
+        return self.backend.apply(layer, self.columns.widen(x), bias)
 
     def embedding(self, layer: torch.nn.Module, input_: Tensor) -> Tensor:
         """Rows of Ŵ by the chosen backend: input_ [...] int64 to [..., K]."""
@@ -186,14 +188,13 @@ class PrecalibLinearMethod(LinearMethodBase):
     def _register_packed(
         self,
         layer: torch.nn.Module,
-        input_size: int,
         output_size: int,
         loader: Callable[..., None],
     ) -> None:
         """A parameter for every packed tensor, whose loading the guard watches."""
         shard_sizes = self.spec.shard_sizes
         self.guard = WeightLoadGuard(
-            self.prefix, self.module, input_size, output_size, shard_sizes, self.heads
+            self.prefix, self.module, self.columns, output_size, shard_sizes, self.heads
         )
         specs = self.module.layout.tensors(self.spec.output_size, self.spec.input_size)
         self.names = tuple(specs)
@@ -201,17 +202,3 @@ class PrecalibLinearMethod(LinearMethodBase):
             watched = self.guard.watch(name, layer, loader)
             param = packed_parameter(name, spec, len(shard_sizes), watched)
             layer.register_parameter(name, param)
-
-    def _check_slices(self, input_size: int, slice_size: int) -> None:
-        group = self.module.layout.group_size
-        if slice_size == input_size or slice_size % group == 0:
-            return
-        whole = input_size // group if input_size % group == 0 else 1
-        fitting = [str(ranks) for ranks in range(1, whole + 1) if whole % ranks == 0]
-        finer = [size for size in range(COLUMN_UNIT, group, COLUMN_UNIT) if slice_size % size == 0]
-        again = f", or quantize the model again with --group-size {finer[-1]}" if finer else ""
-        raise ServingError(
-            f"{self.prefix}: its {input_size} inputs in groups of {group} cannot be split into "
-            f"{input_size // slice_size} slices of {slice_size}; use a tensor-parallel size of "
-            f"{' or '.join(fitting)}{again}"
-        )

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from precalib_kernels.errors import ServingError
+from vllm_precalib.column_slice import ColumnSlice
 from vllm_precalib.packed_module import PackedModule
 from vllm_precalib.row_order import halves_apart
 
@@ -26,7 +27,7 @@ class WeightLoadGuard:
 
     prefix:      the layer's name in vLLM.
     module:      how it is stored.
-    input_size:  K of the whole layer.
+    columns:     those of this rank.
     output_size: N of the whole layer, as vLLM gives it to create_weights.
     shard_sizes: rows of every fused shard on this rank.
     heads:       in each shard whose rows have to be reordered, see `row_order`.
@@ -36,14 +37,14 @@ class WeightLoadGuard:
         self,
         prefix: str,
         module: PackedModule,
-        input_size: int,
+        columns: ColumnSlice,
         output_size: int,
         shard_sizes: Sequence[int],
         heads: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
         self.prefix = prefix
         self.module = module
-        self.input_size = input_size
+        self.columns = columns
         self.heads = heads
         self.shard_sizes = shard_sizes
         self.ranks = output_size // sum(shard_sizes)  # that share the rows
@@ -52,7 +53,7 @@ class WeightLoadGuard:
     def watch(
         self, name: str, layer: torch.nn.Module, loader: Callable[..., None]
     ) -> Callable[..., None]:
-        """`loader` with the checks of tensor `name` around it.
+        """`loader` for this rank's columns of tensor `name`, with checks around it.
 
         The result is a method of `layer` like `loader` itself, see below.
         """
@@ -69,6 +70,7 @@ class WeightLoadGuard:
             shard_id = () if loaded_shard_id is None else (loaded_shard_id,)
             if name != "column_scale" and loaded_shard_id in self.heads:
                 loaded_weight = halves_apart(loaded_weight, self.heads[loaded_shard_id])
+            loaded_weight = self.columns.cut(name, loaded_weight)
             load_shard(layer, param, loaded_weight, *shard_id)
             self.filled[name].update(shards)
 
@@ -133,7 +135,7 @@ class WeightLoadGuard:
     ) -> None:
         """Compare a tensor of the checkpoint with what the format says about its whole."""
         rows = self._stored_rows(shards, layer)
-        expected = self.module.layout.tensors(rows, self.input_size).get(name)
+        expected = self.module.layout.tensors(rows, self.columns.whole).get(name)
         if expected != (tuple(stored.shape), stored.dtype):
             assert expected is not None
             raise ServingError(

@@ -11,7 +11,6 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
-from precalib_kernels.errors import ServingError
 from precalib_kernels.format.checkpoint_config import CheckpointConfig
 from precalib_kernels.format.reference import dequantize
 from vllm_precalib.config import PrecalibConfig
@@ -40,7 +39,7 @@ def load(layer, tensors, shard=None):
 def unpacked(layer):
     """The weight that the layer's tensors mean, computed by the product with the identity."""
     layer.quant_method.process_weights_after_loading(layer)
-    eye = torch.eye(layer.quant_method.spec.input_size)
+    eye = torch.eye(layer.quant_method.columns.width)
     return layer.quant_method.apply(layer, eye).T
 
 
@@ -70,6 +69,38 @@ def test_row_parallel_takes_columns_at_group_boundaries(tiny, config, rank, name
             layer = RowParallelLinear(256, 40, prefix="down", **options(config(down=name)))
         load(layer, tensors)
         torch.testing.assert_close(unpacked(layer), whole[:, 128 * index : 128 * (index + 1)])
+
+
+RAGGED = [(160, 2), (160, 4), (192, 2), (288, 4), (384, 4), (96, 3), (64, 4)]  # K, ranks
+
+
+@pytest.mark.parametrize(("columns", "ranks"), RAGGED)
+def test_row_parallel_slices_may_cut_groups(tiny, config, rank, columns, ranks, additional):
+    tensors = tiny.random_packed(tiny.TRELLIS, 40, columns)
+    whole, width = dequantize(tensors, tiny.TRELLIS, columns), columns // ranks
+    for index in range(ranks):
+        with rank(index, of=ranks, additional_config=additional):
+            layer = RowParallelLinear(columns, 40, prefix="down", **options(config(down="trellis")))
+        load(layer, tensors)
+        own = whole[:, width * index : width * (index + 1)]
+        torch.testing.assert_close(unpacked(layer), own)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("columns", "ranks"), RAGGED)
+def test_a_slice_has_exactly_the_values_of_the_file(tiny, config, rank, name, columns, ranks):
+    layout = tiny.LAYOUTS[name]
+    tensors = tiny.random_packed(layout, 40, columns)
+    slices = []
+    for index in range(ranks):
+        with rank(index, of=ranks):
+            layer = RowParallelLinear(columns, 40, prefix="down", **options(config(down=name)))
+        load(layer, tensors)
+        held = sum(layer.get_parameter(name).nbytes for name in tensors)
+        groups = columns // ranks // layout.group_size + 2
+        assert held <= layout.stored_bytes(40, min(groups * layout.group_size, columns))
+        slices.append(layer.quant_method.dequantize_weight(layer))
+    assert torch.equal(torch.cat(slices, 1), dequantize(tensors, layout, columns))
 
 
 @pytest.mark.parametrize("ragged", [96, 160])
@@ -188,20 +219,3 @@ def test_bias_and_type(tiny, config, rank, dtype, additional):
     units = 2 * torch.finfo(dtype).eps + 160**0.5 * torch.finfo(torch.float32).eps
     bound = units * (x.double().abs() @ weight.abs().T + bias.abs())
     assert ((y.double() - exact).abs() <= bound).all()
-
-
-def test_slices_that_cut_a_group_are_refused_with_what_fits(config, rank):
-    with (
-        rank(0, of=4),
-        pytest.raises(
-            ServingError,
-            match=r"^layers\.0\.down: its 384 inputs in groups of 64 cannot be split into 4 slices "
-            r"of 96; use a tensor-parallel size of 1 or 2 or 3 or 6, or .* --group-size 32$",
-        ),
-    ):
-        RowParallelLinear(384, 32, prefix="layers.0.down", **options(config(layers__0__down="row")))
-
-
-def test_a_ragged_input_is_not_sliced(config, rank):
-    with rank(0, of=4), pytest.raises(ServingError, match=r"tensor-parallel size of 1$"):
-        RowParallelLinear(288, 32, prefix="down", **options(config(down="row")))

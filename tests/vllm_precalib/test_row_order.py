@@ -7,6 +7,7 @@ import torch
 from vllm.model_executor.models.llama4 import Llama4ForCausalLM
 
 from precalib_kernels.format.reference import dequantize
+from vllm_precalib.column_slice import ColumnSlice
 from vllm_precalib.load_guard import WeightLoadGuard
 from vllm_precalib.packed_module import PackedModule
 from vllm_precalib.row_order import halves_apart, rotary_heads
@@ -43,7 +44,14 @@ def test_other_models_keep_their_rows(config):
 
 def test_the_guard_orders_what_it_loads(tiny):
     module = PackedModule(tiny.ROW, "row", ("q_proj", "k_proj", "v_proj"))
-    guard = WeightLoadGuard("qkv_proj", module, 160, 256, [128, 64, 64], {"q": 4, "k": 2})
+    guard = WeightLoadGuard(
+        "qkv_proj",
+        module,
+        ColumnSlice.of_rank(module.layout, 160, 160, 0),
+        256,
+        [128, 64, 64],
+        {"q": 4, "k": 2},
+    )
     loaded = {}
 
     def loader(_param, tensor, shard):

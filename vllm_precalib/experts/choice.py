@@ -9,6 +9,7 @@ from precalib_kernels.backends.registry import BackendChoice, BackendRegistry
 from precalib_kernels.errors import ServingError
 from precalib_kernels.format.checkpoint_config import CheckpointConfig
 from vllm_precalib.backends import Options, choose, plugin_registry
+from vllm_precalib.column_slice import ColumnSlice
 from vllm_precalib.compat import vllm_names
 from vllm_precalib.dense_backend import DenseBackend
 from vllm_precalib.experts.method import DenseExpertsMethod, PackedExpertsMethod, grouped
@@ -18,7 +19,7 @@ from vllm_precalib.experts.packed_experts import (
     PackedExperts,
     find_packed_experts,
 )
-from vllm_precalib.experts.parameters import ExpertLoader, MatrixParameters, check_columns
+from vllm_precalib.experts.parameters import ExpertLoader, MatrixParameters
 
 with vllm_names():
     from vllm.config import VllmConfig, get_current_vllm_config
@@ -85,7 +86,6 @@ def choose_backends(
     config = get_current_vllm_config()
     options = Options.parse(config.additional_config)
     matrices = matrices_of(layer, packed, options)
-    check_columns(matrices[1].spec, matrices[1].ranks, prefix)
     backends: list[type[Backend]] = []
     for matrix in matrices:
         name = f"{prefix}.{matrix.name}"
@@ -138,9 +138,12 @@ def matrices_of(
     shards = (2 * inner,) if fused else (inner,) * len(packed.gate_up.shards)
     gate_up, down = packed.gate_up, packed.down
     place = moe.tp_rank, moe.tp_size
+    all_columns = ColumnSlice.of_rank(gate_up.layout, hidden, hidden, 0)
+    columns = ColumnSlice.of_rank(down.layout, inner * moe.tp_size, inner, moe.tp_rank)
+    first, second = spec(gate_up, hidden, shards), spec(down, columns.columns, (hidden,))
     return (
-        MatrixParameters("w13", gate_up, spec(gate_up, hidden, shards), True, *place),
-        MatrixParameters("w2", down, spec(down, inner, (hidden,)), False, *place),
+        MatrixParameters("w13", gate_up, first, all_columns, True, *place),
+        MatrixParameters("w2", down, second, columns, False, *place),
     )
 
 

@@ -150,10 +150,11 @@ class PackedExpertsMethod(FusedMoEMethodBase):
             return self._compute_grouped(layer, x, weights, ids)
         local = ids if layer.expert_map is None else layer.expert_map[ids.long()]
         first, second = self.backends
+        columns = self.loader.matrices[1].columns
 
         def of_expert(expert: int, rows: Tensor) -> Tensor:
             inner = first.apply(view(layer, "w13", expert), rows, bias_of(layer, "w13", expert))
-            inner = self.activation(inner).to(rows.dtype)
+            inner = columns.widen(self.activation(inner).to(rows.dtype))
             return second.apply(view(layer, "w2", expert), inner, bias_of(layer, "w2", expert))
 
         count = self.moe.num_local_experts
@@ -162,6 +163,7 @@ class PackedExpertsMethod(FusedMoEMethodBase):
     def _compute_grouped(self, layer: Any, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
         """The same without waiting for the device."""
         first, second = self.backends
+        columns = self.loader.matrices[1].columns
 
         def gate_up(rows: Tensor, grouping: Grouping) -> Tensor:
             matrix, bias = view(layer, "w13", ALL), bias_of(layer, "w13", ALL)
@@ -169,7 +171,7 @@ class PackedExpertsMethod(FusedMoEMethodBase):
 
         def down(rows: Tensor, grouping: Grouping) -> Tensor:
             matrix, bias = view(layer, "w2", ALL), bias_of(layer, "w2", ALL)
-            return second.apply_grouped(matrix, rows, bias, grouping)
+            return second.apply_grouped(matrix, columns.widen(rows), bias, grouping)
 
         sorting = Sorting(self.moe.num_experts, layer.expert_map, first.route_block)
         return grouped_mixture(
@@ -279,6 +281,7 @@ def _unpack(
     for expert in range(loader.experts):
         where = f"{loader.packed.prefix}, expert {expert} of this rank"
         found = backend.prepare(matrix.of_expert(layer, expert), where)["weight"]
+        found = matrix.columns.crop(found)
         for shard, rows in enumerate(found.split(sizes)):
             start = shard * room
             weight[expert, start : start + rows.shape[0], : rows.shape[1]] = rows

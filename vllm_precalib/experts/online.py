@@ -62,7 +62,7 @@ class OnlineExperts:
             for tensor in matrix.tensors:  # vLLM waits for the weights alone when it reloads
                 parameter = layer.get_parameter(matrix.parameter_name(tensor))
                 set_weight_attrs(parameter, {"weight_loader_numel": 0})
-            shape = num_experts, matrix.spec.output_size, matrix.spec.input_size
+            shape = num_experts, matrix.spec.output_size, matrix.columns.width
             data = torch.empty(shape, dtype=matrix.spec.dtype, device="meta")
             weight = torch.nn.Parameter(data, requires_grad=False)
             loader = self._receiver(layer, matrix, kwargs["weight_loader"])

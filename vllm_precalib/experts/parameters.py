@@ -17,7 +17,7 @@ from torch.nn import Parameter
 
 from precalib_kernels.backends.base import LinearSpec
 from precalib_kernels.errors import ServingError
-from precalib_kernels.format.layout import COLUMN_UNIT, Layout
+from vllm_precalib.column_slice import ColumnSlice
 from vllm_precalib.compat import vllm_names
 from vllm_precalib.experts.packed_experts import GATE_UP, ExpertMatrix, PackedExperts
 
@@ -36,6 +36,7 @@ class MatrixParameters:
     name:    "w13" or "w2", with which vLLM begins their names.
     stored:  how the checkpoint has it.
     spec:    the matrix on this rank.
+    columns: those of this rank.
     by_rows: whether ranks share its rows, or else its columns.
     rank, ranks: of tensor parallelism within an expert.
     """
@@ -43,6 +44,7 @@ class MatrixParameters:
     name: str
     stored: ExpertMatrix
     spec: LinearSpec
+    columns: ColumnSlice
     by_rows: bool
     rank: int
     ranks: int
@@ -89,8 +91,8 @@ class MatrixParameters:
         data: what there is for the expert. Raises ServingError for another shape or type.
         """
         layout, rows = self.spec.layout, self.spec.shard_sizes[shard]
-        whole = self._whole(rows)
-        expected = layout.tensors(*whole)[tensor]
+        stored_rows = rows * self.ranks if self.by_rows else rows
+        expected = layout.tensors(stored_rows, self.columns.whole)[tensor]
         if expected != (tuple(loaded.shape), loaded.dtype):
             raise ServingError(
                 f"{where} is {list(loaded.shape)} {loaded.dtype} in the checkpoint, expected "
@@ -103,36 +105,7 @@ class MatrixParameters:
             rows_of_data = slice(start, start + rows)
         if self.by_rows and tensor != "column_scale":
             loaded = loaded.narrow(0, self.rank * rows, rows)
-        elif not self.by_rows:
-            loaded = columns_of(layout, tensor, loaded, self.rank, self.spec.input_size)
-        data[rows_of_data].copy_(loaded)
-
-    def _whole(self, rows: int) -> tuple[int, int]:
-        """Rows and columns of a shard in the checkpoint."""
-        columns = self.spec.input_size
-        return (rows * self.ranks, columns) if self.by_rows else (rows, columns * self.ranks)
-
-
-def columns_of(layout: Layout, tensor: str, loaded: Tensor, rank: int, width: int) -> Tensor:
-    """The part of a packed tensor that belongs to columns [rank · width, (rank + 1) · width)."""
-    if tensor in ("row_scale", "salient_scale", "salient_offset"):  # [N, 1]
-        return loaded
-    here = layout.tensors(1, width)[tensor].shape[1]
-    return loaded.narrow(1, rank * here, here)
-
-
-def check_columns(spec: LinearSpec, ranks: int, where: str) -> None:
-    """Raise ServingError if tensor parallelism cuts through a group of the second matrix."""
-    width, group = spec.input_size, spec.layout.group_size
-    if ranks == 1 or width % group == 0:
-        return
-    finer = [size for size in range(COLUMN_UNIT, group, COLUMN_UNIT) if width % size == 0]
-    again = f", or quantize the model again with --group-size {finer[-1]}" if finer else ""
-    raise ServingError(
-        f"{where}: the {width * ranks} inputs of the experts' down projections in groups of "
-        f"{group} cannot be split into {ranks} slices of {width}; use --enable-expert-parallel, "
-        f"which leaves experts whole{again}"
-    )
+        data[rows_of_data].copy_(self.columns.cut(tensor, loaded))
 
 
 class ExpertLoader:

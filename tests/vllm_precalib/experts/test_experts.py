@@ -245,15 +245,15 @@ def test_graphs_cannot_record_experts_one_after_the_other(make, monkeypatch):
     choice._check_options(layer, PREFIX, config, dense=True, grouped=False)
 
 
-def test_a_group_that_ranks_would_share_is_refused(make, tiny):
-    def wider(tensors):
-        for expert in range(EXPERTS):
-            packed = tiny.random_packed(tiny.TRELLIS, HIDDEN, INNER)
-            tensors[expert, "down_proj"] = packed, "trellis"  # groups of 64
-
-    with pytest.raises(ServingError, match=r"inputs of the experts' down projections in groups"):
-        make({}, 0, 4, edit=wider)
-    make({}, 0, 4, edit=wider, expert_parallel=True)
+@pytest.mark.parametrize("name", ["trellis", "sign"])
+def test_tensor_parallel_slices_may_cut_groups(make, expected, additional, tiny, stored, name):
+    """Four ranks of 32 inputs each, in groups of 64."""
+    for expert in range(EXPERTS):
+        packed = tiny.random_packed(tiny.LAYOUTS[name], HIDDEN, INNER, 100 + expert)
+        stored[expert, "down_proj"] = packed, name
+    inputs = routed()
+    parts = [compute(make(additional, index, 4), *inputs) for index in range(4)]
+    assert_close(sum(parts), expected(*inputs))
 
 
 @pytest.mark.parametrize(
