@@ -22,7 +22,7 @@ unexport $(filter VLLM_%,$(.VARIABLES))
 export PIP_USER := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-install: $(STAMP) ## make .venv with everything that demo and test need (3.6 GB)
+install: $(STAMP) ## make .venv with everything that demo and test need (3.9 GB)
 
 # A set-up that was cut short leaves half-written packages which pip takes for whole ones.
 $(STAMP): pyproject.toml setup.py deploy/constraints.txt deploy/vllm-metapackage/pyproject.toml

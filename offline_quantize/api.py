@@ -122,6 +122,7 @@ def quantize_checkpoint(
     card: bool = True,
     jobs: int = 0,
     device: str = "cpu",
+    ray: str | None = None,
     resume: bool = False,
     progress: Progress | None = None,
     **changes: Unpack[RecipeChanges],
@@ -145,6 +146,8 @@ def quantize_checkpoint(
     card:        whether a model card takes the place of the source's README.md.
     jobs:        tensors at a time; 0 for one per core.
     device:      where to compute: "cpu", "cuda:0".
+    ray:         address of a Ray cluster whose CPUs work in place of this machine's, or "auto";
+                 its machines have to see source and target under the same paths.
     progress:    is told of every tensor and of the bytes done.
     returns:     the manifest that was written, and the seconds it took.
 
@@ -163,10 +166,13 @@ def quantize_checkpoint(
         transform=transform,
         card=card,
     )
-    plan = make_plan(open_checkpoint(hub.locate(str(source))), options)
+    root, target = hub.locate(str(source)), Path(target)
+    if ray is not None:  # other machines know no paths relative to a folder of this one
+        root, target = root.absolute(), target.absolute()
+    plan = make_plan(open_checkpoint(root), options)
     plan, _ = choose_activations(plan, str(activations), activation_tokens, feedback)
     shown = progress or NullProgress()
-    return quantize(plan, Path(target), shown, _jobs(jobs), device, resume)
+    return quantize(plan, target, shown, _jobs(jobs), device, resume, ray)
 
 
 def dequantize_checkpoint(

@@ -36,6 +36,7 @@ BEYOND_CORE = MappingProxyType(
         "offline_quantize.evaluation": {"transformers": "eval"},
         "offline_quantize.report": {"matplotlib": "report"},
         "offline_quantize.cli.doctor": {"vllm": "cuda"},
+        "offline_quantize.checkpoint.ray_pool": {"ray": "ray"},
         "vllm_precalib": {"vllm": "cuda", "packaging": "cuda", "triton": "cuda"},
         "vllm_precalib.endpoint": {
             "fastapi": "cuda",

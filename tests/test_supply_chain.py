@@ -62,6 +62,9 @@ ALLOWED = MappingProxyType(
         "offline_quantize/checkpoint/hub.py": {
             "huggingface_hub": "downloads the checkpoint asked for"
         },
+        "offline_quantize/checkpoint/ray_pool.py": {
+            "socket": "asks whether anything answers at the address of the Ray cluster"
+        },
         "offline_quantize/commands/push.py": {"huggingface_hub": "uploads, as the command says"},
         "offline_quantize/cli/doctor.py": {
             "importlib.import_module": "of the plugin, by a name that is written there"

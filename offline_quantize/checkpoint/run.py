@@ -9,11 +9,12 @@ import contextlib
 import dataclasses
 import enum
 import fcntl
+import functools
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,10 @@ from offline_quantize.checkpoint.manifest import (
     read_manifest,
     record_file,
 )
-from offline_quantize.checkpoint.progress import Progress
+from offline_quantize.checkpoint.progress import NullProgress, Progress
 from offline_quantize.checkpoint.safetensors_file import FileLayout, read_pieces
 from offline_quantize.checkpoint.source import CONFIG
+from offline_quantize.checkpoint.worker_pool import WorkerPool
 from precalib_kernels.errors import OutputError
 
 MARGIN_BYTES = 64 << 20  # manifest, journal and the file system's own needs
@@ -154,10 +156,12 @@ class Run:
         self,
         progress: Progress,
         manifest: Callable[[dict[str, FileRecord]], Manifest] | None = None,
+        workers: WorkerPool | None = None,
     ) -> None:
         """Copy the sidecar files, write manifest and metadata files, and close the run.
 
         manifest: makes the manifest from the records of every other file; None for none.
+        workers:  read the files for that, a file each; None for this thread.
         """
         files = self.files
         for name, origin in files.sidecar_files.items():
@@ -168,11 +172,30 @@ class Run:
         data = files.metadata_files[last]
         if manifest is not None:
             names = sorted((*files.shards, *files.sidecar_files, *early))
-            records = {name: record_file(self.target / name, progress) for name in names}
+            records = self._records(names, progress, workers)
             records[last] = FileRecord(size=len(data), sha256=hashlib.sha256(data).hexdigest())
             write_json(self.target / MANIFEST, manifest(records).to_json())
         write_bytes(self.target / last, data)
         self.clean_up()
+
+    def _records(
+        self, names: Sequence[str], progress: Progress, workers: WorkerPool | None
+    ) -> dict[str, FileRecord]:
+        paths = {name: self.target / name for name in names}
+        if workers is None:
+            return {name: record_file(path, progress) for name, path in paths.items()}
+        begun = {
+            name: workers.run(
+                functools.partial(record_file, path, NullProgress()),
+                functools.partial(progress.begin, f"sha256 of {name}"),
+                lambda record: progress.advance(record.size),
+            )
+            for name, path in paths.items()
+        }
+        try:
+            return {name: future.result() for name, future in begun.items()}
+        finally:
+            workers.abandon(begun.values())
 
     def clean_up(self) -> None:
         """Remove what only an unfinished run needs; the job file last, as it tells of one."""

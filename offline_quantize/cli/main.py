@@ -150,6 +150,14 @@ def quantize(
     ] = None,
     jobs: Annotated[int, typer.Option(help="Tensors at a time; 0: one per core.", min=0)] = 0,
     device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda:0.")] = "cpu",
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Spread the tensors over the CPUs of a Ray cluster whose machines see source and "
+            "target under the same paths: HOST:PORT of its head, or auto.",
+        ),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an unfinished run.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     report_to: Annotated[
@@ -182,7 +190,11 @@ def quantize(
         card=not no_card,
     )
     check_device(device)
-    plan = make_plan(open_checkpoint(hub.locate(source)), options)
+    _check_cluster(ray, jobs, device)
+    root = hub.locate(source)
+    if ray is not None:  # other machines know no paths relative to a folder of this one
+        root, target = root.absolute(), target.absolute()
+    plan = make_plan(open_checkpoint(root), options)
     plan, reason = choose_activations(plan, activations, activation_tokens, feedback)
     if dry_run:
         console.show_plan(plan)
@@ -192,10 +204,10 @@ def quantize(
         return
     if report_to is not None:
         check_out(report_to, option="--report", made=target)
-    jobs = jobs or len(os.sched_getaffinity(0))
+    threads = jobs or len(os.sched_getaffinity(0))
     total = plan.source.nbytes + plan.output_bytes
     with _resumable("add --resume to continue"), console.progress_bar(total) as progress:
-        outcome = run_quantize(plan, target, progress, jobs, device, resume)
+        outcome = run_quantize(plan, target, progress, threads, device, resume, ray)
     if outcome.seconds is None:
         console.out.print(f"{target} was finished before; nothing to do.")
     console.show_unquantized(plan.unquantized, plan.source.skipped_files)
@@ -205,7 +217,8 @@ def quantize(
     console.show_model_size(plan.model_size)
     if report_to is not None:
         seconds = None if resume else outcome.seconds  # a resumed run knows its last part alone
-        _report(target, Request(report_to, plan.source.root, seconds=seconds, jobs=jobs))
+        seconds = None if ray else seconds  # a cluster has more jobs than there are threads here
+        _report(target, Request(report_to, plan.source.root, seconds=seconds, jobs=threads))
     folder = shlex.quote(str(target))
     console.out.print(f"Serve it:  vllm serve {folder} --quantization precalib")
 
@@ -397,6 +410,14 @@ def _report(directory: Path, request: Request) -> None:
     with console.progress_bar(stored) as progress:
         write_report(directory, request, progress)
     console.out.print(f"Report: {request.out}")
+
+
+def _check_cluster(address: str | None, jobs: int, device: str) -> None:
+    """Raise UsageError for options that do not go with a Ray cluster."""
+    if address is not None and jobs:
+        raise UsageError("--jobs is for this machine's threads; leave it out with --ray")
+    if address is not None and device != "cpu":
+        raise UsageError("--ray computes on CPUs; leave out --device")
 
 
 def _override(text: str) -> tuple[str, str]:

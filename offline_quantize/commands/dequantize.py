@@ -17,7 +17,9 @@ from offline_quantize.checkpoint.progress import Progress
 from offline_quantize.checkpoint.run import OutputFiles, Run, State
 from offline_quantize.checkpoint.safetensors_file import NAMES, FileLayout, lay_out
 from offline_quantize.checkpoint.source import CONFIG, INDEX, check_unchanged, index_of
-from offline_quantize.checkpoint.writer import WriteJob, by_file, write_shards
+from offline_quantize.checkpoint.worker_pool import worker_pool
+from offline_quantize.checkpoint.write_job import WriteJob
+from offline_quantize.checkpoint.writer import by_file, write_shards
 from offline_quantize.commands.verify import faults_of_files
 from offline_quantize.report.card_metadata import is_ours
 from precalib_kernels.errors import FormatError, SourceError
@@ -57,7 +59,7 @@ def dequantize(
     else:
         with run.begin():
             jobs_by_file = by_file(run, _write_jobs(packed, owner, dtype))
-            write_shards(run, jobs_by_file, jobs, progress)
+            write_shards(run, jobs_by_file, worker_pool(jobs), progress)
             try:
                 check_unchanged(packed.files, fingerprint["dequantize"])
             except SourceError:

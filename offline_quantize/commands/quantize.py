@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from offline_quantize.checkpoint.atomic_files import CARD
+from offline_quantize.checkpoint.atomic_files import CARD, TRANSFORMS
 from offline_quantize.checkpoint.manifest import (
     FileRecord,
     Manifest,
@@ -27,7 +27,9 @@ from offline_quantize.checkpoint.run import Run, State
 from offline_quantize.checkpoint.safetensors_file import read_tensor
 from offline_quantize.checkpoint.source import check_unchanged
 from offline_quantize.checkpoint.transforms import NO_TRANSFORMS, Transforms
-from offline_quantize.checkpoint.writer import WriteJob, by_file, write_shards
+from offline_quantize.checkpoint.worker_pool import WorkerPool, worker_pool
+from offline_quantize.checkpoint.write_job import WriteJob
+from offline_quantize.checkpoint.writer import by_file, write_shards
 from offline_quantize.commands.value_output import transform_jobs
 from offline_quantize.method.encode import encode
 from offline_quantize.method.input_statistics import InputStatistics
@@ -62,10 +64,12 @@ def quantize(
     jobs: int = 1,
     device: str = "cpu",
     resume: bool = False,
+    cluster: str | None = None,
 ) -> Outcome:
     """Carry out a plan. The same plan gives the same bytes, whatever `jobs` and interruptions.
 
-    jobs: tensors worked on at once.
+    jobs:    tensors worked on at once.
+    cluster: address of a Ray cluster that works on as many as it has CPUs; None for this process.
 
     Raises PrecalibError; the target then holds at most an unfinished run, which `resume` continues.
     An UnfitError names all weights that must be kept, and leaves nothing in the target.
@@ -79,15 +83,17 @@ def quantize(
             _write_card(plan, target)  # the run was killed when all but this was done
         return Outcome(read_manifest(target), None)
     with contextlib.ExitStack() as stack:
+        pool = None if cluster is None else _cluster(cluster, stack)
         stack.enter_context(run.begin())
         try:
-            batches, unknown = _batches(run, plan, device, progress, stack)
+            batches, unknown = _batches(run, plan, device, progress, stack, cluster)
         except PrecalibError:
             if state is State.NEW:
                 run.discard()
             raise
         try:
-            reports = write_shards(run, batches, jobs, progress)
+            workers = contextlib.nullcontext(pool) if pool else worker_pool(jobs)
+            reports = write_shards(run, batches, workers, progress)
         except UnfitError as error:
             raise _refusal(plan, error.faults) from None
         try:
@@ -95,10 +101,16 @@ def quantize(
         except SourceError:
             run.discard()
             raise
-        run.finish(progress, functools.partial(_manifest, plan, reports))
+        run.finish(progress, functools.partial(_manifest, plan, reports), pool)
         if plan.options.card:
             _write_card(plan, target)
     return Outcome(read_manifest(target), time.monotonic() - start, unknown)
+
+
+def _cluster(address: str, stack: contextlib.ExitStack) -> WorkerPool:
+    from offline_quantize.checkpoint.ray_pool import ray_pool
+
+    return stack.enter_context(ray_pool(address))
 
 
 def _write_card(plan: Plan, target: Path) -> None:
@@ -114,14 +126,20 @@ def run_of(plan: Plan, target: Path, device: str) -> Run:
 
 
 def _batches(
-    run: Run, plan: Plan, device: str, progress: Progress, stack: contextlib.ExitStack
+    run: Run,
+    plan: Plan,
+    device: str,
+    progress: Progress,
+    stack: contextlib.ExitStack,
+    cluster: str | None,
 ) -> tuple[Iterable[Sequence[WriteJob]], Sequence[str]]:
     """All jobs, and the weights of which nothing will be known in a run with activations."""
     options = plan.options.activations
+    divided = by_file if cluster is None else _all_at_once
     if options is None:
         transforms = Transforms.of(run.target, plan.options.transform)
         first = transform_jobs(plan, transforms, device)
-        return by_file(run, [*first, *_write_jobs(plan, device, {}, transforms)]), ()
+        return divided(run, [*first, *_write_jobs(plan, device, {}, transforms)]), ()
     from offline_quantize.calibration.observation import observation
 
     shapes = {name: weight.entry.shape for name, weight in plan.weight_plans.items()}
@@ -132,7 +150,19 @@ def _batches(
         return _by_block(plan, device, blocks), seen.unknown
     with opened as seen:
         inputs = seen.inputs()
-    return by_file(run, _write_jobs(plan, device, inputs)), seen.unknown
+    return divided(run, _write_jobs(plan, device, inputs)), seen.unknown
+
+
+def _all_at_once(_: Run, jobs: Iterable[WriteJob]) -> Iterator[list[WriteJob]]:
+    """Batches for a cluster, in which no worker waits for the end of a file.
+
+    The transforms come first, which other jobs read.
+    """
+    transforms: list[WriteJob] = []
+    others: list[WriteJob] = []
+    for job in jobs:
+        (transforms if job.file == TRANSFORMS else others).append(job)
+    yield from (transforms, others)
 
 
 def _by_block(plan: Plan, device: str, blocks: "Iterable[Block]") -> Iterator[list[WriteJob]]:

@@ -13,8 +13,9 @@ from torch import Tensor
 from offline_quantize.checkpoint.atomic_files import TRANSFORMS
 from offline_quantize.checkpoint.safetensors_file import TensorLocation
 from offline_quantize.checkpoint.transforms import Original, Transforms
-from offline_quantize.checkpoint.writer import WriteJob
+from offline_quantize.checkpoint.write_job import WriteJob
 from offline_quantize.method.encode import non_finite
+from offline_quantize.method.recipes import Recipe
 from offline_quantize.method.value_output_learning import MatrixKind, learn
 from offline_quantize.method.value_output_proxies import ExpectedError
 from offline_quantize.planning.plan import Plan
@@ -24,7 +25,7 @@ from offline_quantize.planning.value_output import ValueOutputPair
 def transform_jobs(plan: Plan, transforms: Transforms, device: str) -> Iterator[WriteJob]:
     """The jobs of the matrices, and of the biases that they change."""
     for pair in plan.pairs:
-        learning = functools.partial(_learn, plan, pair, device)
+        learning = functools.partial(_learn, *_sides(plan, pair), pair, device)
         yield WriteJob(pair.matrices, TRANSFORMS, [pair.matrices], 0, learning)
         if pair.bias is not None:
             bias = plan.source.locations[pair.bias]
@@ -32,11 +33,17 @@ def transform_jobs(plan: Plan, transforms: Transforms, device: str) -> Iterator[
             yield WriteJob(pair.bias, bias.path.name, [pair.bias], bias.entry.nbytes, make)
 
 
+def _sides(plan: Plan, pair: ValueOutputPair) -> tuple[list[TensorLocation], list[Recipe]]:
+    """Where the two weights of a pair are, and their recipes."""
+    names = (pair.value, pair.output)
+    locations = [plan.source.locations[name] for name in names]
+    return locations, [plan.weight_plans[name].recipe for name in names]
+
+
 def _learn(
-    plan: Plan, pair: ValueOutputPair, device: str
+    locations: list[TensorLocation], recipes: list[Recipe], pair: ValueOutputPair, device: str
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    value, output = (_read(plan.source.locations[n], device) for n in (pair.value, pair.output))
-    recipes = [plan.weight_plans[name].recipe for name in (pair.value, pair.output)]
+    value, output = (_read(location, device) for location in locations)
     scaled = any(recipe.layout.column_scale for recipe in recipes)
     # beside a column scale an invertible matrix loses (benchmarks/results/cafeq.md)
     kind: MatrixKind = "orthogonal" if scaled else "invertible"

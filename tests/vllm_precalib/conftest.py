@@ -23,14 +23,21 @@ HERE = Path(__file__).parent
 # Those of experts/experts_suite.py and options_suite.py have names that begin with that word.
 SUITE_SECONDS = 600
 IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-EAGER = {**IN_PROCESS, "TORCHDYNAMO_DISABLE": "1"}  # the sampler would start a compiler
+NO_COMPILER = {"TORCHDYNAMO_DISABLE": "1"}  # the sampler would start one
+EAGER = {**IN_PROCESS, **NO_COMPILER}
 COMPILED = {**IN_PROCESS, "VLLM_CPU_CI_ENV": "1", "VLLM_USE_AOT_COMPILE": "0"}
-PARALLEL = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "TORCHDYNAMO_DISABLE": "1"}
+TWO = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}  # the core of each worker
+FOUR = {"VLLM_CPU_OMP_THREADS_BIND": "0|1|0|1"}
+PARALLEL = {**TWO, **NO_COMPILER}
 SUITE_ENVIRONMENT = {
     "eager": EAGER,
     "compiled": COMPILED,
     "parallel": PARALLEL,
     "options": EAGER,
+    "parallel_four": {**FOUR, **NO_COMPILER},
+    "pipeline": TWO,
+    "pipeline_four": FOUR,
+    "ray": EAGER,
     "experts": EAGER,
     "experts_families": EAGER,
     "experts_compiled": COMPILED,

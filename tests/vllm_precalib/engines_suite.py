@@ -5,9 +5,11 @@ weights as the reference unpacks them; the tests compare. One process runs many 
 starting one takes longer than all of its engines.
 """
 
+import asyncio
 import gc
 import json
 import operator
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -18,7 +20,9 @@ import torch
 import transformers
 import vllm
 from safetensors.torch import save_file
+from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.lora.request import LoRARequest
+from vllm.v1.engine.async_llm import AsyncLLM
 
 from offline_quantize import dequantize_checkpoint, quantize_checkpoint
 from precalib_kernels.backends.x86 import library
@@ -37,24 +41,29 @@ REFERENCE = {"additional_config": {"precalib": {"backend": "reference"}}}
 Answers = list[list[tuple[int, float]]]  # per prompt, greedy tokens with their log-probability
 
 
+SIZES: dict[str, Any] = {
+    "max_model_len": 128,
+    "max_num_seqs": 4,
+    "enforce_eager": True,
+    "dtype": "float32",
+    "skip_tokenizer_init": True,
+}
+# This vLLM for CPUs makes room for what pipeline stages exchange only when it warms a compiled
+# model up; the compiler does nothing here.
+WARMED_UP = {"enforce_eager": False, "compilation_config": {"backend": "eager"}}
+GREEDY = vllm.SamplingParams(
+    temperature=0, max_tokens=TOKENS, logprobs=1, detokenize=False, ignore_eos=True
+)
+
+
 def start(path: Path, **options: Any) -> vllm.LLM:
     """A small eager float32 engine."""
-    sizes = {
-        "max_model_len": 128,
-        "max_num_seqs": 4,
-        "enforce_eager": True,
-        "dtype": "float32",
-        "skip_tokenizer_init": True,
-    }
-    return vllm.LLM(str(path), **{**sizes, **options})
+    return vllm.LLM(str(path), **{**SIZES, **options})
 
 
 def answers(llm: vllm.LLM, texts: list[list[int]] = PROMPTS, **options: Any) -> Answers:
-    sampling = vllm.SamplingParams(
-        temperature=0, max_tokens=TOKENS, logprobs=1, detokenize=False, ignore_eos=True
-    )
     prompts = [{"prompt_token_ids": prompt} for prompt in texts]
-    outputs = llm.generate(prompts, sampling, use_tqdm=False, **options)
+    outputs = llm.generate(prompts, GREEDY, use_tqdm=False, **options)
     return [
         [(t, step[t].logprob) for t, step in zip(o.token_ids, o.logprobs, strict=True)]
         for output in outputs
@@ -106,14 +115,14 @@ def llama(folder: Path, seed: int, **options: Any) -> tiny.Checkpoint:
     return tiny.build(folder, tiny.model_config("llama"), layout_of, seed, **options)
 
 
-def tied_llama(folder: Path, seed: int) -> tiny.Checkpoint:
+def tied_llama(folder: Path, seed: int, **sizes: int) -> tiny.Checkpoint:
     """Packed embeddings that are the output head, too."""
     layouts = attention_or_mlp("row", "sign")
 
     def layout_of(module: str) -> str | None:
         return "balanced-3" if module == "model.embed_tokens" else layouts(module)
 
-    config = tiny.model_config("llama", tie_word_embeddings=True)
+    config = tiny.model_config("llama", tie_word_embeddings=True, **sizes)
     return tiny.build(folder, config, layout_of, seed)
 
 
@@ -389,12 +398,88 @@ def case_compiled_reference(folder: Path) -> dict[str, Any]:
     return case_compiled(folder, **REFERENCE)
 
 
-def case_parallel(folder: Path) -> dict[str, Any]:
-    checkpoint = tied_llama(folder, 10)
-    options = {"tensor_parallel_size": 2, "quantization": "precalib"}
+def case_tensor(folder: Path, ranks: int = 2) -> dict[str, Any]:
+    """Ranks cut the groups of down_proj, and four of them those of o_proj, too."""
+    checkpoint = tied_llama(folder, 10, intermediate_size=352)
+    options = {"tensor_parallel_size": ranks, "quantization": "precalib"}
     llm = start(checkpoint.packed, **recording(folder / "choices"), **options)
     choices = recorded(folder / "choices")
     return {"choices": choices, "first": (answers(llm), truth(checkpoint))}
+
+
+def case_four_tensor(folder: Path) -> dict[str, Any]:
+    return case_tensor(folder, 4)
+
+
+def case_data(folder: Path) -> dict[str, Any]:
+    """Every one of two copies of the model answers all prompts."""
+    checkpoint = tied_llama(folder, 11)
+    arguments = AsyncEngineArgs(str(checkpoint.packed), data_parallel_size=2, **SIZES)
+
+    async def ask() -> list[Answers]:
+        engine = AsyncLLM.from_engine_args(arguments)
+        try:
+            return [
+                await asyncio.gather(*(answer(engine, prompt, copy) for prompt in PROMPTS))
+                for copy in range(2)
+            ]
+        finally:
+            engine.shutdown()
+
+    true = truth(checkpoint)
+    return {"copies": [(served, true) for served in asyncio.run(ask())]}
+
+
+async def answer(engine: AsyncLLM, prompt: list[int], copy: int) -> list[tuple[int, float]]:
+    outputs = engine.generate(
+        {"prompt_token_ids": prompt},
+        GREEDY,
+        request_id=f"{copy}-{len(prompt)}",
+        data_parallel_rank=copy,
+    )
+    final = [output async for output in outputs][-1].outputs[0]
+    return [(t, step[t].logprob) for t, step in zip(final.token_ids, final.logprobs, strict=True)]
+
+
+def case_pipeline(folder: Path, **options: Any) -> dict[str, Any]:
+    """Embeddings on the first rank, the head that shares them on the last."""
+    checkpoint = tied_llama(folder, 12)
+    llm = start(checkpoint.packed, pipeline_parallel_size=2, **WARMED_UP, **options)
+    return {"first": (answers(llm), truth(checkpoint))}
+
+
+def case_four_pipeline(folder: Path) -> dict[str, Any]:
+    return case_pipeline(folder, tensor_parallel_size=2)
+
+
+def case_eager_pipeline(folder: Path) -> dict[str, Any]:
+    """An unpacked model, which this vLLM cannot serve so."""
+    checkpoint = tied_llama(folder, 12)
+    try:
+        answers(start(checkpoint.dense, pipeline_parallel_size=2))
+    except Exception as error:
+        return {"text": f"{type(error).__name__}: {error}"}
+    return {"text": "served"}
+
+
+def case_ray(folder: Path) -> dict[str, Any]:
+    """A packed model and an unpacked one on two nodes of a Ray cluster."""
+    from ray_cluster import ENVIRONMENT, RayCluster
+
+    checkpoint = tied_llama(folder, 12)
+    options = {"tensor_parallel_size": 2, "distributed_executor_backend": "ray"}
+    cluster, texts = RayCluster(), {}
+    os.environ.update(ENVIRONMENT, RAY_ADDRESS=cluster.address)
+    try:
+        for path in (checkpoint.packed, checkpoint.dense):
+            try:
+                answers(start(path, **options))
+                texts[path.name] = "served"
+            except Exception as error:
+                texts[path.name] = f"{type(error).__name__}: {error}"
+    finally:
+        cluster.stop()
+    return texts
 
 
 SUITES = {
@@ -421,7 +506,11 @@ SUITES = {
         case_released,
     ],
     "compiled": [case_compiled, case_compiled_dense, case_compiled_reference],
-    "parallel": [case_parallel],
+    "parallel": [case_tensor, case_data, case_eager_pipeline],
+    "parallel_four": [case_four_tensor],
+    "pipeline": [case_pipeline],
+    "pipeline_four": [case_four_pipeline],
+    "ray": [case_ray],
 }
 
 

@@ -66,7 +66,7 @@ def test_every_layer_is_computed_by_the_backend_that_is_meant(case, name):
 
 
 def test_every_rank_writes_down_its_choices(case):
-    choices = case("parallel", "parallel")["choices"]
+    choices = case("parallel", "tensor")["choices"]
     layers = sorted([*PACKED, "model.embed_tokens"])
     expected = [(rank, layer) for rank in range(2) for layer in layers]
     assert sorted((choice["rank"], choice["layer"]) for choice in choices) == expected
@@ -142,17 +142,47 @@ def test_torch_compile_traces_it(case, name):
     assert_same(result["first"])
 
 
-def test_two_ranks_answer_like_one(case):
-    assert_same(case("parallel", "parallel")["first"])
+@pytest.mark.parametrize(
+    ("suite_name", "name"),
+    [
+        ("parallel", "tensor"),
+        ("parallel_four", "four_tensor"),
+        ("pipeline", "pipeline"),
+        ("pipeline_four", "four_pipeline"),
+    ],
+)
+def test_several_ranks_answer_like_one(case, suite_name, name):
+    assert_same(case(suite_name, name)["first"])
 
 
-@pytest.mark.parametrize("name", ["eager", "compiled", "parallel"])
+def test_both_copies_of_data_parallelism_answer_like_one(case):
+    first, second = case("parallel", "data")["copies"]
+    assert_same(first)
+    assert_same(second)
+
+
+def test_vllm_serves_no_pipeline_with_enforce_eager(case, suite):
+    """Of unpacked models neither; docs/serving.md tells so until this fails."""
+    assert case("parallel", "eager_pipeline")["text"].startswith("EngineDeadError: ")
+    assert "assert self.intermediate_tensors is not None" in suite("parallel")["log"]
+
+
+def test_vllm_for_cpus_does_not_run_on_ray(case):
+    """No model of any kind; docs/serving.md tells so until this fails."""
+    pytest.importorskip("ray")
+    text = "ValueError: current platform cpu does not support ray."
+    assert case("ray", "ray") == {"packed": text, "dense": text}
+
+
+@pytest.mark.parametrize(
+    "name", ["eager", "compiled", "parallel", "parallel_four", "pipeline", "pipeline_four"]
+)
 def test_the_process_ends_well(suite, name):
     assert suite(name)["code"] == 0, suite(name)["log"][-5000:]
 
 
 def test_the_backend_is_logged_once_for_all_layers_and_ranks(suite):
-    log = suite("parallel")["log"]
+    log = suite("parallel")["log"].partition("=== case data")[0]  # one engine of two ranks
     for layout in ("row", "sign"):
         line = f"precalib computes layout {layout} with backend {default_backend()} ("
         assert log.count(line) == 1
