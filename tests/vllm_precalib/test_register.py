@@ -149,7 +149,7 @@ def test_a_name_only_layers_need_fails_only_packed_models(losing_names):
 
 def test_operators_stay_in_our_own_namespace(losing_names):
     names = (
-        *("cpu_gather_rows", "cpu_linear", "dequantize", "gather_rows"),
-        *("gpu_dequantize", "gpu_linear", "gpu_sparse", "linear"),
+        *("cpu_gather_rows", "cpu_linear", "dequantize", "gather_rows", "gpu_dequantize"),
+        *("gpu_gather_rows", "gpu_grouped_linear", "gpu_linear", "gpu_sparse", "linear"),
     )
     assert losing_names["operators"] == [f"precalib::{name}" for name in names]
