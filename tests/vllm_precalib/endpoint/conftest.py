@@ -4,6 +4,7 @@ import argparse
 import asyncio
 import json
 import math
+import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -21,6 +22,8 @@ from offline_quantize.api import quantize_checkpoint
 from vllm_precalib.endpoint import PrecalibEndpoint, served_model
 
 KEY = "a key of this test"
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+SERIOUS = ("serious", "critical")
 WORDS = [" Paris", " is", " <b>", " it"]
 
 
@@ -36,6 +39,32 @@ def scored(ids, shift=0.0):
         values = {token: math.log(0.5 - shift), 7: math.log(0.25 + shift), 900 + index: -9.0}
         result.append({str(i): {"logprob": v, "decoded_token": f"t{i}"} for i, v in values.items()})
     return {"choices": [{"index": 0, "prompt_logprobs": result}]}
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    """The browser; its tests run a loop in this thread."""
+    from playwright.sync_api import sync_playwright
+
+    program = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if program is None:
+        pytest.skip("there is no Chromium to look at the page with; run: make chromium")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=program, args=["--disable-gpu"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def serious_faults():
+    """Finds what axe-core calls serious or critical in a page."""
+    from axe_playwright_python.sync_playwright import Axe
+
+    def find(page):
+        violations = Axe().run(page).response["violations"]
+        return [(v["impact"], v["id"]) for v in violations if v["impact"] in SERIOUS]
+
+    return find
 
 
 class Standin:

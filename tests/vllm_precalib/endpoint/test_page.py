@@ -1,7 +1,6 @@
 """The page in a browser: it fits, can be read and used by keyboard, and asks nobody else."""
 
 import contextlib
-import shutil
 import socket
 import threading
 import time
@@ -11,26 +10,12 @@ from types import SimpleNamespace
 
 import pytest
 import uvicorn
-from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import expect, sync_playwright
+from playwright.sync_api import expect
 from prometheus_client import Gauge
 
 pytestmark = pytest.mark.slow
 
-NAMES = ("chromium", "chromium-browser", "google-chrome")
-SERIOUS = ("serious", "critical")
 KEY = "a key of this test"
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    program = next(filter(None, map(shutil.which, NAMES)), None)
-    if program is None:
-        pytest.skip("there is no Chromium to look at the page with; run: make chromium")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=program, args=["--disable-gpu"])
-        yield browser
-        browser.close()
 
 
 @contextlib.contextmanager
@@ -93,7 +78,7 @@ def answer(page):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 400])
-def test_it_fits_and_has_no_serious_fault(opened, other_server, width, scheme):
+def test_it_fits_and_has_no_serious_fault(opened, other_server, serious_faults, width, scheme):
     found = opened(width, scheme, against=other_server.url)
     answer(found.page)
     expect(found.page.locator("#other")).to_be_visible()
@@ -106,8 +91,7 @@ def test_it_fits_and_has_no_serious_fault(opened, other_server, width, scheme):
     assert found.said == []
     own = {url for url in found.asked if not url.startswith("data:")}
     assert all(url.startswith(f"{found.address}/precalib") for url in own)
-    violations = Axe().run(found.page).response["violations"]
-    assert [(v["impact"], v["id"]) for v in violations if v["impact"] in SERIOUS] == []
+    assert serious_faults(found.page) == []
 
 
 def test_text_of_model_files_is_text(opened):
