@@ -74,7 +74,7 @@ container=$(buildah from --pull-never "$image")
 trap 'buildah rm "$container" >/dev/null' EXIT
 say "as $(buildah inspect --format '{{.OCIv1.Config.User}}' "$image"): $(buildah run "$container" -- id)"
 found=$(buildah run "$container" -- precalib doctor || true)
-say "$(grep 'CPU kernels' <<<"$found" || echo 'precalib doctor says nothing of CPU kernels')"
+say "$(grep ' CPU kernels ' <<<"$found" || echo 'precalib doctor says nothing of CPU kernels')"
 say "smoke test in the image, with the model mounted read-only"
 buildah run --volume "$here:/deploy:ro" --volume "$model:/model:ro" \
   --env VLLM_CPU_KVCACHE_SPACE="${VLLM_CPU_KVCACHE_SPACE:-1}" \

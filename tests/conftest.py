@@ -181,7 +181,7 @@ def byte_llama(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     Token 256 begins a text; of the vocabulary of 260 the rest is unused.
     """
 
-    def write(**sizes: int) -> Path:
+    def write(seed: int = 0, **sizes: int) -> Path:
         import torch
         from tiny_models import random_llama
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
@@ -199,7 +199,7 @@ def byte_llama(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         )
         PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>").save_pretrained(root)
         tokens = {"bos_token_id": begin, "eos_token_id": None, "pad_token_id": None}
-        model = random_llama(vocab_size=260, **tokens, **sizes)
+        model = random_llama(seed, vocab_size=260, **tokens, **sizes)
         model.lm_head.weight.data *= 20  # far from uniform
         for parameter in model.model.layers.parameters():
             parameter.data *= 4 if parameter.ndim == 2 else 1
