@@ -127,6 +127,21 @@ sanitize: $(STAMP) ## tests of the compiled CPU kernels under AddressSanitizer a
 	@LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
 	  $(BIN)/python tests/kernels/backends/x86/rebuilt_suite.py --sanitize --software-tiles
 
+.PHONY: races soak nightly
+races: $(STAMP) ## concurrent calls of the compiled CPU kernels under ThreadSanitizer
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/helpers/races.py
+
+soak: $(STAMP) ## an hour of served chats at a modest rate, whose memory must stay flat
+	@$(BIN)/python deploy/gguf_checkpoint.py smollm2 demo-output/SmolLM2-135M-Instruct
+	@test -e demo-output/SmolLM2-135M-Instruct-balanced-4/config.json || \
+	  $(BIN)/precalib quantize demo-output/SmolLM2-135M-Instruct demo-output/SmolLM2-135M-Instruct-balanced-4
+	@$(BIN)/python benchmarks/load.py demo-output/SmolLM2-135M-Instruct-balanced-4 --name soak \
+	  --minutes 60 --clients 8 --pause 8 --serve-flags="--max-model-len 1024 --enforce-eager"
+
+nightly: sanitize races soak ## what takes hours: sanitizers, concurrent calls, a soak, then an hour of damaged checkpoints
+	@OMP_NUM_THREADS=1 VLLM_LOGGING_LEVEL=ERROR $(BIN)/python tests/fuzz/fuzz.py --cases 1000000000 \
+	  --minutes $(FUZZ_MINUTES) --state build/fuzz/nightly.json # new cases every night
+
 dist: $(STAMP) ## source archive and wheel of the commit, byte for byte the same every time, in build/dist
 	@$(BIN)/python deploy/dist.py build/dist
 

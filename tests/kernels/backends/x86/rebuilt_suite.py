@@ -1,6 +1,6 @@
 """The tests of the compiled CPU kernels on other builds of them.
 
-    python rebuilt_suite.py [--sanitize] [--software-tiles] [options of pytest]
+    python rebuilt_suite.py [--sanitize] [--software-tiles] [--isas avx2 …] [options of pytest]
 
 Sanitizers have to be in the process before Python is, and so has libstdc++, whose exceptions they
 watch: see `make sanitize`. Tiles in software stand for those of AMX on a machine that has
@@ -44,14 +44,20 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--sanitize", action="store_true")
     parser.add_argument("--software-tiles", action="store_true")
+    names = [isa.name for isa in library.ISAS]
+    parser.add_argument("--isas", nargs="+", choices=names, help="compile no others")
     chosen, options = parser.parse_known_args()
     built = library.DEFAULT_OPTIONS
     if chosen.software_tiles:
         built = with_software_tiles(built)
+    if chosen.isas:
+        isas = tuple(isa for isa in built.isas if isa.name in chosen.isas)
+        built = dataclasses.replace(built, isas=isas)
     if chosen.sanitize:
         built = with_sanitizers(built)
     library.definition = functools.partial(library.definition, built)
     library.supported_isas.cache_clear()
     library.load.cache_clear()
-    files = [str(HERE / name) for name in ("test_op.py", "test_kernel_table.py")]
+    names = ("test_op.py", "test_kernel_table.py", "test_gather_rows.py")
+    files = [str(HERE / name) for name in names]
     sys.exit(pytest.main([*files, "-q", "-p", "no:cacheprovider", *options]))
