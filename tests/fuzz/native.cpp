@@ -8,6 +8,7 @@
 //
 // Checked besides: a product is the same twice, and codes are within their codebook.
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -136,6 +137,7 @@ struct Sizes {
     layout.log_scales = bytes.flag();
     layout.column_scale = bytes.flag();
     layout.int8_inputs = bytes.flag();
+    layout.nibbles = (layout.bits == 3 || layout.bits == 4) && bytes.flag();
     layout.block_bytes = layout.columns / kChunk * kVector * layout.bits;
     layout.metadata_bytes = kLanes * ((layout.log_scales ? 1 : 2) + layout.uniform +
                                       layout.salient_count * (layout.position_bytes + 2));
@@ -147,7 +149,7 @@ struct Sizes {
         layout.column_offset +
         (layout.column_scale ? aligned(layout.shard_count * layout.columns * 2) : 0);
     fill_codebook(bytes);
-    for (int i = 0; i < 16; ++i) layout.factors[i] = bytes.finite();
+    for (int i = 0; i < 16; ++i) layout.factors[i] = std::exp2(float(-i) / 16);
   }
 
   // By index: high bits of the code, then u[k], u[k-1], u[k-2].
@@ -213,9 +215,10 @@ void fill(Array<uint8_t>& values, int64_t type, Bytes& bytes) {
 }
 
 void products(Bytes& bytes) {
-  const Sizes sizes(bytes);
+  Sizes sizes(bytes);
   const SupportedIsas& isas = supported_isas();
   const Isa isa = isas.isas[bytes.between(0, isas.count - 1)];
+  if (!reads(isa, sizes.layout)) sizes.layout.nibbles ^= 1;
   const int64_t type = bytes.between(0, 2), rows = bytes.between(0, bytes.flag() ? 70 : 9);
   const size_t alignment = bytes.flag() ? 64 : 16;
   const bool has_bias = bytes.flag();
