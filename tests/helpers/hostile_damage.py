@@ -167,7 +167,7 @@ def edit_header(random: Random, files: Files) -> None:
         else:
             length = random.choice((0, 1, 8, 2**20, *HUGE, random.randint(0, 3000)))
         files[name] = with_header(text, tensors, length)
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
+    except (ArithmeticError, LookupError, TypeError, ValueError, AttributeError, RecursionError):
         return  # earlier damage left nothing to edit
 
 
@@ -209,7 +209,7 @@ def edit_tensor(random: Random, files: Files) -> None:
             return
         filled = (pattern * ((last - first) // len(pattern) + 1))[: last - first]
         files[name] = with_header(header, tensors[:first] + filled + tensors[last:])
-    except (ValueError, KeyError, TypeError, IndexError, RecursionError):
+    except (ArithmeticError, LookupError, TypeError, ValueError, RecursionError):
         return
 
 
