@@ -1,10 +1,16 @@
 """The load of `benchmarks/load.py` on a stand-in of vLLM: what it counts and finds wrong."""
 
 import json
+import os
 import sys
 
 import fake_vllm
 import pytest
+
+from offline_quantize import quantize_checkpoint
+
+SECONDS = float(os.environ.get("PRECALIB_LOAD_SECONDS", "120"))
+CHAT = "{% for message in messages %}{{ message.content }}{% endfor %}"
 
 
 @pytest.fixture
@@ -49,6 +55,25 @@ def test_errors_that_are_not_the_clients_are_faults(script, vllm, monkeypatch):
     assert any(text.startswith("malformed: ") for text in faults)
     assert any(text.startswith("oversized: ") for text in faults)
     assert all("status 500" in text or "the server {'2xx'" in text for text in faults)
+
+
+@pytest.mark.slow
+@pytest.mark.engine
+def test_a_served_model_bears_the_load(script, byte_llama, tmp_path, monkeypatch):
+    """Two minutes of what `make load` does for ten, on a tiny packed model."""
+    source, packed = byte_llama(hidden_size=128, intermediate_size=256), tmp_path / "packed"
+    (source / "chat_template.jinja").write_text(CHAT)
+    quantize_checkpoint(source, packed, "balanced-4", activations="none", jobs=1)
+    for name, value in (("OMP_NUM_THREADS", "1"), ("VLLM_CPU_KVCACHE_SPACE", "1")):
+        monkeypatch.setenv(name, value)
+    words = [str(packed), "--minutes", str(SECONDS / 60), "--out", str(tmp_path)]
+    flags = "--serve-flags=--enforce-eager --max-model-len 512"
+    monkeypatch.setattr(sys, "argv", ["load.py", *words, flags])
+    script.main()  # which ends with exit code 1 if there was a fault
+    found = json.loads((tmp_path / "load.json").read_text())["models"]["packed"]
+    assert found["faults"] == []
+    assert min(found["requests"].values()) > 0
+    assert found["tokens"] > found["read"]
 
 
 def tallies(script, **fine):
