@@ -68,7 +68,8 @@ def quantize_by_score(
     rows = PreparedRows(target, salient, row_scales(target, salient, recipe), padding)
     objective = Objective()
     if error_cost is not None:
-        objective = Objective(to_groups(error_cost * scale.square(), layout)[0])
+        importance = error_cost * scale.square()  # rounded as in the encoder
+        objective = Objective(to_groups(importance / importance.mean(), layout)[0])
     values = encode_groups(rows, recipe, objective).codes.values.flatten(1)[:, :columns]
     return values * scale, 8 * layout.stored_bytes(*weight.shape)
 

@@ -91,10 +91,10 @@ CASES = {
         "vllm_precalib.config.PrecalibConfig: vLLM wants a method new",
     ),
     "a method that we call through super() is gone": (
-        "model_executor/parameter.py",
-        "def load_row_parallel_weight(",
-        "def load_row_weight(",
-        "vLLM has no method load_row_parallel_weight",
+        f"{LAYERS}/quantization/base_config.py",
+        "def get_checkpoint_weight_mapper(",
+        "def get_weight_mapper(",
+        "vLLM has no method get_checkpoint_weight_mapper",
     ),
     "an attribute is gone": (
         f"{LAYERS}/vocab_parallel_embedding.py",

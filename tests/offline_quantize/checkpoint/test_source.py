@@ -239,7 +239,7 @@ def test_packed_tensors_without_a_word_in_the_configuration(checkpoint, weights)
         check_suitable(source)
 
 
-@pytest.mark.parametrize("config", [{}, {"quantization_config": None}, {"model_type": ["gpt2"]}])
+@pytest.mark.parametrize("config", [{}, {"quantization_config": None}])
 def test_suitable_sources(checkpoint, config):
     check_suitable(open_checkpoint(checkpoint(config=config)))
 
