@@ -86,9 +86,7 @@ def test_one_that_cannot_run_is_not_forced(registry):
 def test_where_none_can_run_all_say_why():
     registry = BackendRegistry((Fussy, TritonBackend))
     spec = dataclasses.replace(SPEC, experts=2)
-    why = (
-        r"fussy: needs a quantum computer, .*; triton: computes one matrix per layer, not 2 experts"
-    )
+    why = r"fussy: needs a quantum computer, .*; triton: computes on GPUs, not on cpu"
     with pytest.raises(ServingError, match=rf"\({why}\)$"):
         registry.choose(spec)
 

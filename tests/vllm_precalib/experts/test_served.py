@@ -4,6 +4,7 @@ import functools
 
 import engine_answers
 import pytest
+import torch
 
 pytestmark = pytest.mark.engine
 
@@ -57,7 +58,11 @@ def test_dense_experts_are_those_of_vllm(case, name):
 
 @pytest.mark.slow
 def test_vllm_quantizes_experts_that_were_kept(case):
+    """Its kernel for int8 experts on CPUs needs AMX."""
     result = case("experts_families", "online")
+    if not torch.cpu._is_amx_tile_supported():
+        assert result["refused"].startswith("No Int8 MoE backend supports the deployment")
+        return
     pairs = zip(result["plain"], result["online"], strict=True)
     errors = [abs(plain[0][1] - online[0][1]) for plain, online in pairs]  # of the likeliest token
     assert 0 < max(errors) < 0.2
