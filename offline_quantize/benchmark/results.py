@@ -151,9 +151,15 @@ def markdown(about: About, found: Sequence[Row]) -> str:
             for row in found
             if row.answer_tokens < ENDED_EARLY * row.case.tokens[1]
         ),
-        *(f"- {name}: {value}" for name, value in about.to_json().items()),
+        *(f"- {name}: {_words(value)}" for name, value in about.to_json().items()),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _words(value: object) -> str:
+    if isinstance(value, Mapping):
+        return "; ".join(f"{name} {each}" for name, each in value.items())
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def _order(case: Case) -> tuple[int, str, int]:
