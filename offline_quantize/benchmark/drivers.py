@@ -208,5 +208,5 @@ def _check_answered(label: str, case: Case, completed: int) -> None:
     if completed != case.requests:
         raise ServerError(
             f"{label}, {case}: {completed} of {case.requests} requests were answered; "
-            "give the server longer contexts, or measure fewer requests at once"
+            "its log tells why: give it longer contexts, or measure fewer requests at once"
         )
