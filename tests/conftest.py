@@ -4,17 +4,21 @@ import importlib.util
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 import zlib
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -28,6 +32,8 @@ ACCEPTED_SKIPS = (
     r"this machine allows no mounts",
 )
 NO_BROWSER = r"there is no Chromium"  # `make test` may not install one everywhere; CI has to
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
 def pytest_configure() -> None:
@@ -160,6 +166,20 @@ def run_suite(tmp_path: Path, subtests: "pytest.Subtests") -> Callable[..., None
 def failure_of(case: ElementTree.Element) -> str:
     """Text of a case that failed in pytest's JUnit report, else ""."""
     return "\n".join(child.text or "" for child in case if child.tag in ("failure", "error"))
+
+
+@pytest.fixture(scope="module")  # not longer: while it runs, nothing else can use asyncio
+def chromium() -> Generator["Browser", None, None]:
+    """The system's Chromium, headless."""
+    from playwright.sync_api import sync_playwright
+
+    program = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if program is None:
+        pytest.skip("there is no Chromium to look at the page with; run: make chromium")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=program, args=["--disable-gpu"])
+        yield browser
+        browser.close()
 
 
 @pytest.fixture(scope="session")

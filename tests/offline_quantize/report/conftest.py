@@ -2,15 +2,12 @@
 
 import dataclasses
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
-
-NAMES = ("chromium", "chromium-browser", "google-chrome")
+from playwright.sync_api import Browser, Page
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,18 +20,6 @@ class Opened:
     page: Page
     complaints: list[str]
     requests: list[str]
-
-
-@pytest.fixture(scope="module")  # not longer: while it runs, nothing else can use asyncio
-def chromium() -> Iterator[Browser]:
-    """The system's Chromium, headless."""
-    program = next(filter(None, map(shutil.which, NAMES)), None)
-    if program is None:
-        pytest.skip("there is no Chromium to look at the page with; run: make chromium")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=program, args=["--disable-gpu"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ import argparse
 import asyncio
 import json
 import math
-import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -22,7 +21,6 @@ from offline_quantize.api import quantize_checkpoint
 from vllm_precalib.endpoint import PrecalibEndpoint, served_model
 
 KEY = "a key of this test"
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 SERIOUS = ("serious", "critical")
 WORDS = [" Paris", " is", " <b>", " it"]
 
@@ -42,20 +40,6 @@ def scored(ids, shift=0.0):
 
 
 @pytest.fixture(scope="module")
-def chromium():
-    """The browser; its tests run a loop in this thread."""
-    from playwright.sync_api import sync_playwright
-
-    program = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if program is None:
-        pytest.skip("there is no Chromium to look at the page with; run: make chromium")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=program, args=["--disable-gpu"])
-        yield browser
-        browser.close()
-
-
-@pytest.fixture(scope="module")
 def serious_faults():
     """Finds what axe-core calls serious or critical in a page."""
     from axe_playwright_python.sync_playwright import Axe
@@ -65,6 +49,23 @@ def serious_faults():
         return [(v["impact"], v["id"]) for v in violations if v["impact"] in SERIOUS]
 
     return find
+
+
+@pytest.fixture
+def assert_sound(serious_faults):
+    """Of an opened page at an address: it fits its window, asks nobody else, has no fault."""
+
+    def check(found, address):
+        across, inside = found.page.evaluate(
+            "[document.documentElement.scrollWidth, document.documentElement.clientWidth]"
+        )
+        assert across <= inside
+        assert found.said == []
+        own = {url for url in found.asked if not url.startswith("data:")}
+        assert all(url.startswith(f"{address}/precalib") for url in own)
+        assert serious_faults(found.page) == []
+
+    return check
 
 
 class Standin:

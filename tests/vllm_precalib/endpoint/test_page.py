@@ -78,20 +78,13 @@ def answer(page):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 400])
-def test_it_fits_and_has_no_serious_fault(opened, other_server, serious_faults, width, scheme):
+def test_it_fits_and_has_no_serious_fault(opened, other_server, assert_sound, width, scheme):
     found = opened(width, scheme, against=other_server.url)
     answer(found.page)
     expect(found.page.locator("#other")).to_be_visible()
     expect(found.page.locator("#weights tbody tr")).to_have_count(5)
     found.page.locator("#answer button").first.focus()
-    across, inside = found.page.evaluate(
-        "[document.documentElement.scrollWidth, document.documentElement.clientWidth]"
-    )
-    assert across <= inside
-    assert found.said == []
-    own = {url for url in found.asked if not url.startswith("data:")}
-    assert all(url.startswith(f"{found.address}/precalib") for url in own)
-    assert serious_faults(found.page) == []
+    assert_sound(found, found.address)
 
 
 def test_text_of_model_files_is_text(opened):

@@ -170,7 +170,12 @@ def test_an_answer_streams_with_probabilities_and_metrics_move(opened):
     detail = page.locator("#detail")
     expect(detail).to_contain_text(tokens.nth(3).inner_text().strip())
     expect(detail.locator("li")).to_have_count(5)
-    page.wait_for_function("rates.some((rate) => parseFloat(rate) > 0)")
+    for _ in range(300):  # the page's policy forbids what `wait_for_function` does to wait
+        moved = page.evaluate("rates.some((rate) => parseFloat(rate) > 0)")
+        if moved:
+            break
+        page.wait_for_timeout(100)
+    assert moved
     nan = page.locator("#live div", has_text="requests with NaN").locator("dd")
     expect(nan).to_have_text("0")
     generated = page.evaluate(f"fetch('{API}/metrics').then((a) => a.json())")["generated_tokens"]
@@ -179,15 +184,8 @@ def test_an_answer_streams_with_probabilities_and_metrics_move(opened):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 400])
-def test_it_fits_and_has_no_serious_fault(opened, server, serious_faults, width, scheme):
+def test_it_fits_and_has_no_serious_fault(opened, server, assert_sound, width, scheme):
     found = opened(width, scheme)
     answer(found.page)
     found.page.locator("#answer button").first.focus()
-    across, inside = found.page.evaluate(
-        "[document.documentElement.scrollWidth, document.documentElement.clientWidth]"
-    )
-    assert across <= inside
-    assert found.said == []
-    own = {url for url in found.asked if not url.startswith("data:")}
-    assert all(url.startswith(f"{server.url}/precalib") for url in own)
-    assert serious_faults(found.page) == []
+    assert_sound(found, server.url)
