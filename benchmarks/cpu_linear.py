@@ -1,11 +1,14 @@
 """One product on the CPU: packed weights beside unquantized ones and other low-bit operators.
 
     python benchmarks/cpu_linear.py [--isa avx2] [--size 4096] [--rounds 15] [--threads 1 2]
-        [--rows 1 16 256] [--over NAME] [--fastest]
+        [--rows 1 16 256] [--over NAME] [--fastest] [--cached]
 
 Prints time over that of one of the unquantized products: medians of interleaved rounds, a process
 for each number of threads. Weights are random; values do not matter to any of the operators.
 --fastest prints ratios of the fastest rounds, too, for a machine that is shared.
+
+Each operator has so many weights, used in turn, that they come from memory as those of a model do.
+With --cached it has one, which the last-level cache may hold.
 
 --isa takes the kernels of an ISA below the machine's, and limits torch, oneDNN and MKL to about the
 same instructions, to see what a lesser machine would do. Its memory and its clock are still this
@@ -15,12 +18,15 @@ machine's. Operators that cannot be limited are left out.
 import argparse
 import dataclasses
 import functools
+import itertools
 import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +34,7 @@ from torch.nn.functional import linear
 
 from offline_quantize.method.recipes import RECIPES
 from precalib_kernels.backends.x86 import library, op
+from precalib_kernels.backends.x86.huge_pages import WEIGHTS
 from precalib_kernels.backends.x86.memory_layout import X86Layout
 from precalib_kernels.processor import has_bfloat16, processor_name
 
@@ -40,21 +47,62 @@ LIMITS = {
     "avx512_vnni": ("avx512", "AVX512_CORE_VNNI", "AVX512"),
     "avx512_bf16": ("avx512", "AVX512_CORE_BF16", "AVX512"),
 }
+CACHES, UNITS = Path("/sys/devices/system/cpu/cpu0/cache"), {"K": 10, "M": 20}
 VARIABLES = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
+
+
+Product = Callable[[Tensor], Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
 class Operator:
-    """A product with a weight of its own; dtype: of the x that it takes."""
+    """Products with weights of their own, taken in turn; dtype: of the x that they take."""
 
-    run: Callable[[Tensor], Tensor]
+    turns: Iterator[Product]
     dtype: torch.dtype = torch.bfloat16
+
+    def run(self, x: Tensor) -> Tensor:
+        return next(self.turns)(x)
 
 
 Operators = dict[str, Operator]
 
 
-def packed_operators(size: int, isa: int) -> Operators:
+@dataclasses.dataclass(frozen=True)
+class Copies:
+    """How many weights an operator has; cache: bytes of the last level, 0 for one weight."""
+
+    cache: int
+
+    def operator(
+        self,
+        product: Callable[..., Tensor],
+        *weights: Tensor,
+        dtype: torch.dtype = torch.bfloat16,
+        prepare: Callable[[Tensor], Any] = lambda weight: weight,
+    ) -> Operator:
+        """Of `product(x, *weights)`; the first weight is the one that is large.
+
+        The weights of an operator exceed the cache four times: it is shared with other machines.
+        """
+        large, *others = weights
+        count = max(2, -(-4 * self.cache // large.nbytes)) if self.cache else 1
+        turns = [(prepare(large.clone()), *map(torch.clone, others)) for _ in range(count)]
+        products = (self._product(product, turn) for turn in turns)
+        return Operator(itertools.cycle(list(products)), dtype)
+
+    @staticmethod
+    def _product(product: Callable[..., Tensor], weights: tuple[Any, ...]) -> Product:
+        return lambda x: product(x, *weights)
+
+
+def last_level_cache() -> int:
+    """Bytes of the largest cache that core 0 can use; 64 MiB if Linux does not say it."""
+    found = [path.read_text().strip() for path in CACHES.glob("index*/size")]
+    return max((int(text[:-1]) << UNITS[text[-1]] for text in found), default=64 << 20)
+
+
+def packed_operators(size: int, isa: int, copies: Copies) -> Operators:
     """Ours: both default recipes, and groups of 64 with 3 salient weights (4.7 %); a recipe again
     with inputs in 8 bits, and with inputs in float32.
     """
@@ -76,17 +124,21 @@ def packed_operators(size: int, isa: int) -> Operators:
         finite_values(packed, plan)
         if not plan.int8_inputs:
             print(f"# {name}: {plan.nbytes / (2 * size * size):.3f} of the memory of bfloat16")
-        run = functools.partial(
-            _packed_product, packed=packed, plan=op.layout_tensor(plan), size=size, isa=isa
-        )
-        operators[name] = Operator(run)
+        run = functools.partial(_packed_product, plan=op.layout_tensor(plan), size=size, isa=isa)
+        operators[name] = copies.operator(run, packed, prepare=in_huge_pages)
         if name == "balanced-4":
-            operators["balanced-4, float32 inputs"] = Operator(run, torch.float32)
+            float32 = copies.operator(run, packed, dtype=torch.float32, prepare=in_huge_pages)
+            operators["balanced-4, float32 inputs"] = float32
     return operators
 
 
 def _packed_product(x: Tensor, packed: Tensor, plan: Tensor, size: int, isa: int) -> Tensor:
     return op.linear(x, packed, plan, None, size, isa=isa)
+
+
+def in_huge_pages(packed: Tensor) -> Tensor:
+    """Where weights lie when they are served."""
+    return WEIGHTS.zeros(packed.nbytes).copy_(packed)
 
 
 def finite_values(packed: Tensor, plan: X86Layout) -> None:
@@ -96,28 +148,30 @@ def finite_values(packed: Tensor, plan: X86Layout) -> None:
     packed[columns:end].view(torch.float16).fill_(1.0)
 
 
-def unquantized_operators(size: int) -> Operators:
+def unquantized_operators(size: int, copies: Copies) -> Operators:
     """torch's own products, and the one that vLLM uses for bfloat16 weights."""
     weight = torch.randn(size, size)
     half = weight.bfloat16()
     operators = {
-        FLOAT32: Operator(lambda x: linear(x, weight), torch.float32),
-        BFLOAT16: Operator(lambda x: linear(x, half)),
+        FLOAT32: copies.operator(linear, weight, dtype=torch.float32),
+        BFLOAT16: copies.operator(linear, half),
     }
     try:
         from vllm import _custom_ops as ops
         from vllm.platforms import current_platform
 
         current_platform.import_kernels()
-        handler = ops.create_onednn_mm(half.t(), 64)
+        operators[ONEDNN] = copies.operator(
+            lambda x, handler: ops.onednn_mm(handler, x, None),
+            half,
+            prepare=lambda weight: ops.create_onednn_mm(weight.t(), 64),
+        )
     except Exception as error:  # no vLLM, or a build of it without this operator
         print(f"# {ONEDNN} is left out: {first_line(error)}")
-    else:
-        operators[ONEDNN] = Operator(lambda x: ops.onednn_mm(handler, x, None))
     return operators
 
 
-def other_operators(size: int, limited: bool, group: int = 64) -> Operators:
+def other_operators(size: int, limited: bool, copies: Copies, group: int = 64) -> Operators:
     """vLLM's and torch's own 4-bit operators, without salient weights or column scales.
 
     vLLM's W4A8 is for processors with AMX, and an illegal instruction elsewhere.
@@ -126,8 +180,12 @@ def other_operators(size: int, limited: bool, group: int = 64) -> Operators:
     stock = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
     both = torch.rand(size // group, size, 2).bfloat16()
     operators = {
-        "_weight_int4pack_mm_for_cpu": Operator(
-            lambda x: torch.ops.aten._weight_int4pack_mm_for_cpu(x, stock, group, both)
+        "_weight_int4pack_mm_for_cpu": copies.operator(
+            lambda x, weight, scales: torch.ops.aten._weight_int4pack_mm_for_cpu(
+                x, weight, group, scales
+            ),
+            stock,
+            both,
         )
     }
     if limited:
@@ -143,15 +201,18 @@ def other_operators(size: int, limited: bool, group: int = 64) -> Operators:
     scales = torch.rand(size // group, size).bfloat16()
     zeros = words(size // group, size // 8)
     blocked = words(size // 16, size * 16 // 8)
-    operators["cpu_gemm_wna16"] = Operator(
-        lambda x: ops.cpu_gemm_wna16(x, blocked, scales, zeros, None, 8, "amx" if amx else "vec")
+    operators["cpu_gemm_wna16"] = copies.operator(
+        lambda x, *weight: ops.cpu_gemm_wna16(*(x, *weight, None, 8, "amx" if amx else "vec")),
+        blocked,
+        scales,
+        zeros,
     )
     if amx:
         eight = ops.convert_weight_packed_scale_zp(
             words(size, size // 8), zeros, scales, ops.CPUQuantAlgo.AWQ
         )
-        operators["int4_scaled_mm_cpu (W4A8)"] = Operator(
-            lambda x: ops.int4_scaled_mm_cpu(x, *eight, None)
+        operators["int4_scaled_mm_cpu (W4A8)"] = copies.operator(
+            lambda x, *weight: ops.int4_scaled_mm_cpu(*(x, *weight, None)), *eight
         )
     return operators
 
@@ -205,10 +266,13 @@ def run(options: argparse.Namespace) -> None:
     isas = library.supported_isas()
     isa, limited = options.isa or isas[-1], options.isa is not None
     describe(isa, limited)
-    unquantized = working(unquantized_operators(size), size)
-    operators = unquantized | working(packed_operators(size, isas.index(isa)), size)
+    copies = Copies(0 if options.cached else last_level_cache())
+    kept = f"they exceed the cache of {copies.cache >> 20} MiB four times"
+    print(f"# weights of each operator: {kept if copies.cache else 'one, which a cache may hold'}")
+    unquantized = working(unquantized_operators(size, copies), size)
+    operators = unquantized | working(packed_operators(size, isas.index(isa), copies), size)
     try:
-        operators |= working(other_operators(size, limited), size)
+        operators |= working(other_operators(size, limited, copies), size)
     except Exception as error:  # private operators change from release to release
         print(f"# other operators are left out: {first_line(error)}")
     over = options.over or (ONEDNN if ONEDNN in operators and has_bfloat16() else FLOAT32)
@@ -245,6 +309,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 16, 64, 256])
     parser.add_argument("--over", choices=(FLOAT32, BFLOAT16, ONEDNN))
     parser.add_argument("--fastest", action="store_true")
+    parser.add_argument("--cached", action="store_true", help="one weight for each operator")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
