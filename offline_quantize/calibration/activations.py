@@ -7,9 +7,10 @@ block is through, and the pass waits meanwhile: the Hessians of one block are al
 """
 
 import collections
+import contextlib
 import queue
 import threading
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -177,8 +178,28 @@ class _Recorder:
 def input_statistics(x: Tensor, hessian: bool) -> InputStatistics:
     """Moments of inputs x [..., K] over all that comes before the last dimension."""
     rows = x.reshape(-1, x.shape[-1]).float()
-    moments = _second_moments(rows) if hessian else None
-    return InputStatistics(rows.square().mean(0), moments)
+    if not hessian:
+        return InputStatistics(rows.square().mean(0))
+    with _bfloat16_products() if x.dtype == torch.bfloat16 else contextlib.nullcontext():
+        moments = _second_moments(rows)
+    return InputStatistics(moments.diagonal().clone(), moments)
+
+
+@contextlib.contextmanager
+def _bfloat16_products() -> Iterator[None]:
+    """Within, float32 matrices are multiplied in bfloat16 where the CPU can, and added in float32.
+
+    For numbers that are bfloat16 that is as exact, and twice as fast or more. The setting is one of
+    the process; nothing else multiplies while the pass goes on.
+    """
+    backend: Any = torch.backends.mkldnn  # its types do not tell of this setting
+    products = backend.matmul
+    before = products.fp32_precision
+    products.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        products.fp32_precision = before
 
 
 def _second_moments(rows: Tensor) -> Tensor:

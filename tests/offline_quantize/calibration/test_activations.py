@@ -125,6 +125,22 @@ def test_leading_dimensions_are_all_the_same():
     torch.testing.assert_close(one.hessian, other.hessian)
 
 
+def test_moments_of_bfloat16_inputs_are_as_exact_as_those_of_float32():
+    x = torch.randn(600, 200, generator=torch.Generator().manual_seed(0)).bfloat16()
+    exact = x.double().T @ x.double() / len(x)
+    settings = torch.backends.mkldnn.matmul
+    before = settings.fp32_precision
+    for given in (x, x.float()):
+        hessian = input_statistics(given, True).hessian
+        assert hessian.dtype == torch.float32
+        assert float((hessian - exact).abs().max()) < 3e-6 * float(exact.max())
+        assert settings.fp32_precision == before
+    rough = torch.randn(600, 200, generator=torch.Generator().manual_seed(1))
+    exact = rough.double().T @ rough.double() / len(x)
+    hessian = input_statistics(rough, True).hessian  # would be 1e-3 off in bfloat16
+    assert float((hessian - exact).abs().max()) < 3e-6 * float(exact.max())
+
+
 def test_a_model_larger_than_memory_gives_the_same(byte_llama, windows):
     source = byte_llama(hidden_size=64, intermediate_size=96, num_hidden_layers=3)
     found = []

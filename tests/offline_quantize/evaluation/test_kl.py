@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from offline_quantize.evaluation import kl
 from offline_quantize.evaluation.kl import (
     compare,
     generate_text,
@@ -137,6 +138,25 @@ def test_windows_begin_like_a_text_and_hold_all_of_it(source: Path, text: Path) 
     tokens = torch.cat([window[1:] for window in windows]).tolist()
     spelled = load_tokenizer(source).decode(tokens)
     assert spelled == whole + whole[:30]
+
+
+def test_tokens_are_drawn_by_their_probabilities_from_a_large_vocabulary() -> None:
+    generator = torch.Generator().manual_seed(0)
+    share = torch.zeros(2 * kl.RUN + 9)
+    share[[3, 255, 256, 300, 511, 520]] = torch.tensor([0.3, 0.1, 0.2, 0.05, 0.05, 0.3])
+    found = kl._draw(share.expand(20_000, -1), generator)
+    assert found.shape == (20_000, 1)
+    counts = found.flatten().bincount(minlength=len(share)) / 20_000
+    assert bool(((counts - share).abs() <= 4.5 * (share * (1 - share) / 20_000).sqrt()).all())
+
+
+def test_a_place_behind_the_last_probability_is_in_it() -> None:
+    p = torch.tensor([[0.25, 0.5, 0.0], [0.0, 0.0, 0.5]], dtype=torch.float64)
+    found, place = kl._invert(p, torch.tensor([[0.75], [0.9]], dtype=torch.float64))
+    assert found.tolist() == [[1], [2]]
+    assert place[:, 0].tolist() == pytest.approx([0.5, 0.5])
+    found, place = kl._invert(p, torch.tensor([[0.25], [0.0]], dtype=torch.float64))
+    assert (found.tolist(), place.tolist()) == ([[1], [2]], [[0.0], [0.0]])
 
 
 def test_the_original_writes_from_its_own_distribution(bigram: Callable[[Tensor], Any]) -> None:
