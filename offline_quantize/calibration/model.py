@@ -35,9 +35,6 @@ def model_for_pass(
             "device_map": "auto",
             "max_memory": _memory(device, memory),
             "offload_folder": folder,
-            # For short windows plain products are faster than fused attention, and every model
-            # of transformers has them.
-            "attn_implementation": "eager",
         }
         yield load_original(source, default_dtype(device), device, placement)
 

@@ -125,6 +125,8 @@ def observation(
                 f"{source.root}: transformers' {type(model).__name__} has no layer for "
                 f"'{next(iter(shapes))}' or any other weight; {REMEDY}"
             )
+        if options.file is None:  # windows are short: plain products are faster than fused ones
+            model.set_attn_implementation("eager")
         progress.begin("text for the model")
         with _errors_of_the_model(source.root):
             windows = _text(model, source.root, options)
