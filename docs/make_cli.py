@@ -103,7 +103,8 @@ def _parameter(name: str, hint: typing.Any, default: typing.Any) -> Parameter:
     required = default is inspect.Parameter.empty
     if kind is bool:
         return Parameter("", flag, help_text, "off", True)
-    shown = f"{flag} {info.metavar or _kind_name(kind)}"
+    metavar = info.metavar.replace("|", r"\|") if info.metavar else _kind_name(kind)
+    shown = f"{flag} {metavar}"
     help_text += " May be given several times." if repeatable and "repeat" not in help_text else ""
     usage = shown if required else ""
     return Parameter(usage, shown, help_text, "required" if required else _default(default), True)

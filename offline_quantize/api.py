@@ -19,7 +19,7 @@ from offline_quantize.checkpoint.packed import open_packed as _open_packed
 from offline_quantize.checkpoint.progress import NullProgress, Progress
 from offline_quantize.checkpoint.source import open_checkpoint
 from offline_quantize.commands.dequantize import dequantize
-from offline_quantize.commands.quantize import Outcome, quantize
+from offline_quantize.commands.quantize import Outcome, check_cluster, quantize
 from offline_quantize.commands.verify import verify
 from offline_quantize.method import recipes
 from offline_quantize.method.encode import Encoded, encode
@@ -166,6 +166,7 @@ def quantize_checkpoint(
         transform=transform,
         card=card,
     )
+    check_cluster(ray, jobs, device)
     root, target = hub.locate(str(source)), Path(target)
     if ray is not None:  # other machines know no paths relative to a folder of this one
         root, target = root.absolute(), target.absolute()

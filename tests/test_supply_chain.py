@@ -36,7 +36,7 @@ ALLOWED = MappingProxyType(
             "ctypes.CDLL": "shows the kernels the OpenMP runtime that torch has loaded"
         },
         "offline_quantize/benchmark/drivers.py": {
-            "subprocess.run": "starts vllm bench and guidellm, with a list of words"
+            "subprocess.Popen": "starts vllm bench and guidellm, with a list of words"
         },
         "offline_quantize/benchmark/environment.py": {
             "subprocess.run": "asks git for the commit that is measured"

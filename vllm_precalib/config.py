@@ -60,6 +60,7 @@ class PrecalibConfig(QuantizationConfig):
         self.registry = registry
         self.choices: dict[str, BackendChoice] = {}
         self.head_expected: bool | None = None
+        self.architectures: set[str] | None = None  # of the model; None until it was looked at
 
     def get_name(self) -> Any:
         """The name users give to --quantization."""
@@ -130,12 +131,14 @@ class PrecalibConfig(QuantizationConfig):
             )
         return super().get_checkpoint_weight_mapper() | expert_names(self.checkpoint)
 
-    def _check_model(self, modules: Iterable[str]) -> None:
-        """Raise ServingError for a packed module whose weight vLLM's loader would change, and for
-        options that do not go with a packed checkpoint.
+    def _check_model(self) -> None:
+        """Raise ServingError for options that do not go with a packed checkpoint, and for a model
+        that vLLM would serve wrong.
         """
         from vllm_precalib.backends import RECIPE_KEYS, Options
 
+        if self.architectures is not None:
+            return
         config = get_current_vllm_config()
         model = config.model_config
         recipes = Options.parse(config.additional_config).recipes
@@ -144,17 +147,21 @@ class PrecalibConfig(QuantizationConfig):
                 f'additional_config: "{given}" is for an ordinary checkpoint, but this one is '
                 "already packed; leave it out"
             )
+        self.architectures = set()
         if model is None:
             return
         if self.head_expected is None:
             whole = config.parallel_config.pipeline_parallel_size == 1
             self.head_expected = whole and model.runner_type == "generate"
         configs = (model.hf_config.to_dict(), model.hf_text_config.to_dict())
-        architectures = families.architectures_of(*configs)
-        if reason := families.refused(architectures):
+        self.architectures = families.architectures_of(*configs)
+        if reason := families.refused(self.architectures):
             raise ServingError(f"{reason}, which it cannot do with packed ones; serve the original")
+
+    def _check_modules(self, modules: Iterable[str]) -> None:
+        """Raise ServingError for a packed module whose weight vLLM's loader would change."""
         for module in modules:
-            if what := families.rewritten(architectures, module):
+            if what := families.rewritten(self.architectures or (), module):
                 raise ServingError(f"{module} is packed, but vLLM {what}; quantize the model again")
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
@@ -175,6 +182,8 @@ class PrecalibConfig(QuantizationConfig):
             if self.quantizer is None:
                 self.quantizer = OnlineQuantizer(self.registry, self.choices)
             return self.quantizer.method(kind, layer, prefix, self.packed_modules_mapping)
+        if kind:
+            self._check_model()
         if kind == "experts":
             from vllm_precalib.experts.choice import experts_method
 
@@ -193,7 +202,7 @@ class PrecalibConfig(QuantizationConfig):
             return UndecidedLinearMethod(prefix, self.checkpoint, self.registry, self.choices)
         if module is None:
             return None
-        self._check_model(module.shards)
+        self._check_modules(module.shards)
         if kind == "head":
             self.head_expected = False
         rows = kind == "embedding"

@@ -1,8 +1,10 @@
 """One measurement: a load on one server or one engine, driven by vLLM's benchmarks or GuideLLM."""
 
+import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
@@ -193,15 +195,24 @@ def _prompts(case: Case, seed: int) -> list[str]:
 
 
 def _run(words: Sequence[str], what: str, command: str, seconds: float) -> None:
+    process = subprocess.Popen(
+        words,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     try:
-        done = subprocess.run(
-            words, env=environment(), capture_output=True, text=True, timeout=seconds
-        )
+        out, errors = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
         raise TimeIsUpError(f"{what}: not done after {seconds:.0f} s") from None
-    if done.returncode:
-        end = (done.stderr or done.stdout)[-2000:]
-        raise ServerError(f"{what}: {command} failed:\n{end}")
+    finally:  # an engine is a process of its own, which outlives the command that is killed
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    if process.returncode:
+        raise ServerError(f"{what}: {command} failed:\n{(errors or out)[-2000:]}")
 
 
 def _check_answered(label: str, case: Case, completed: int) -> None:

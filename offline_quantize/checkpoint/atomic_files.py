@@ -1,5 +1,6 @@
 """Files that appear whole or not at all, and JSON that may be damaged."""
 
+import fcntl
 import json
 import os
 from collections.abc import Iterable
@@ -42,6 +43,21 @@ def sync_directory(directory: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def lock(descriptor: int, directory: Path) -> None:
+    """Lock an open file or directory until it is closed, where the file system has locks.
+
+    Raises OutputError, which names the directory, if another process holds it.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise OutputError(
+            f"{directory}: another process is writing there; wait for it or give another directory"
+        ) from None
+    except OSError:
+        return
 
 
 def write_bytes(path: Path, data: bytes) -> None:

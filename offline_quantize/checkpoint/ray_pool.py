@@ -3,7 +3,8 @@
 A Ray task carries out one `WriteTask`: it reads a source tensor, and writes what becomes of it into
 its place in the partial file. Only digests and reports come back. Running a task twice, or on two
 machines at once, writes the same bytes, so Ray may run it again whenever a worker or a machine is
-lost. The package `ray` is imported only when a cluster is asked for.
+lost. Hessians, which are larger than weights, go into Ray's object store, once for all tasks that
+share one. The package `ray` is imported only when a cluster is asked for.
 """
 
 import contextlib
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 
 from offline_quantize.checkpoint.worker_pool import Result
+from offline_quantize.method.input_statistics import InputStatistics
 from precalib_kernels.errors import OutputError, PrecalibError, UsageError
 
 ANY = "auto"  # the cluster of this machine
@@ -35,7 +37,9 @@ class RayPool:
 
     def __init__(self, ray: Any) -> None:
         self._ray = ray
-        self._version = version("vllm-precalib")
+        self._software = software()
+        self._stored: dict[int, tuple[InputStatistics, Any]] = {}
+        ray.util.register_serializer(InputStatistics, serializer=self._store, deserializer=_load)
         options = {"num_cpus": 1, "max_retries": RETRIES, "scheduling_strategy": "SPREAD"}
         self._remote = ray.remote(**options)(carry_out)
         self._references: dict[Future[Any], Any] = {}
@@ -44,7 +48,7 @@ class RayPool:
         self, task: Callable[[], Result], begin: Callable[[], None], end: Callable[[Result], None]
     ) -> Future[Result]:
         """Queue a task for the next free CPU; `begin` is called when it ends."""
-        reference = self._remote.remote(task, self._version)
+        reference = self._remote.remote(task, self._software)
         future: Future[Result] = Future()
 
         def settle(answered: Future[Any]) -> None:
@@ -71,6 +75,21 @@ class RayPool:
                 self._ray.cancel(reference)
         for future in futures:
             future.exception()
+        self._stored.clear()  # tasks that share statistics are given together
+
+    def close(self) -> None:
+        """Take back what Ray was told of our types."""
+        self._ray.util.deregister_serializer(InputStatistics)
+
+    def _store(self, statistics: InputStatistics) -> Any:
+        """What goes to a worker in place of the statistics of inputs."""
+        mean_square, hessian = statistics.mean_square.numpy(), statistics.hessian
+        if hessian is None:
+            return mean_square, None
+        if id(statistics) not in self._stored:
+            reference = self._ray.put((mean_square, hessian.numpy()))
+            self._stored[id(statistics)] = statistics, reference
+        return self._stored[id(statistics)][1]
 
     def _explained(self, error: Exception) -> Exception:
         """`error` of a task in words for the user, if it is Ray's and not one of ours."""
@@ -86,6 +105,30 @@ class RayPool:
             )
         text = " ".join(str(error).split())[:300]
         return OutputError(f"the Ray cluster failed ({text}); mend it and continue with --resume")
+
+
+def software() -> str:
+    """What bytes depend on besides the weights: versions, and the kind of the processor.
+
+    The instructions of torch's kernels are part of that; those for AVX2 and AVX-512 round alike.
+    """
+    instructions = torch.backends.cpu.get_cpu_capability()
+    kind = "vectors" if instructions in ("AVX2", "AVX512") else instructions
+    return (
+        f"precalib {version('vllm-precalib')}, torch {torch.__version__} "
+        f"on {platform.machine()} with {kind}"
+    )
+
+
+def _load(sent: Any) -> InputStatistics:
+    """The statistics of inputs, from what `RayPool` sent in their place."""
+    import ray
+
+    mean_square, hessian = ray.get(sent) if isinstance(sent, ray.ObjectRef) else sent
+    # copied: what lies in the object store cannot be written, of which torch would warn
+    return InputStatistics(
+        torch.tensor(mean_square), None if hessian is None else torch.tensor(hessian)
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,14 +150,14 @@ class Failure:
 def carry_out(task: Callable[[], Result], wanted: str) -> Result | Failure:
     """Run a task in a Ray worker; it returns errors that are meant for the user.
 
-    wanted: precalib's version where the tasks come from.
+    wanted: the `software` where the tasks come from.
     """
     torch.set_num_threads(1)
     try:
-        if (found := version("vllm-precalib")) != wanted:
+        if (found := software()) != wanted:
             raise UsageError(
-                f"{platform.node()}: has precalib {found} and not {wanted}, whose bytes may differ;"
-                " install the same version on all machines of the Ray cluster"
+                f"{platform.node()}: has {found} and not {wanted}, whose bytes may differ; "
+                "have the same on all machines of the Ray cluster"
             )
         return task()
     except (PrecalibError, OSError) as error:
@@ -152,9 +195,11 @@ def ray_pool(address: str) -> Iterator[RayPool]:
     except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         text = " ".join(str(error).split())[:300]
         raise UsageError(f"--ray {address}: the cluster cannot be joined ({text})") from error
+    pool = RayPool(ray)
     try:
-        yield RayPool(ray)
+        yield pool
     finally:
+        pool.close()
         ray.shutdown()
 
 

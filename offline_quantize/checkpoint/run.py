@@ -8,7 +8,6 @@ checkpoint without it is not one; then journal and job file go.
 import contextlib
 import dataclasses
 import enum
-import fcntl
 import functools
 import hashlib
 import json
@@ -22,6 +21,7 @@ from offline_quantize.checkpoint.atomic_files import (
     JOB,
     JOURNAL,
     MANIFEST,
+    lock,
     partial,
     publish,
     read_json,
@@ -139,7 +139,7 @@ class Run:
         try:
             self.target.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self.target, os.O_RDONLY)
-            self._lock(descriptor)
+            lock(descriptor, self.target)
             if not (self.target / JOB).exists():
                 write_json(self.target / JOB, dict(self.fingerprint))
             yield
@@ -240,17 +240,6 @@ class Run:
                 f"{target}: {needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free; "
                 "make room or choose another disk"
             )
-
-    def _lock(self, descriptor: int) -> None:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise OutputError(
-                f"{self.target}: another process is writing there; "
-                "wait for it or give another directory"
-            ) from None
-        except OSError:
-            return  # a file system without locks
 
 
 def _copy(origin: Path, path: Path) -> None:

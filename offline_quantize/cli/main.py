@@ -27,8 +27,8 @@ from offline_quantize.cli import doctor as diagnosis
 from offline_quantize.cli.device import check_device
 from offline_quantize.commands.dequantize import dequantize as run_dequantize
 from offline_quantize.commands.dequantize import workload as dequantize_workload
+from offline_quantize.commands.quantize import check_cluster, run_of
 from offline_quantize.commands.quantize import quantize as run_quantize
-from offline_quantize.commands.quantize import run_of
 from offline_quantize.commands.verify import verify as run_verify
 from offline_quantize.commands.verify import workload
 from offline_quantize.evaluation import command as evaluation
@@ -190,7 +190,7 @@ def quantize(
         card=not no_card,
     )
     check_device(device)
-    _check_cluster(ray, jobs, device)
+    check_cluster(ray, jobs, device)
     root = hub.locate(source)
     if ray is not None:  # other machines know no paths relative to a folder of this one
         root, target = root.absolute(), target.absolute()
@@ -410,14 +410,6 @@ def _report(directory: Path, request: Request) -> None:
     with console.progress_bar(stored) as progress:
         write_report(directory, request, progress)
     console.out.print(f"Report: {request.out}")
-
-
-def _check_cluster(address: str | None, jobs: int, device: str) -> None:
-    """Raise UsageError for options that do not go with a Ray cluster."""
-    if address is not None and jobs:
-        raise UsageError("--jobs is for this machine's threads; leave it out with --ray")
-    if address is not None and device != "cpu":
-        raise UsageError("--ray computes on CPUs; leave out --device")
 
 
 def _override(text: str) -> tuple[str, str]:

@@ -35,7 +35,7 @@ from offline_quantize.method.encode import encode
 from offline_quantize.method.input_statistics import InputStatistics
 from offline_quantize.planning import selection
 from offline_quantize.planning.plan import Plan, WeightPlan
-from precalib_kernels.errors import PrecalibError, SourceError, UnfitError
+from precalib_kernels.errors import PrecalibError, SourceError, UnfitError, UsageError
 from precalib_kernels.format.layout import FORMAT_VERSION, eq13_bits
 
 if TYPE_CHECKING:
@@ -107,6 +107,14 @@ def quantize(
     return Outcome(read_manifest(target), time.monotonic() - start, unknown)
 
 
+def check_cluster(address: str | None, jobs: int, device: str) -> None:
+    """Raise UsageError for options that do not go with a Ray cluster."""
+    if address is not None and jobs:
+        raise UsageError("--jobs is for this machine's threads; leave it out with --ray")
+    if address is not None and device != "cpu":
+        raise UsageError("--ray computes on CPUs; leave out --device")
+
+
 def _cluster(address: str, stack: contextlib.ExitStack) -> WorkerPool:
     from offline_quantize.checkpoint.ray_pool import ray_pool
 
@@ -169,7 +177,7 @@ def _by_block(plan: Plan, device: str, blocks: "Iterable[Block]") -> Iterator[li
     """A batch for each block that went through the model, and one for all the rest."""
     done: set[str] = set()
     for _, inputs in blocks:
-        weights = [plan.weight_plans[name] for name in inputs]
+        weights = [plan.weight_plans[name] for name in inputs if name not in done]
         yield [_weight_job(plan, weight, device, inputs) for weight in _largest_first(weights)]
         done.update(inputs)
     yield [job for job in _write_jobs(plan, device, {}) if job.key not in done]

@@ -71,7 +71,12 @@ def encode_triton(task: FeedbackTask) -> Found:
     return Found(codes.T.contiguous(), values.T.contiguous(), chosen.T.contiguous())
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        *("salient_low", "salient_high", "salient_bias", "salient_sign"),
+        *("rows", "columns", "groups", "group", "start", "count", "size"),
+    ]
+)
 def search_kernel(
     target,  # float32 [columns, rows], moved by the errors of earlier groups
     weight,  # float32 [columns, rows]
@@ -334,7 +339,7 @@ def path_before(second, of_paths, STATE: tl.constexpr):
     return tl.where(second, of_paths[2 * (STATE % 2) + 1], of_paths[2 * (STATE % 2)])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "group", "candidates", "start", "count", "size"])
 def trace_kernel(
     found,  # as `values` of `search_kernel`, and the next four as there
     words,
@@ -378,7 +383,7 @@ def trace_kernel(
         path = 2 * (path & 1) + ((way >> path) & 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "columns", "start", "count"])
 def push_kernel(
     target,  # float32 [columns, rows]
     weight,  # float32 [columns, rows]

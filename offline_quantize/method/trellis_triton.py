@@ -57,7 +57,7 @@ def entry_tables(layout: Layout, device: torch.device) -> tuple[Tensor, Tensor]:
     return value, rank
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups"])
 def search_kernel(
     weights,  # float32 [groups, SIZE]
     unit,  # float32 [groups]

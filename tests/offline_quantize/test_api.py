@@ -88,6 +88,12 @@ def test_packed_tensors_that_do_not_fit_are_refused(missing):
         offline_quantize.dequantize_weight(broken(packed.tensors, missing), packed.layout)
 
 
+@pytest.mark.parametrize("options", [{"jobs": 2}, {"device": "cuda:0"}])
+def test_what_does_not_go_with_a_cluster_is_refused(tmp_path, options):
+    with pytest.raises(offline_quantize.PrecalibError, match="leave"):
+        offline_quantize.quantize_checkpoint(tmp_path, tmp_path / "x", ray="auto", **options)
+
+
 def test_errors_name_the_weight_and_the_value():
     weight = torch.ones(4, 128)
     weight[0, 3] = torch.nan

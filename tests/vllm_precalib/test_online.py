@@ -254,6 +254,13 @@ def test_recipes_for_a_packed_checkpoint_are_refused(ours):
         RowParallelLinear(160, 48, quant_config=config, prefix="model.layers.0.mlp.down_proj")
 
 
+def test_recipes_are_refused_where_the_first_packed_layer_comes_later(ours):
+    """As in a model whose experts alone are packed, or that vLLM names otherwise."""
+    config = packed(["model.layers.0.mlp.down_proj"], "rtn-4")
+    with ours(recipe="rtn-3"), pytest.raises(ServingError, match=r"already packed; leave it out$"):
+        RowParallelLinear(160, 48, quant_config=config, prefix="model.layers.0.self_attn.o_proj")
+
+
 def test_the_pool_ends_with_its_last_result():
     pool = EncoderPool()
     futures = [pool.submit(divmod, number, 5) for number in range(12)]

@@ -81,7 +81,7 @@ def _of_some(
         given, top_k = (x[:, None] * weights[..., None].to(x)).flatten(0, 1), 1
     inner = activation(products[0](given, Grouping(routes, top_k))).to(x.dtype)
     outputs = products[1](inner, Grouping(routes, 1, factors, complete))
-    return outputs.view(*ids.shape, -1).sum(1)
+    return outputs.view(*ids.shape, outputs.shape[-1]).sum(1)
 
 
 def warm_up_tokens(limits: Sequence[int], experts: int, chosen: int) -> Iterator[int]:

@@ -15,6 +15,7 @@ from torch.nn import Parameter
 from precalib_kernels.backends.base import Backend
 from precalib_kernels.backends.routes import Grouping
 from precalib_kernels.backends.triton.backend import WARM_UPS
+from precalib_kernels.backends.x86.huge_pages import WEIGHTS
 from vllm_precalib.compat import vllm_names
 from vllm_precalib.dense_backend import DenseBackend
 from vllm_precalib.experts import op
@@ -263,9 +264,17 @@ def _prepared(
         prepared = backend.prepare(matrix.of_expert(layer, expert), where)
         for name, tensor in prepared.items():
             if name not in stacked:
-                stacked[name] = tensor.new_empty((loader.experts, *tensor.shape))
+                stacked[name] = _room(tensor, loader.experts)
             stacked[name][expert] = tensor
     return stacked
+
+
+def _room(tensor: Tensor, count: int) -> Tensor:
+    """Memory for so many tensors like this one, of the kind that weights of its device lie in."""
+    shape = (count, *tensor.shape)
+    if tensor.device.type != "cpu":
+        return tensor.new_empty(shape)
+    return WEIGHTS.zeros(count * tensor.nbytes).view(tensor.dtype).view(shape)
 
 
 def _unpack(

@@ -13,8 +13,15 @@ from offline_quantize.benchmark import command, drivers, rounds
 from offline_quantize.benchmark.cases import Case, Measurement, cases
 from offline_quantize.benchmark.results import About, Results, markdown, paired, rows
 from offline_quantize.benchmark.rounds import Journal, Plan, run
-from offline_quantize.benchmark.server import alive
+from offline_quantize.benchmark.server import ServerError, TimeIsUpError, alive
 from offline_quantize.benchmark.targets import Target
+
+
+def running(pid):
+    try:
+        return alive(psutil.Process(pid))
+    except psutil.NoSuchProcess:
+        return False
 
 
 @pytest.fixture
@@ -324,6 +331,19 @@ def test_a_run_ends_in_time_and_goes_on_later(tmp_path):
     assert said[-1] == "out of time with 2 measurements left; run it again"
     assert len(run(plan, Journal(file, {"x": 1}), measure, said.append)) == 4
     assert sorted(done) == [(1, "a"), (1, "b"), (2, "a"), (2, "a"), (2, "b")]
+
+
+@pytest.mark.parametrize(("end", "error"), [("wait", TimeIsUpError), ("exit 3", ServerError)])
+def test_nothing_that_a_benchmark_started_outlives_it(tmp_path, end, error):
+    """Like vLLM's engine, which is a process of its own."""
+    engine = tmp_path / "engine"
+    words = ["bash", "-c", f"sleep 600 </dev/null &>/dev/null & echo $! >'{engine}'; {end}"]
+    with pytest.raises(error):
+        drivers._run(words, "a", "vllm bench latency", 1.0)
+    deadline = time.monotonic() + 30
+    while running(int(engine.read_text())):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 @pytest.mark.parametrize(("cut", "left"), [(1, 1), (200, 0)])

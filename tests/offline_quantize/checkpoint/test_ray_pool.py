@@ -16,7 +16,7 @@ from offline_quantize.checkpoint.ray_pool import Failure, carry_out
 from precalib_kernels.errors import OutputError, SourceError, UnfitError, UsageError
 
 RUN = "from offline_quantize.cli.main import main; main()"
-VERSION = ray_pool.version("vllm-precalib")
+SOFTWARE = ray_pool.software()
 
 
 @pytest.fixture(scope="module")
@@ -66,12 +66,24 @@ def test_a_cluster_writes_the_same_bytes(checkpoint, quantize, contents, nodes, 
 
 
 @pytest.mark.slow
-def test_feedback_on_a_cluster(byte_llama, quantize, contents, nodes):
+def test_feedback_on_a_cluster(byte_llama, quantize, contents, nodes, monkeypatch):
     """Statistics of inputs go to the cluster block by block."""
     source = byte_llama(hidden_size=128, intermediate_size=160)
     options = ["--feedback", "--activations", "random", "--activation-tokens", "64"]
     alone = contents(quantize(source, "--jobs", 1, *options, target="alone"))
+    sent = []
+
+    put = pytest.importorskip("ray").put
+
+    def counted(value):
+        sent.append(value)
+        return put(value)
+
+    monkeypatch.setattr("ray.put", counted)
     assert contents(quantize(source, "--ray", nodes.address, *options, target="many")) == alone
+    sizes = [hessian.shape[0] for _, hessian in sent]
+    assert sorted(sizes) == sorted([128, 128, 128, 160] * (len(sent) // 4))  # not one per weight
+    assert sizes
 
 
 @pytest.mark.slow
@@ -181,12 +193,12 @@ class TestCarryOut:
         def fail():
             raise error
 
-        failure = carry_out(fail, VERSION)
+        failure = carry_out(fail, SOFTWARE)
         assert isinstance(failure, Failure)
         return pickle.loads(pickle.dumps(failure)).raised()
 
     def test_what_a_task_returns(self):
-        assert carry_out(lambda: 3, VERSION) == 3
+        assert carry_out(lambda: 3, SOFTWARE) == 3
 
     def test_bytes_are_on_disk_before_the_journal_says_so(self):
         assert ray_pool.RayPool.flags & os.O_DSYNC
@@ -216,11 +228,19 @@ class TestCarryOut:
         error = self.answer(OSError(28, "No space left on device", "/shared/a"))
         assert (error.errno, error.filename) == (28, "/shared/a")
 
-    def test_another_version(self):
-        failure = carry_out(lambda: None, "0.0.1")
+    def test_other_software(self):
+        other = "precalib 0.0.1, torch 2.9.0 on x86_64 with vectors"
+        failure = carry_out(lambda: None, other)
         assert isinstance(failure.error, UsageError)
-        assert f"has precalib {VERSION} and not 0.0.1" in str(failure.error)
+        assert f"has {SOFTWARE} and not {other}, whose bytes may differ" in str(failure.error)
+
+    def test_instructions_that_round_otherwise_are_other_software(self, monkeypatch):
+        def name(capability):
+            monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
+            return ray_pool.software()
+
+        assert name("AVX2") == name("AVX512") != name("DEFAULT")
 
     def test_errors_that_are_nobodys_fault_but_ours(self):
         with pytest.raises(ZeroDivisionError):
-            carry_out(lambda: 1 / 0, VERSION)
+            carry_out(lambda: 1 / 0, SOFTWARE)

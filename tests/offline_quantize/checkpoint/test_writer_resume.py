@@ -1,13 +1,15 @@
 """Which runs may go on in a folder: the same job on the same source, one process at a time."""
 
+import errno
 import fcntl
 import os
+import stat
 
 import pytest
 import torch
 from killed_runs import Killed, run
 
-from offline_quantize.checkpoint.atomic_files import JOB
+from offline_quantize.checkpoint.atomic_files import JOB, JOURNAL
 from offline_quantize.cli.console import NullProgress
 from offline_quantize.commands.dequantize import dequantize
 from precalib_kernels.errors import OutputError
@@ -79,6 +81,28 @@ def test_two_processes_do_not_write_at_once(unfinished, source, contents, expect
     with pytest.raises(OutputError, match=r"another process is writing there; wait for it"):
         run(source, unfinished, resume=True)
     os.close(descriptor)
+    run(source, unfinished, resume=True)
+    assert contents(unfinished) == expected
+
+
+def test_the_journal_is_locked_where_directories_cannot_be(
+    unfinished, source, contents, expected, monkeypatch
+):
+    """As on NFS, where several machines see the same files."""
+    flock = fcntl.flock
+
+    def refuse(descriptor, operation):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    before = (unfinished / JOURNAL).read_bytes()
+    with (unfinished / JOURNAL).open("ab") as held:
+        flock(held, fcntl.LOCK_EX)
+        with pytest.raises(OutputError, match=r"another process is writing there; wait for it"):
+            run(source, unfinished, resume=True)
+    assert (unfinished / JOURNAL).read_bytes() == before
     run(source, unfinished, resume=True)
     assert contents(unfinished) == expected
 

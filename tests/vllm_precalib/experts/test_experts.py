@@ -201,6 +201,12 @@ def test_grouped_products_with_a_bias(make, expected, grouped):
     assert_close(compute(layer, x, weights, ids), sums, tolerance)
 
 
+def test_no_tokens_are_no_work(make, grouped):
+    additional, _ = grouped
+    x, weights, ids = routed(1)
+    assert compute(make(additional), x[:0], weights[:0], ids[:0]).shape == (0, HIDDEN)
+
+
 def test_many_tokens_are_taken_some_at_a_time(make, expected, grouped, monkeypatch):
     additional, tolerance = grouped
     monkeypatch.setattr(grouped_products, "MOST_ROUTES", 4)

@@ -1,7 +1,8 @@
 """What a product of the kernels takes, relative to the product of unquantized weights.
 
-Times are from `benchmarks/results/cpu-products.md`: `balanced-4`, K = N = 4096, one thread. Where
-several processors with an ISA were measured, each ratio is the largest.
+Times are from `benchmarks/results/cpu-products.md`: `balanced-4`, K = N = 4096, one thread. ISAs
+below `avx512_bf16` were measured on a machine limited to them. Of several processors measured with
+today's kernels, each ratio is the largest.
 """
 
 import dataclasses
