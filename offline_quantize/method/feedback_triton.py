@@ -122,15 +122,15 @@ def search_kernel(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     candidate = tl.program_id(1)
     inside = row < rows
-    many = rows.to(tl.int64)
-    pitch = columns.to(tl.int64)
-    plane = size * many
-    ours = candidate * plane + row
-    own = 4 * candidate * plane + row
-    scales = (candidate * groups + group) * many + row
+    stride = rows.to(tl.int64)
+    effect_stride = columns.to(tl.int64)
+    plane = size * stride
+    of_candidate = candidate * plane + row
+    of_paths = 4 * candidate * plane + row
+    scales = (candidate * groups + group) * stride + row
     units = tl.load(unit + scales, mask=inside, other=0.0)
     steps = tl.load(step + scales, mask=inside, other=0.0)
-    endless = tl.full((ROWS,), float("inf"), tl.float32)
+    infinity = tl.full((ROWS,), float("inf"), tl.float32)
     zeros = tl.zeros((ROWS,), tl.float32)
     none = tl.zeros((ROWS,), tl.int32)
     inverse, scale, offset = zeros, zeros, zeros
@@ -139,11 +139,11 @@ def search_kernel(
         scale = tl.load(salient_scale + row, mask=inside, other=0.0)
         offset = tl.load(salient_offset + row, mask=inside, other=0.0)
     for k in tl.range(0, count):
-        aim = tl.load(target + (start + k) * many + row, mask=inside, other=0.0)
+        first_target = tl.load(target + (start + k) * stride + row, mask=inside, other=0.0)
         for path in tl.static_range(4):
-            tl.store(moved + own + path * plane + k * many, aim, mask=inside)
+            tl.store(moved + of_paths + path * plane + k * stride, first_target, mask=inside)
 
-    cost = (zeros, endless, endless, endless)
+    cost = (zeros, infinity, infinity, infinity)
     common = zeros  # what all paths cost besides
     index = tl.arange(0, BLOCK)
     empty = tl.zeros((BLOCK, ROWS), tl.float32)
@@ -155,33 +155,33 @@ def search_kernel(
             k = first + i
             here = (index == i)[:, None]
             counts = tl.load(importance + start + k)
-            original = tl.load(weight + (start + k) * many + row, mask=inside, other=0.0)
-            aims = ()
+            original = tl.load(weight + (start + k) * stride + row, mask=inside, other=0.0)
+            targets = ()
             for path in tl.static_range(4):
-                at = own + origin[path] * plane + k * many
+                at = of_paths + origin[path] * plane + k * stride
                 base = tl.load(moved + at, mask=inside, other=0.0)
-                aims = aims + (base + tl.sum(tl.where(here, total[path], 0.0), 0),)
-            metrics, codes, found = ways_on(
-                aims, units, steps, counts, value_table, rank_table, LIMIT
+                targets = targets + (base + tl.sum(tl.where(here, total[path], 0.0), 0),)
+            metrics, codes, found = branch_metrics(
+                targets, units, steps, counts, value_table, rank_table, LIMIT
             )
             if SALIENT:
-                salient = tl.load(mask + (start + k) * many + row, mask=inside, other=0) != 0
-                metrics, codes, found, least = force(
-                    metrics, codes, found, aims, salient, counts, units, inverse, scale, offset,
-                    salient_low, salient_high, salient_bias, salient_sign, endless, SIGN,
+                salient = tl.load(mask + (start + k) * stride + row, mask=inside, other=0) != 0
+                metrics, codes, found, least = force_salient(
+                    metrics, codes, found, targets, salient, counts, units, inverse, scale, offset,
+                    salient_low, salient_high, salient_bias, salient_sign, infinity, SIGN,
                 )  # fmt: skip
                 common += tl.where(salient, least, 0.0)
-            cost, came = advance(cost, metrics)
-            effect = tl.load(effects + (start + k) * pitch + start + first + index)
+            cost, came_from = advance(cost, metrics)
+            effect = tl.load(effects + (start + k) * effect_stride + start + first + index)
             word = none
             origin_next = ()
             errors_next = ()
             total_next = ()
             for state in tl.static_range(4):
-                second = ((came >> state) & 1) != 0
+                second = ((came_from >> state) & 1) != 0
                 value = way_taken(second, found, state)
                 word |= way_taken(second, codes, state) << 8 * state
-                tl.store(values + own + state * plane + k * many, value, mask=inside)
+                tl.store(values + of_paths + state * plane + k * stride, value, mask=inside)
                 error = (original - value)[None, :]
                 both = second[None, :]
                 origin_next = origin_next + (path_before(second, origin, state),)
@@ -192,29 +192,31 @@ def search_kernel(
                     path_before(both, total, state) + error * effect[:, None],
                 )
             origin, errors, total = origin_next, errors_next, total_next
-            tl.store(words + ours + k * many, word, mask=inside)
-            tl.store(ways + ours + k * many, came, mask=inside)
+            tl.store(words + of_candidate + k * stride, word, mask=inside)
+            tl.store(ways + of_candidate + k * stride, came_from, mask=inside)
         for path in tl.static_range(4):
-            kept = ((4 * candidate + path) * BLOCK + index)[:, None] * many + row[None, :]
+            kept = ((4 * candidate + path) * BLOCK + index)[:, None] * stride + row[None, :]
             tl.store(block_errors + kept, errors[path], mask=inside[None, :])
         tl.debug_barrier()
         for later in tl.range(first + BLOCK, count, BLOCK):
-            column = (later + index)[:, None] * many
+            column = (later + index)[:, None] * stride
             base = ()
             for path in tl.static_range(4):
-                before = (own + origin[path] * plane)[None, :] + column
+                before = (of_paths + origin[path] * plane)[None, :] + column
                 base = base + (tl.load(moved + before, mask=inside[None, :], other=0.0),)
             total = (empty, empty, empty, empty)
             for j in tl.range(0, BLOCK):
-                effect = tl.load(effects + (start + first + j) * pitch + start + later + index)
+                effect = tl.load(
+                    effects + (start + first + j) * effect_stride + start + later + index
+                )
                 total_next = ()
                 for path in tl.static_range(4):
-                    one = ((4 * candidate + path) * BLOCK + j) * many + row
+                    one = ((4 * candidate + path) * BLOCK + j) * stride + row
                     moving = tl.load(block_errors + one, mask=inside, other=0.0)
                     total_next = total_next + (total[path] + moving[None, :] * effect[:, None],)
                 total = total_next
             for path in tl.static_range(4):
-                after = (own + path * plane)[None, :] + column
+                after = (of_paths + path * plane)[None, :] + column
                 tl.store(moved + after, base[path] + total[path], mask=inside[None, :])
         tl.debug_barrier()
 
@@ -223,18 +225,18 @@ def search_kernel(
     for state in tl.static_range(1, 4):
         end = tl.where(cost[state] < least, state, end)
         least = tl.where(cost[state] < least, cost[state], least)
-    tl.store(loss + candidate * many + row, (least + common) * steps * steps, mask=inside)
-    tl.store(ends + candidate * many + row, end, mask=inside)
+    tl.store(loss + candidate * stride + row, (least + common) * steps * steps, mask=inside)
+    tl.store(ends + candidate * stride + row, end, mask=inside)
 
 
 @triton.jit
-def ways_on(aims, units, steps, counts, value_table, rank_table, LIMIT: tl.constexpr):
+def branch_metrics(targets, units, steps, counts, value_table, rank_table, LIMIT: tl.constexpr):
     """Cost, code and value of each way on, [2 * state before + u[k]], by the nearest entries."""
     metrics = ()
     codes = ()
     found = ()
     for path in tl.static_range(4):
-        x = aims[path] * units
+        x = targets[path] * units
         x = tl.where(x == x, x, 0.0)
         point = nearest_point(x, LIMIT)
         values = tl.load(value_table + point)
@@ -256,9 +258,9 @@ def entry_of(values, ranks, low, SUBSET: tl.constexpr):
 
 
 @triton.jit
-def force(
-    metrics, codes, found, aims, here, counts, units, inverse, scale, offset, low, high, bias, sign,
-    endless, SIGN: tl.constexpr,
+def force_salient(
+    metrics, codes, found, targets, here, counts, units, inverse, scale, offset, low, high, bias,
+    sign, infinity, SIGN: tl.constexpr,
 ):  # fmt: skip
     """At salient places the salient code, on the ways that its low bit allows.
 
@@ -268,8 +270,10 @@ def force(
     wide_values = ()
     extras = ()
     for path in tl.static_range(4):
-        code, value = nearest_step(aims[path], inverse, scale, offset, low, high, bias, sign, SIGN)
-        distance = (aims[path] - value) * units
+        code, value = nearest_step(
+            targets[path], inverse, scale, offset, low, high, bias, sign, SIGN
+        )
+        distance = (targets[path] - value) * units
         wide_codes = wide_codes + (code,)
         wide_values = wide_values + (value,)
         extras = extras + (distance * distance * counts,)
@@ -283,7 +287,7 @@ def force(
         extra = extras[path] - least
         extra = tl.where(extra == extra, extra, 0.0)
         for u in tl.static_range(2):
-            fits = tl.where((wide_codes[path] & 1) == u, extra, endless)
+            fits = tl.where((wide_codes[path] & 1) == u, extra, infinity)
             forced = forced + (tl.where(here, fits, metrics[2 * path + u]),)
             all_codes = all_codes + (tl.where(here, wide_codes[path], codes[2 * path + u]),)
             all_values = all_values + (tl.where(here, wide_values[path], found[2 * path + u]),)
@@ -360,24 +364,26 @@ def trace_kernel(
     """Program: ROWS rows, along the best path of the candidate of least loss, from its end back."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
-    many = rows.to(tl.int64)
-    plane = size * many
+    stride = rows.to(tl.int64)
+    plane = size * stride
     best = tl.zeros((ROWS,), tl.int32)
     least = tl.load(loss + row, mask=inside, other=0.0)
     for candidate in tl.range(1, candidates):
-        other = tl.load(loss + candidate * many + row, mask=inside, other=0.0)
+        other = tl.load(loss + candidate * stride + row, mask=inside, other=0.0)
         better = other < least
         best = tl.where(better, candidate, best)
         least = tl.where(better, other, least)
-    tl.store(chosen + group * many + row, best.to(tl.uint8), mask=inside)
-    path = tl.load(ends + best * many + row, mask=inside, other=0)
+    tl.store(chosen + group * stride + row, best.to(tl.uint8), mask=inside)
+    path = tl.load(ends + best * stride + row, mask=inside, other=0)
     for back in tl.range(0, count):
         k = count - 1 - back
-        at = best * plane + k * many + row
+        at = best * plane + k * stride + row
         word = tl.load(words + at, mask=inside, other=0)
         way = tl.load(ways + at, mask=inside, other=0)
-        value = tl.load(found + (4 * best + path) * plane + k * many + row, mask=inside, other=0.0)
-        out = (start + k) * many + row
+        value = tl.load(
+            found + (4 * best + path) * plane + k * stride + row, mask=inside, other=0.0
+        )
+        out = (start + k) * stride + row
         tl.store(codes + out, ((word >> 8 * path) & 0xFF).to(tl.uint8), mask=inside)
         tl.store(values + out, value, mask=inside)
         path = 2 * (path & 1) + ((way >> path) & 1)
@@ -400,17 +406,17 @@ def push_kernel(
     """Moves targets after the columns [start, start + count) by the errors of these."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = start + count + tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    many = rows.to(tl.int64)
+    stride = rows.to(tl.int64)
     inside, there = row < rows, column < columns
-    places = column[:, None] * many + row[None, :]
+    places = column[:, None] * stride + row[None, :]
     both = there[:, None] & inside[None, :]
     moved = tl.load(target + places, mask=both, other=0.0)
     for block in tl.range(0, count // BLOCK):
         total = tl.zeros((COLUMNS, ROWS), tl.float32)
         for i in tl.range(0, BLOCK):
             j = start + block * BLOCK + i
-            error = tl.load(weight + j * many + row, mask=inside, other=0.0) - tl.load(
-                values + j * many + row, mask=inside, other=0.0
+            error = tl.load(weight + j * stride + row, mask=inside, other=0.0) - tl.load(
+                values + j * stride + row, mask=inside, other=0.0
             )
             effect = tl.load(effects + j * columns.to(tl.int64) + column, mask=there, other=0.0)
             total += effect[:, None] * error[None, :]
