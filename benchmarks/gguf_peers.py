@@ -25,7 +25,17 @@ WITH_MATRIX = "GGUF, importance matrix, inputs shuffled"
 # names in llama.cpp's enum llama_ftype
 TYPES = ("Q3_K_M", "Q3_K_L", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q4_0", "Q4_1")
 SHUFFLED_TYPES = ("IQ3_S", "Q3_K_M", "IQ4_XS", "Q4_K_S", "Q4_K_M", "Q5_K_S")
-MATRIX_TYPES = ("IQ2_XS", "IQ2_M", "IQ3_XXS", "IQ3_S", "Q3_K_M", "IQ4_XS", "Q4_K_M", "Q5_K_S")
+MATRIX_TYPES = (
+    "IQ2_XS",
+    "IQ2_M",
+    "IQ3_XXS",
+    "IQ3_S",
+    "Q3_K_M",
+    "IQ4_XS",
+    "Q4_K_S",
+    "Q4_K_M",
+    "Q5_K_S",
+)
 METHODS = {AS_MADE: TYPES, SHUFFLED: SHUFFLED_TYPES, WITH_MATRIX: MATRIX_TYPES}
 WINDOWS = 32  # of 512 tokens, for the importance matrix
 BLOCK = 256

@@ -86,17 +86,24 @@ def checkpoint(folder: Path) -> Method:
             else:
                 yield name, weight, BFLOAT16 * weight.numel()
 
-    return Method(_name(folder), folder.name, quantize)
+    return Method(*_name(folder), quantize, _calibration(folder))
 
 
-def _name(folder: Path) -> str:
-    """A checkpoint's method, by what its manifest says of the inputs that were known."""
+def _name(folder: Path) -> tuple[str, str]:
+    """A checkpoint's method, by what its manifest says of the inputs, and its variant."""
     known = read_manifest(folder).run.activations
     if known is None:
-        return "precalib checkpoint"
-    if known["feedback"]:
-        return "precalib --feedback"
-    return "precalib, random tokens" if known["text"] == "random" else "precalib, own text"
+        return "precalib checkpoint", folder.name
+    name = "precalib --feedback" if known["feedback"] else "precalib"
+    own = "" if known["feedback"] else ", own text"
+    texts = {"random": ", random tokens", "self": own, "file": f", {_calibration(folder)}"}
+    return name + texts[known["text"]], folder.name
+
+
+def _calibration(folder: Path) -> str:
+    """The text file that a checkpoint learnt from, without its ending."""
+    known = read_manifest(folder).run.activations or {}
+    return Path(known.get("file", "")).stem
 
 
 def outside(

@@ -185,6 +185,26 @@ def test_checkpoint_of_another_model(load: Load, source: Path, tmp_path: Path) -
         list(load("methods").checkpoint(folder).quantize({"other.weight": torch.zeros(2, 2)}))
 
 
+def test_checkpoints_say_what_they_learnt_from(load: Load, source: Path, tmp_path: Path) -> None:
+    folder = packed(source, tmp_path / "packed", [])
+    path = folder / "precalib.json"
+    manifest = json.loads(path.read_text())
+    names = {
+        ("random", False): ("precalib, random tokens", ""),
+        ("self", False): ("precalib, own text", ""),
+        ("self", True): ("precalib --feedback", ""),
+        ("file", False): ("precalib, prose", "prose"),
+        ("file", True): ("precalib --feedback, prose", "prose"),
+    }
+    for (text, feedback), expected in names.items():
+        known = {"tokens": 9, "text": text, "feedback": feedback}
+        manifest["job"]["activations"] = known | ({"file": "prose.txt"} if text == "file" else {})
+        path.write_text(json.dumps(manifest))
+        method = load("methods").checkpoint(folder)
+        assert (method.name, method.calibration) == expected
+        assert method.variant == "packed"
+
+
 PEERS = """
 import json, sys, pathlib, torch
 from safetensors import safe_open
