@@ -1,6 +1,7 @@
 """Multiple-choice tasks: JSONL files with one {"query", "choices", "gold"} object per line."""
 
 import dataclasses
+import inspect
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Self
@@ -101,13 +102,26 @@ def score(model: "PreTrainedModel", prepared: Sequence[Answer]) -> Tensor:
     batch = torch.zeros(len(prepared), longest, dtype=torch.int64)  # a causal model never looks
     for row, answer in zip(batch, prepared, strict=True):  # at the padding behind a choice
         row[: len(answer.tokens)] = answer.tokens
-    logits = model(batch.to(model.device)).logits
+    first = min(answer.start for answer in prepared) - 1
+    logits = _last_logits(model, batch.to(model.device), longest - first)
+    first = longest - logits.shape[1]
     scores = []
     for row, answer in zip(logits, prepared, strict=True):
         choice = answer.tokens[answer.start :, None].to(row.device)
-        before = row[answer.start - 1 : len(answer.tokens) - 1].float().log_softmax(-1)
+        before = row[answer.start - 1 - first : len(answer.tokens) - 1 - first]
+        before = before.float().log_softmax(-1)
         scores.append(before.gather(1, choice).sum() / answer.length)
     return torch.stack(scores).cpu()
+
+
+def _last_logits(model: "PreTrainedModel", batch: Tensor, count: int) -> Tensor:
+    """Logits at the last `count` positions, or at all where a model computes no fewer.
+
+    The head of a small model with a large vocabulary takes longer than all else.
+    """
+    fewer = "logits_to_keep" in inspect.signature(model.forward).parameters
+    found: Tensor = model(batch, **({"logits_to_keep": count} if fewer else {})).logits
+    return found
 
 
 def predictions(model: "PreTrainedModel", prepared: Iterable[Sequence[Answer]]) -> Tensor:

@@ -55,6 +55,21 @@ def test_padding_changes_nothing(source: Path) -> None:
     torch.testing.assert_close(score(model, prepared), alone, rtol=1e-4, atol=1e-5)
 
 
+def test_only_logits_that_are_read_are_computed(source: Path) -> None:
+    model = load_original(source, torch.float32, "cpu")
+    question = Question(query="Which of these two is it?", choices=("one", "either"), gold=0)
+    prepared = answers(question, load_tokenizer(source), 128)
+    computed: list[int] = []
+    model.lm_head.register_forward_hook(lambda *args: computed.append(args[2].shape[1]))
+    found = score(model, prepared)
+    for answer, likelihood in zip(prepared, found, strict=True):
+        whole = model(answer.tokens[None]).logits[0].log_softmax(-1)
+        choice = answer.tokens[answer.start :, None]
+        taken = whole[answer.start - 1 : -1].gather(1, choice).sum() / answer.length
+        torch.testing.assert_close(likelihood, taken, rtol=1e-4, atol=1e-5)
+    assert computed[0] == len(" either") + 1  # one token a character; and the one before
+
+
 def test_summary_of_tasks() -> None:
     questions = [Question(query="?", choices=("a", "b"), gold=gold) for gold in (0, 1, 1, 0)]
     found = summary(questions, torch.tensor([0, 1, 1, 1]), torch.tensor([0, 1, 0, 1]))
