@@ -55,6 +55,9 @@ SCHEMES = (
     Scheme("AWQ", 4, 64, windows=32),
     Scheme("AWQ", 3, 64, windows=32),
     Scheme("AWQ", 5, 64, windows=32),
+    Scheme("AWQ", 4, 64, windows=8),
+    Scheme("AWQ", 3, 64, windows=8),
+    Scheme("AWQ", 5, 64, windows=8),
 )
 
 

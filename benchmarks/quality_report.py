@@ -1,5 +1,6 @@
 """Tables and plot of measured rows."""
 
+import collections
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -68,7 +69,8 @@ def tables(rows: Sequence[Row], texts: Sequence[str]) -> str:
 def shift_table(rows: Sequence[Row], texts: Sequence[str]) -> str:
     """Methods that were calibrated on several texts: KL, and KL relative to the best of the texts.
 
-    Empty if there is none. Our own rows that were measured on all texts stand beside them.
+    A text is shown if two rows of a method can be compared on it. Our own rows that were measured
+    on all of those stand beside them. Empty if there is no such text.
     """
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
@@ -76,7 +78,12 @@ def shift_table(rows: Sequence[Row], texts: Sequence[str]) -> str:
             stem = row["method"].removesuffix(f", {row['calibration']}")
             groups.setdefault((stem, row["variant"]), []).append(row)
     groups = {key: group for key, group in groups.items() if len(group) > 1}
-    if not groups:
+    texts = [
+        text
+        for text in texts
+        if any(sum(text in row["texts"] for row in group) > 1 for group in groups.values())
+    ]
+    if not texts:
         return ""
     heads = " | ".join(f"{text}: KL | × best" for text in texts)
     lines = [
@@ -172,7 +179,8 @@ def plot(rows: Sequence[Row], texts: Sequence[str], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    size = (1 + 6 * len(texts), 6)
+    rows = [row for row in rows if row["method"] in plotted(rows)]
+    size = (5 + 5.5 * len(texts), 6)
     figure, panels = pyplot.subplots(
         1, len(texts), figsize=size, dpi=150, sharey=True, squeeze=False
     )
@@ -200,10 +208,25 @@ def plot(rows: Sequence[Row], texts: Sequence[str], path: Path) -> None:
         kl_axes(axes, text, "effective bits per weight")
         axes.set_ylim(bottom=smallest / 1.5)  # a found grid has no error at all
     panels[0][0].set_ylabel(KL_LABEL)
-    panels[0][-1].legend(fontsize="small")
+    panels[0][-1].legend(loc="upper left", bbox_to_anchor=(1.02, 1), fontsize="small")
     figure.tight_layout()
     figure.savefig(path)
     pyplot.close(figure)
+
+
+def plotted(rows: Sequence[Row]) -> set[str]:
+    """Methods that get a line: of those that learn from a text, each with the text of most rows.
+
+    Our own that learn from a text are in the table of the domain shift alone.
+    """
+    count = collections.Counter(row["method"] for row in rows)
+    found: dict[str, str] = {}
+    for row in rows:
+        method, text = row["method"], row["calibration"]
+        stem = method.removesuffix(f", {text}") if text else method
+        if not (text and _ours(row)):
+            found[stem] = max(found.get(stem, method), method, key=lambda name: count[name])
+    return set(found.values())
 
 
 def kl_axes(axes: Any, title: str, horizontal: str) -> None:

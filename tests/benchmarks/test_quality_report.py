@@ -51,8 +51,11 @@ def test_shift_table(load: Load) -> None:
         "| GPTQ | v | code | 3.000 | 0.5000 | 1.25 | 0.2000 | 1.00 |",
     ]
     assert report.shift_table(rows[:2], ["a"]) == ""
+    rows.append(row("GPTQ, verse", 3, 0.4, calibration="verse"))
     del code["texts"]["a"]
     assert "| code | 3.000 |  |  | 0.2000 | 1.00 |" in report.shift_table(rows, ["a", "b"])
+    del prose["texts"]["a"]  # verse alone: nothing to compare with
+    assert "a: KL" not in report.shift_table(rows, ["a", "b"])
 
 
 def test_task_table(load: Load) -> None:
@@ -97,6 +100,20 @@ def test_table(load: Load) -> None:
     assert names == ["A", "A", "Found", "Found", "GPTQ", "GPTQ"]
     assert "| Found | v \\* | 3.000 |" in written
     assert written.endswith("\n\\* knows the grid\n")
+
+
+def test_plot_has_one_text_of_each_method(load: Load) -> None:
+    rows = [
+        row("precalib x", 3, 0.3),
+        row("precalib x, prose", 3, 0.3, calibration="prose"),
+        row("GPTQ, code", 3, 0.4, calibration="code"),
+        row("GPTQ, prose", 3, 0.4, calibration="prose"),
+        row("GPTQ, prose", 4, 0.2, calibration="prose"),
+        row("AWQ, code", 3, 0.4, calibration="code"),
+        row("RTN", 3, 1.0),
+    ]
+    found = load("quality_report").plotted(rows)
+    assert found == {"precalib x", "GPTQ, prose", "AWQ, code", "RTN"}
 
 
 def test_table_goes_between_its_markers(load: Load, tmp_path: Path) -> None:
