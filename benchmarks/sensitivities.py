@@ -2,9 +2,11 @@
 
     python benchmarks/sensitivities.py SOURCE --text FILE --work DIR
 
-makes a mix of every case of CASES at every size and measures its KL. Each option of a mix is
-quantized once and kept in DIR, as are the results, so it goes on where it was broken off. A mix
-that equals one already measured is not measured again.
+measures the KL of the model with the weights of one of PARTS quantized and all others original:
+per weight, and against that of queries, this is the part's sensitivity. Then it makes a mix of
+every case of CASES at every size and measures its KL. Each option of a mix is quantized once and
+kept in DIR, as are the results, so it goes on where it was broken off. A mix that equals one
+already measured is not measured again.
 """
 
 import argparse
@@ -16,6 +18,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from quality import decoder_weights
 from torch import Tensor
 
 from offline_quantize import open_packed, quantize_checkpoint
@@ -23,12 +26,16 @@ from offline_quantize.checkpoint.atomic_files import read_json, write_json
 from offline_quantize.checkpoint.source import open_checkpoint
 from offline_quantize.evaluation.kl import compare, reference_distributions, text_windows
 from offline_quantize.evaluation.models import load_original, load_tokenizer
-from offline_quantize.planning import bit_allocation
+from offline_quantize.planning import bit_allocation, selection
 from offline_quantize.planning.options import Options
 from offline_quantize.planning.plan import make_plan
 from precalib_kernels.errors import SourceError
 
 SIZES = (3.3, 3.85, 4.8)
+PART_OPTION = "balanced-3"
+KINDS = ("q", "k", "v", "o", "gate", "up", "down")
+LAYERS = ("first two layers", "last layer", "other layers")
+PARTS = (*KINDS, *LAYERS)
 NEVER = re.compile(r"(?!)")
 # what each case changes in bit_allocation
 CASES: Mapping[str, Mapping[str, Any]] = {
@@ -62,7 +69,25 @@ class Bench:
         self.parameters = dict(self.model.named_parameters())
         self.windows = text_windows(load_tokenizer(self.source), [arguments.text], arguments.tokens)
         self.reference = reference_distributions(self.model, self.windows)
+        self.original = decoder_weights(self.checkpoint)
         self.made: dict[str, dict[str, Tensor]] = {}
+
+    def parts(self, wanted: list[str]) -> None:
+        """KL with one part of the weights quantized, and the part's number of weights."""
+        path = self.folder / "parts.json"
+        found = read_json(path, SourceError, "remove it") if path.exists() else {}
+        depth = int(self.checkpoint.text_config["num_hidden_layers"])
+        for part in wanted:
+            if part in found:
+                continue
+            count = 0
+            for name, values in self._weights(PART_OPTION).items():
+                chosen = belongs(name, part, depth)
+                count += values.numel() * chosen
+                self.parameters[name].data.copy_(values if chosen else self.original[name])
+            found[part] = {"kl": self._measured(), "weights": count}
+            print(f"{self.folder}: {part}: KL {found[part]['kl']:.4f}", flush=True)
+            write_json(path, found)
 
     def run(self, sizes: list[float], cases: list[str]) -> None:
         """Measure what is not measured yet."""
@@ -90,6 +115,9 @@ class Bench:
         """KL of the model with these options."""
         for name, label in mix.items():
             self.parameters[name].data.copy_(self._weights(label)[name])
+        return self._measured()
+
+    def _measured(self) -> float:
         return float(compare(self.reference, self.model, self.windows).kl.double().mean())
 
     def _weights(self, label: str) -> dict[str, Tensor]:
@@ -110,6 +138,34 @@ class Bench:
                 for module in open_packed(folder).config.modules
             }
         return self.made[label]
+
+
+def belongs(name: str, part: str, depth: int) -> bool:
+    """Whether a weight is one of a part, in a model of so many layers."""
+    if part in KINDS:
+        return f".{part}_proj." in name
+    match = selection.LAYER.search(name)
+    layer = int(match[1]) if match else -1
+    place = LAYERS[0] if layer < 2 else LAYERS[1] if layer == depth - 1 else LAYERS[2]
+    return place == part
+
+
+def parts_table(work: Path) -> Iterator[str]:
+    """KL per weight of each part, relative to that of the first part of its sort."""
+    found = {
+        f"{path.parent.parent.name}, {path.parent.name}": read_json(path, SourceError, "remove it")
+        for path in sorted(work.glob("*/*/parts.json"))
+    }
+    yield "| part | " + " | ".join(found) + " |"
+    yield "|---|" + "--:|" * len(found)
+    for part in PARTS:
+        cells = []
+        for parts in found.values():
+            each = {name: facts["kl"] / facts["weights"] for name, facts in parts.items()}
+            unit = each.get(KINDS[0] if part in KINDS else LAYERS[-1])
+            known = part in each and unit is not None
+            cells.append(f"{parts[part]['kl']:.4f}; {each[part] / unit:.2f}" if known else "")
+        yield f"| {part} | " + " | ".join(cells) + " |"
 
 
 def table(work: Path) -> Iterator[str]:
@@ -141,13 +197,16 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--activations", choices=("none", "random"), default="random")
     parser.add_argument("--sizes", type=float, nargs="+", default=SIZES)
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--cases", nargs="*", choices=CASES, default=list(CASES))
     parser.add_argument("--work", type=Path, required=True, help="folder that keeps results")
     arguments = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
     if arguments.text:
-        Bench(arguments).run(arguments.sizes, arguments.cases)
-    print("\n".join(table(arguments.work)))
+        bench = Bench(arguments)
+        bench.parts(arguments.parts)
+        bench.run(arguments.sizes, arguments.cases)
+    print("\n".join([*parts_table(arguments.work), "", *table(arguments.work)]))
 
 
 if __name__ == "__main__":
