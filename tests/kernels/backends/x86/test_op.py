@@ -2,6 +2,7 @@
 
 import ctypes
 import dataclasses
+import itertools
 import math
 from concurrent.futures import ThreadPoolExecutor
 
@@ -151,15 +152,23 @@ def test_scales_of_zero(make_case, name, isa):
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("rows", [1, 6, 12, 40])
-def test_what_is_not_finite_stays_so(make_case, isa, rows):
-    case = make_case(LAYOUTS["balanced-4"])
-    for bad in (math.nan, math.inf):
-        x = torch.randn(rows, case.columns, dtype=torch.bfloat16)
-        x[0, 77] = bad
-        result = case.linear(x, isa)
-        assert not bool(result[0].isfinite().any())
-        assert bool(result[1:].isfinite().all())
+@pytest.mark.parametrize("name", ["balanced-4", "rtn-4", "signs", "far positions"])
+@pytest.mark.parametrize("int8_inputs", [False, True])
+def test_what_is_not_finite_stays_so(make_case, isa, name, int8_inputs):
+    """An infinity or a NaN in a row of x leaves no number there, as by torch, and no other row."""
+    columns = 1056 if name == "far positions" else 416
+    case = dataclasses.replace(make_case(LAYOUTS[name], columns), int8_inputs=int8_inputs)
+    weight = case.base * case.scale
+    for rows, dtype in itertools.product((1, 4, 6, 12, 40), ROUNDING):
+        x = torch.randn(rows, columns).to(dtype)
+        whole = case.linear(x, isa)
+        for bad, at in ((math.nan, 77), (math.inf, 0), (-math.inf, columns - 1)):
+            x[0] = 0
+            x[0, at] = bad
+            assert not bool((x[:1].double() @ weight.T).isfinite().any())
+            result = case.linear(x, isa)
+            assert not bool(result[0].isfinite().any())
+            assert torch.equal(result[1:], whole[1:])
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -86,11 +86,13 @@ void decode_nibbles(const X86Layout& layout, const Group& group, int64_t lane, f
     if (kBits == 4 || step < 6) return half(step / 2) & 15;
     return (half(0) & 4) >> 2 | (half(1) & 4) >> 1 | (half(2) & 4) << 1;
   };
-  int one = 0, two = 0;  // the low bits of the code before and of the one before that
+  const int first = nibble(0);
+  int at = first, one = 0, two = 0;  // the low bits of the code before and of the one before that
   for (int64_t k = 0; k < group.columns; ++k) {
-    const int at = nibble(k), low = layout.trellis ? nibble((k + 1) % group.columns) >> 3 : at >> 3;
-    const int high = at & ((1 << (kBits - 1)) - 1);
+    const int next = k + 1 < group.columns ? nibble(k + 1) : first;
+    const int low = (layout.trellis ? next : at) >> 3, high = at & ((1 << (kBits - 1)) - 1);
     *out++ = float(layout.codebook[high << 3 | low << 2 | one << 1 | two] - zero);
+    at = next;
     two = one;
     one = low;
   }

@@ -36,10 +36,15 @@ inline QuantizedGroup<kSplits> quantize_group(const float* x, int64_t count, At&
     const I32x16 magnitude = (I32x16)load<F32x16>(x + k) & 0x7fffffff;
     peaks = magnitude > peaks ? magnitude : peaks;
   }
-  const float peak = reduce_max((F32x16)peaks);
-  const bool finite = reduce_max(peaks) < 0x7f800000;
+  const int32_t bits = reduce_max(peaks);
+  if (bits >= 0x7f800000) {  // infinite or not a number: so are the products, by the unit
+    for (int64_t k = 0; k < count; k += kLanes)
+      for (int d = 0; d < kSplits; ++d) store_narrow(at(d, k), I32x16{});
+    return {__builtin_nanf(""), 0, {}};
+  }
+  const float peak = load<float>(&bits);
   // below that, 1 / unit would overflow
-  const float inverse = finite && peak > 0x1p-100f ? largest / peak : 0;
+  const float inverse = peak > 0x1p-100f ? largest / peak : 0;
   I32x16 sums[kSplits] = {};
   for (int64_t k = 0; k < count; k += kLanes) {
     I32x16 rest = round_to_int(load<F32x16>(x + k) * inverse);
@@ -50,13 +55,11 @@ inline QuantizedGroup<kSplits> quantize_group(const float* x, int64_t count, At&
       store_narrow(at(d, k), split);
     }
   }
-  QuantizedGroup<kSplits> out;
-  out.unit = finite ? peak / largest : __builtin_nanf("");
-  out.total = 0;
+  QuantizedGroup<kSplits> out = {peak / largest, 0, {}};
   for (int d = 0; d < kSplits; ++d) {
     const int32_t sum = reduce_add(sums[d]);
     out.total = out.total * float(1 << kBits) + float(sum);
-    out.start[d] = int32_t(-128u * uint32_t(sum));  // wraps where x is not finite
+    out.start[d] = -128 * sum;
   }
   return out;
 }

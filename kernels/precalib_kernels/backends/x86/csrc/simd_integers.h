@@ -10,8 +10,6 @@ namespace {
 
 inline I32x16 round_to_int(F32x16 v) { return (I32x16)_mm512_cvtps_epi32((__m512)v); }
 
-inline float reduce_max(F32x16 v) { return _mm512_reduce_max_ps((__m512)v); }
-
 inline int32_t reduce_max(I32x16 v) { return _mm512_reduce_max_epi32((__m512i)v); }
 
 inline int32_t reduce_add(I32x16 v) { return _mm512_reduce_add_epi32((__m512i)v); }
@@ -37,10 +35,6 @@ inline auto reduce(Vector v, Join&& join) {
   auto out = v[0];
   for (int lane = 1; lane < kLanes; ++lane) out = join(out, v[lane]);
   return out;
-}
-
-inline float reduce_max(F32x16 v) {
-  return reduce(v, [](float a, float b) { return a > b ? a : b; });
 }
 
 inline int32_t reduce_max(I32x16 v) {
