@@ -115,28 +115,34 @@ bench-cpu: $(STAMP) ## products and serving on this CPU, beside bfloat16 and oth
 	@$(BIN)/python deploy/gguf_checkpoint.py smollm2 demo-output/SmolLM2-135M-Instruct
 	@$(BIN)/python benchmarks/cpu_serving.py demo-output/SmolLM2-135M-Instruct
 
+LOAD_MINUTES ?= 10
+LOAD_OUT ?= benchmarks/results
 .PHONY: load
-load: $(STAMP) ## 200 clients, good and bad, on a served model and on its original, 10 minutes each
+load: $(STAMP) ## 200 clients, good and bad, on a served model and on its original: make load [LOAD_MINUTES=10 LOAD_OUT=…]
 	@$(BIN)/python deploy/gguf_checkpoint.py smollm2 demo-output/SmolLM2-135M-Instruct
 	@test -e demo-output/SmolLM2-135M-Instruct-balanced-4/config.json || \
 	  $(BIN)/precalib quantize demo-output/SmolLM2-135M-Instruct demo-output/SmolLM2-135M-Instruct-balanced-4
 	@$(BIN)/python benchmarks/load.py demo-output/SmolLM2-135M-Instruct-balanced-4 \
-	  demo-output/SmolLM2-135M-Instruct --minutes 10 --serve-flags="--max-model-len 1024 --enforce-eager"
+	  demo-output/SmolLM2-135M-Instruct --minutes $(LOAD_MINUTES) --out $(LOAD_OUT) \
+	  --serve-flags="--max-model-len 1024 --enforce-eager"
 
-sanitize: $(STAMP) ## tests of the compiled CPU kernels under AddressSanitizer and UBSan
-	@LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
-	  $(BIN)/python tests/kernels/backends/x86/rebuilt_suite.py --sanitize --software-tiles
+# Of which ISAs, all by default: make sanitize ISAS="avx2 amx"
+ISAS ?=
+sanitize: $(STAMP) ## tests of the compiled CPU kernels under AddressSanitizer and UBSan: make sanitize [ISAS="avx2 …"]
+	@OMP_NUM_THREADS=1 LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
+	  $(BIN)/python tests/kernels/backends/x86/rebuilt_suite.py --sanitize --software-tiles $(if $(ISAS),--isas $(ISAS))
 
 .PHONY: races soak nightly
-races: $(STAMP) ## concurrent calls of the compiled CPU kernels under ThreadSanitizer
-	@OMP_NUM_THREADS=1 $(BIN)/python tests/helpers/races.py
+races: $(STAMP) ## concurrent calls of the compiled CPU kernels under ThreadSanitizer: make races [ISAS="avx2 …"]
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/helpers/races.py $(ISAS)
 
-soak: $(STAMP) ## an hour of served chats at a modest rate, whose memory must stay flat
+SOAK_MINUTES ?= 60
+soak: $(STAMP) ## an hour of served chats at a modest rate, whose memory must stay flat: make soak [SOAK_MINUTES=60 LOAD_OUT=…]
 	@$(BIN)/python deploy/gguf_checkpoint.py smollm2 demo-output/SmolLM2-135M-Instruct
 	@test -e demo-output/SmolLM2-135M-Instruct-balanced-4/config.json || \
 	  $(BIN)/precalib quantize demo-output/SmolLM2-135M-Instruct demo-output/SmolLM2-135M-Instruct-balanced-4
 	@$(BIN)/python benchmarks/load.py demo-output/SmolLM2-135M-Instruct-balanced-4 --name soak \
-	  --minutes 60 --clients 8 --pause 8 --serve-flags="--max-model-len 1024 --enforce-eager"
+	  --minutes $(SOAK_MINUTES) --out $(LOAD_OUT) --clients 8 --pause 8 --serve-flags="--max-model-len 1024 --enforce-eager"
 
 nightly: sanitize races soak ## what takes hours: sanitizers, concurrent calls, a soak, then an hour of damaged checkpoints
 	@OMP_NUM_THREADS=1 VLLM_LOGGING_LEVEL=ERROR $(BIN)/python tests/fuzz/fuzz.py --cases 1000000000 \
@@ -151,7 +157,12 @@ sbom: ## bill of materials of the environment that is tested, build/sbom.json
 lock: .venv-audit/.installed ## hashes of all files of deploy/constraints.txt, in deploy/constraints.lock (torch's by hand)
 	@.venv-audit/bin/uv pip compile deploy/constraints.txt --no-deps --generate-hashes --python-version 3.11 	  --no-header --no-annotate -o deploy/constraints.lock --quiet
 
+# A release with a known vulnerability: a mirror may answer without them, or not at all.
+AUDIT_PROBE := https://pypi.org/pypi/pip/23.2.1/json
 audit: .venv-audit/.installed ## known vulnerabilities of the pinned packages, with pip-audit (needs PyPI's JSON API)
+	@.venv-audit/bin/python -c 'import json, sys; from urllib.request import urlopen; \
+	  sys.exit(not json.load(urlopen("$(AUDIT_PROBE)", timeout=30))["vulnerabilities"])' 2>/dev/null || { \
+	  echo "audit: $(AUDIT_PROBE) does not tell of vulnerabilities; run this where PyPI itself can be reached"; exit 1; }
 	@.venv-audit/bin/pip-audit --strict --no-deps --disable-pip -r <(grep -v +cpu deploy/constraints.txt)
 
 .venv-audit/.installed:
@@ -170,8 +181,9 @@ fuzz-native: $(STAMP) ## random tensors for the C++ code, under sanitizers, 20 m
 
 KILLS ?= 100
 KILL_MINUTES ?= 60
-kill: $(STAMP) ## `precalib quantize` killed at random moments and resumed, 100 times in each of 4 ways: make kill [KILLS=… KILL_MINUTES=…]
-	@OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/kill.py --kills $(KILLS) --minutes $(KILL_MINUTES)
+kill: $(STAMP) ## `precalib quantize` killed at random moments and resumed: make kill [KILLS=… KILL_MINUTES=… KILL_WAYS="ray …" KILL_SOURCE=MODEL]
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/kill.py --kills $(KILLS) --minutes $(KILL_MINUTES) \
+	  $(if $(KILL_WAYS),--ways $(KILL_WAYS)) $(if $(KILL_SOURCE),--source $(KILL_SOURCE))
 
 bench-speed: $(STAMP) ## seconds to quantize, recipe by recipe
 	@$(BIN)/python benchmarks/quantize_speed.py

@@ -312,6 +312,7 @@ def main() -> None:
     parser.add_argument("--serve-flags", default="")
     parser.add_argument("--note", default="not recorded", help="what else ran on the machine")
     given = parser.parse_args()
+    given.out.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # servers are stopped then, too
     flags = shlex.split(given.serve_flags)
     found = {}

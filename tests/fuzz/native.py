@@ -3,8 +3,8 @@
     python tests/fuzz/native.py --minutes 20 [--folder build/fuzz-native] [FUZZER OPTIONS]
 
 Compiles `native.cpp` and the sources of the product, by g++ as they are shipped, under
-AddressSanitizer (and UBSan, but for the kernels), and runs them by libFuzzer, whose library comes
-with clang. No torch is needed. Every ISA that this machine has is run, AMX by tiles in software.
+AddressSanitizer and UBSan, and runs them by libFuzzer, whose library comes with clang. No torch is
+needed. Every ISA that this machine has is run, AMX by tiles in software.
 
 Covered: products of every kernel, rows by number, the trellis search, error feedback. Not covered:
 `torch_binding.cpp`, which needs torch; threads, as one thread runs; the Arm kernels.
@@ -18,36 +18,22 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "kernels")]
+sys.path[:0] = [str(ROOT / "kernels"), str(ROOT / "tests" / "helpers")]
+
+from sanitized_objects import ADDRESS, DEBUG, UNDEFINED, compile_units  # noqa: E402
 
 from precalib_kernels.backends.x86.library import AMX, AVX512_BF16, ISAS, SOURCES  # noqa: E402
 from precalib_kernels.toolchain import compile as toolchain  # noqa: E402
+from precalib_kernels.toolchain.compile import Unit  # noqa: E402
 
 METHOD = ROOT / "offline_quantize" / "method" / "csrc"
 TILES = ROOT / "tests" / "kernels" / "backends" / "x86" / "software_tiles.h"
 LIBRARIES = "llvm-*/lib/clang/*/lib/linux/libclang_rt.fuzzer-x86_64.a"
 NAMES = [isa.name for isa in ISAS]
-FLAGS = (
-    "-O1",
-    "-g1",
-    "-std=c++20",
-    "-w",
-    "-Wno-psabi",
-    "-fno-omit-frame-pointer",
-    "-mavx2",
-    "-mfma",
-    "-mf16c",
-)
-ADDRESS = ("-fsanitize=address",)
-UNDEFINED = (
-    "-fsanitize=undefined",
-    "-fno-sanitize=float-cast-overflow",
-    "-fno-sanitize-recover=all",
-)
+FLAGS = (*DEBUG, "-fopenmp", "-std=c++20", "-w", "-mavx2", "-mfma", "-mf16c", *ADDRESS)
 COVERAGE = ("-fsanitize-coverage=trace-pc",)
 
 
@@ -55,7 +41,7 @@ def main() -> None:
     """Compile what changed and fuzz until the time is up."""
     given, fuzzer_options = options()
     given.folder.mkdir(parents=True, exist_ok=True)
-    program = build(given.folder / "objects", given.isas)
+    program = build(given.folder, given.isas)
     cases = given.folder / "cases"
     cases.mkdir(exist_ok=True)
     command = [program, f"-artifact_prefix={given.folder}/", "-print_final_stats=1"]
@@ -79,14 +65,11 @@ def options() -> tuple[argparse.Namespace, list[str]]:
 
 
 def build(folder: Path, isas: Sequence[str]) -> Path:
-    """The program; objects that are newer than all sources are taken as they are."""
+    """The program."""
     libraries = sorted(Path("/usr/lib").glob(LIBRARIES))
     if not libraries:
         sys.exit("fuzz-native: install libFuzzer: apt-get install libclang-rt-14-dev")
-    folder.mkdir(exist_ok=True)
-    wanted = [unit for unit in units() if unit[0] not in NAMES or unit[0] in isas]
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        objects = list(pool.map(lambda unit: compile_unit(folder, *unit), wanted))
+    objects = compile_units("g++", list(units(isas)))
     program = folder / "native"
     # Some versions of libFuzzer have a function of their own that counts basic blocks.
     link = ["-Wl,--allow-multiple-definition", *objects, libraries[-1], "-o", program]
@@ -94,42 +77,23 @@ def build(folder: Path, isas: Sequence[str]) -> Path:
     return program
 
 
-def sources() -> Iterator[Path]:
-    """All files of the product that the program is made of."""
-    yield TILES
-    yield from SOURCES.iterdir()
-    yield from METHOD.iterdir()
-
-
-def units() -> Iterator[tuple[str, Path, tuple[str, ...]]]:
-    """Name of the object, source and flags of each unit."""
-    yield "harness", Path(__file__).with_suffix(".cpp"), ()
+def units(isas: Sequence[str]) -> Iterator[Unit]:
+    """The harness, the kernels of these ISAs, and the method."""
+    yield Unit(Path(__file__).with_suffix(".cpp"), FLAGS)
     tiles = ("-DPRECALIB_SOFTWARE_TILES", "-include", str(TILES))
+    kernels = (*FLAGS, *UNDEFINED, *COVERAGE)
     for name in ("isa_dispatch", "gather_rows"):
-        yield name, SOURCES / f"{name}.cpp", (*UNDEFINED, *COVERAGE, *tiles[:1])
+        yield Unit(SOURCES / f"{name}.cpp", (*kernels, *tiles[:1]))
     for isa in ISAS:
-        flags = (*AVX512_BF16.flags, *tiles) if isa is AMX else isa.flags
-        # Without UBSan, which `make sanitize` runs: sums of x that is not finite wrap.
-        own = (*flags, f"-DPRECALIB_ISA={isa.name}", *COVERAGE)
-        yield isa.name, SOURCES / "linear.cpp", own
-    method = tuple(flag for flag in toolchain.FLAGS if flag.startswith(("-m", "-ff")))
+        own = (*AVX512_BF16.flags, *tiles) if isa is AMX else isa.flags
+        if isa.name in isas:
+            flags = (*kernels, *own, f"-DPRECALIB_ISA={isa.name}")
+            yield Unit(SOURCES / "linear.cpp", flags)
+    method = (flag for flag in toolchain.FLAGS if flag.startswith(("-m", "-ff")))
+    compared = "-fsanitize-coverage=trace-cmp"
+    flags = (*FLAGS, *method, *UNDEFINED, *COVERAGE, compared)
     for name in ("viterbi", "feedback"):
-        yield (
-            name,
-            METHOD / f"{name}.cpp",
-            (*method, *UNDEFINED, *COVERAGE, "-fsanitize-coverage=trace-cmp"),
-        )
-
-
-def compile_unit(folder: Path, name: str, source: Path, flags: tuple[str, ...]) -> Path:
-    """The object of one unit."""
-    target = folder / f"{name}.o"
-    newest = max(path.stat().st_mtime for path in (source, *sources()))
-    if target.exists() and target.stat().st_mtime > newest:
-        return target
-    words = ["g++", "-fopenmp", *FLAGS, *ADDRESS, *flags, "-c", source, "-o", target]
-    subprocess.run(words, check=True)
-    return target
+        yield Unit(METHOD / f"{name}.cpp", flags)
 
 
 if __name__ == "__main__":

@@ -15,11 +15,11 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from packed_tensors import random_packed
+from sanitized_objects import DEBUG, THREAD, compile_units
 from torch import Tensor
 from x86_cases import LAYOUTS
 
@@ -30,7 +30,7 @@ from precalib_kernels.toolchain.compile import find_compiler
 
 HERE = Path(__file__).parent
 TILES = HERE.parent / "kernels" / "backends" / "x86" / "software_tiles.h"
-FLAGS = ("-fsanitize=thread", "-g", "-O1")
+FLAGS = (*THREAD, *DEBUG)
 CALLERS, ROUNDS = 3, 2
 COLUMNS, SHARDS = 1024, (520, 40)  # enough work for several threads at M = 1
 BATCH_SIZES = (1, 4, 6, 12, 20, 70)
@@ -51,24 +51,16 @@ def isas(names: Iterable[str] = ()) -> list[library.X86Isa]:
 
 
 def build(chosen: Sequence[library.X86Isa], work: Path, *flags: str) -> Path:
-    """The program with the kernels of these ISAs; objects in `work` are used again."""
+    """The program with the kernels of these ISAs."""
     compiler = find_compiler()
+    assert compiler
     emulated = any(str(TILES) in isa.flags for isa in chosen)
     common = (*FLAGS, *(["-DPRECALIB_SOFTWARE_TILES"] if emulated else []))
     options = library.BuildOptions(tuple(chosen), common)
     units = [u for u in library.definition(options).units if u.source.name != "torch_binding.cpp"]
-    objects = [work / f"{number}.o" for number in range(len(units))]
-
-    def compile_unit(number: int) -> None:
-        unit, made = units[number], objects[number]
-        if not made.exists():
-            command = [compiler, *unit.flags, "-c", unit.source, "-o", made]
-            subprocess.run(command, check=True)
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(compile_unit, range(len(units))))
     program = work / ("call_products" + "".join(flags))
     own = [compiler, "-std=c++20", *FLAGS, *flags, HERE / "call_products.cpp"]
+    objects = compile_units(compiler, units)
     subprocess.run([*own, *objects, "-pthread", "-o", program], check=True)
     return program
 
