@@ -1,5 +1,6 @@
 """A Ray cluster of several nodes on this machine, each with one CPU."""
 
+import contextlib
 import os
 import shutil
 import socket
@@ -35,12 +36,16 @@ class RayCluster:
             port = self.address.rpartition(":")[2]
             self._start("--head", f"--port={port}", "--include-dashboard=false")
             self.wait(1)
-            for number in range(1, count):
-                self._start(f"--address={self.address}")
-                self.wait(number + 1)
+            for _ in range(1, count):
+                self.add()
         except BaseException:
             self.stop()
             raise
+
+    def add(self) -> None:
+        """Another node."""
+        self._start(f"--address={self.address}")
+        self.wait(len(self.nodes))
 
     def kill(self, number: int) -> None:
         """Let a node die with all its processes, as a machine does."""
@@ -48,6 +53,15 @@ class RayCluster:
         for process in [*psutil.Process(node.pid).children(recursive=True), node]:
             process.kill()
         node.wait()
+
+    def workers(self) -> list[psutil.Process]:
+        """Processes that carry tasks out, or wait for some."""
+        found = []
+        for node in self.nodes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                children = psutil.Process(node.pid).children(recursive=True)
+                found += [child for child in children if _is_worker(child)]
+        return found
 
     def stop(self) -> None:
         """End all nodes."""
@@ -60,7 +74,7 @@ class RayCluster:
         """Until so many nodes have come up."""
         end = time.monotonic() + SECONDS
         while self._raylets() < count:
-            if time.monotonic() > end or any(node.poll() is not None for node in self.nodes):
+            if time.monotonic() > end or self.nodes[-1].poll() is not None:
                 raise RuntimeError(f"Ray did not start:\n{self._log()}")
             time.sleep(0.2)
 
@@ -81,6 +95,15 @@ class RayCluster:
 
     def _log(self) -> str:
         return "".join(path.read_text() for path in sorted(self.folder.glob("*.log")))
+
+
+def _is_worker(process: psutil.Process) -> bool:
+    """No agent of a node: the node ends with it."""
+    try:
+        title = "".join(process.cmdline()[:1])
+    except psutil.Error:  # it has just ended
+        return False
+    return title.startswith("ray::") and not title.endswith("Agent")
 
 
 def free_port() -> int:
