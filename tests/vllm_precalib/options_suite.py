@@ -3,12 +3,12 @@
 As engines_suite.py; an engine takes several options at once where they do not hide each other.
 """
 
+import gc
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
-import tokenizers
 import torch
 import transformers
 import vllm
@@ -19,8 +19,12 @@ sys.path.insert(0, str(Path(__file__).parent / "experts"))
 import engines_suite as engines
 import experts_suite as experts
 import tiny
-from engines_suite import DENSE, answers, attention_or_mlp, start, truth
+import tiny_models
+from engines_suite import DENSE, GREEDY, TOKENS, answers, attention_or_mlp, start, truth
 from vllm.sampling_params import StructuredOutputsParams
+
+from offline_quantize import dequantize_checkpoint, quantize_checkpoint
+from offline_quantize.checkpoint.manifest import read_manifest
 
 REPEATED = list(range(20, 46)) * 4
 LONG = [REPEATED, REPEATED[:70], [*REPEATED[:64], 5, 7]]
@@ -32,18 +36,8 @@ def build(folder: Path, vocabulary: int = 257) -> tiny.Checkpoint:
     """A tiny Llama and a tokenizer of bytes."""
     config = tiny.model_config("llama", vocab_size=vocabulary)
     checkpoint = tiny.build(folder, config, attention_or_mlp("row", "sign"), 21)
-    tokenizer().save_pretrained(checkpoint.packed)
+    tiny_models.byte_tokenizer().save_pretrained(checkpoint.packed)
     return checkpoint
-
-
-def tokenizer() -> transformers.PreTrainedTokenizerFast:
-    """A token for each byte, and one for the end."""
-    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    entries = {letter: number for number, letter in enumerate([*letters, "<end>"])}
-    model = tokenizers.Tokenizer(tokenizers.models.BPE(entries, []))
-    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    model.decoder = tokenizers.decoders.ByteLevel()
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=model, eos_token="<end>")
 
 
 def counted(llm: vllm.LLM, name: str) -> float:
@@ -166,6 +160,76 @@ def case_draft_head(folder: Path) -> dict[str, Any]:
     }
 
 
+def case_streamed(folder: Path) -> dict[str, Any]:
+    """Weights are views of a buffer that the streamer fills again with those that follow."""
+    checkpoint = engines.llama(folder, 23)
+    found: dict[str, Any] = {"truth": truth(checkpoint)}
+    for label, path in (("packed", checkpoint.packed), ("online", checkpoint.dense)):
+        for load_format in ("auto", "runai_streamer"):
+            llm = start(path, load_format=load_format, quantization="precalib")
+            found[f"{label} {load_format}"] = answers(llm)
+            del llm  # vLLM has one engine at a time
+            gc.collect()
+    return found
+
+
+PROMPTS_WITH_IMAGES: list[tuple[str, list[int]]] = [
+    ("What is <image> this?", [0]),
+    ("What is <image> this?", [1]),
+    ("<image><image>", [0, 1]),
+    ("No image.", []),
+]
+
+
+def about_images(path: Path, **options: Any) -> engines.Answers:
+    prompts = []
+    for prompt, seeds in PROMPTS_WITH_IMAGES:
+        images = [tiny_models.random_image(seed) for seed in seeds]
+        more = {"multi_modal_data": {"image": images}} if images else {}
+        prompts.append({"prompt": prompt, **more})
+    llm = start(path, skip_tokenizer_init=False, **options)
+    outputs = [output.outputs[0] for output in llm.generate(prompts, GREEDY, use_tqdm=False)]
+    return [
+        [(t, step[t].logprob) for t, step in zip(o.token_ids, o.logprobs, strict=True)]
+        for o in outputs
+    ]
+
+
+@torch.inference_mode()
+def truth_about_images(path: Path) -> engines.Answers:
+    """As transformers answers."""
+    processor = transformers.AutoProcessor.from_pretrained(path)
+    model = transformers.AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32)
+    found = []
+    for prompt, seeds in PROMPTS_WITH_IMAGES:
+        images = [tiny_models.random_image(seed) for seed in seeds] or None
+        inputs, steps = processor(text=prompt, images=images, return_tensors="pt"), []
+        for _ in range(TOKENS):
+            logprobs = model(**inputs).logits[0, -1].log_softmax(-1)
+            token = int(logprobs.argmax())
+            steps.append((token, float(logprobs[token])))
+            inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([[token]])], 1)
+            inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        found.append(steps)
+    return found
+
+
+def case_images(folder: Path) -> dict[str, Any]:
+    """A vision-language model whose tower stays as it was."""
+    source, packed, dense = (folder / name for name in ("source", "packed", "dense"))
+    tiny_models.write_idefics3(source, 24)
+    quantize_checkpoint(source, packed, activations="none", jobs=1)
+    dequantize_checkpoint(packed, dense, dtype=torch.float32, jobs=1)
+    return {
+        "unquantized": dict(read_manifest(packed).unquantized),
+        "truth": truth_about_images(dense),
+        "packed": about_images(packed),
+        "dense": about_images(packed, **DENSE),
+        "online": about_images(source, quantization="precalib"),
+        "source": truth_about_images(source),
+    }
+
+
 def refusal(path: Path, **options: Any) -> str:
     try:
         start(path, **options)
@@ -179,7 +243,6 @@ def case_refused(folder: Path) -> dict[str, Any]:
     return {
         "sharded_state": refusal(checkpoint.packed, load_format="sharded_state"),
         "sleep": refusal(checkpoint.packed, enable_sleep_mode=True),
-        "runai": refusal(checkpoint.packed, load_format="runai_streamer"),
     }
 
 
@@ -189,6 +252,8 @@ engines.SUITES = {
         case_float16,
         case_fp8_kv_cache,
         case_draft_head,
+        case_images,
+        case_streamed,
         case_refused,
         case_ngram,
     ]

@@ -59,6 +59,28 @@ def test_a_draft_head_is_carried_over_and_drafts(case):
     assert_close(*result["first"], 1e-3)
 
 
+def test_images_and_words_are_answered_as_by_transformers(case):
+    """The tower and what leads from it stay unquantized."""
+    result = case("options", "images")
+    kept = result["unquantized"]
+    assert kept["model.vision_model.encoder.layers.1.mlp.fc2.weight"] == "vision or audio tower"
+    assert kept["model.connector.modality_projection.proj.weight"] == "outside the decoder layers"
+    for name in ("packed", "dense", "online"):
+        assert_close(result[name], result["truth"], 1e-3)
+    for answer, unquantized in zip(result["packed"], result["source"], strict=True):
+        assert answer != unquantized
+    one, other = result["packed"][:2]  # the same words
+    assert one != other
+
+
+def test_streamed_weights_are_those_of_the_files(case):
+    pytest.importorskip("runai_model_streamer")
+    result = case("options", "streamed")
+    assert result["packed runai_streamer"] == result["packed auto"]
+    assert result["online runai_streamer"] == result["online auto"] != result["packed auto"]
+    assert_close(result["packed auto"], result["truth"], 1e-3)
+
+
 def test_what_cannot_be_is_said_in_a_sentence(case):
     result = case("options", "refused")
     assert result["sharded_state"].startswith(
