@@ -11,7 +11,6 @@ already measured is not measured again.
 
 import argparse
 import os
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,6 @@ PART_OPTION = "balanced-3"
 KINDS = ("q", "k", "v", "o", "gate", "up", "down")
 LAYERS = ("first two layers", "last layer", "other layers")
 PARTS = (*KINDS, *LAYERS)
-NEVER = re.compile(r"(?!)")
 # what each case changes in bit_allocation
 CASES: Mapping[str, Mapping[str, Any]] = {
     "today": {},
@@ -44,9 +42,10 @@ CASES: Mapping[str, Mapping[str, Any]] = {
         "WRITE_BACK_FACTOR": 1.0,
         "FIRST_FACTOR": 1.0,
         "LAST_FACTOR": 1.0,
-        "KEY_OR_VALUE": NEVER,
+        "SHARING_EXPONENT": 0.0,
     },
-    "keys, values: 1": {"KEY_OR_VALUE": NEVER},
+    "keys, values: 1": {"SHARING_EXPONENT": 0.0},
+    "keys, values: root": {"SHARING_EXPONENT": 0.5},
     "o, down: 1": {"WRITE_BACK_FACTOR": 1.0},
     "o, down: 2": {"WRITE_BACK_FACTOR": 2.0},
     "first two layers: 1": {"FIRST_FACTOR": 1.0},

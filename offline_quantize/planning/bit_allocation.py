@@ -60,10 +60,11 @@ OPTIONS = (
     _option("balanced-5", 2 / 128, 0.00119),
 )
 
-# Measured on one model only (docs/method.md), so the factors are few and round.
+# Few and round: other values help one of two models and hurt the other (docs/method.md).
 WRITES_BACK = re.compile(r"\.(?:o_proj|out_proj|down_proj|w2|wo|c_proj|fc2|dense_4h_to_h)$")
 KEY_OR_VALUE = re.compile(r"\.(?:k_proj|v_proj)$")
 FUSED_QKV = re.compile(r"\.(?:qkv_proj|query_key_value|wqkv|c_attn)$", re.IGNORECASE)
+SHARING_EXPONENT = 1.0  # of the query heads that a key or value head serves
 WRITE_BACK_FACTOR = 1.5  # their error enters the residual stream as it is
 FIRST_LAYERS, FIRST_FACTOR = 2, 2.0
 LAST_FACTOR = 3.0
@@ -120,12 +121,13 @@ def sensitivity(module: str, depth: int, config: Mapping[str, Any]) -> float:
     """
     heads = whole_number(config, "num_attention_heads")
     served = whole_number(config, "num_key_value_heads") or heads
-    sharing = heads / served if heads and served else 1.0
+    queries = heads / served if heads and served else 1.0  # of each key or value head
+    key_or_value = queries**SHARING_EXPONENT
     factor = 1.0
     if KEY_OR_VALUE.search(module):
-        factor = sharing
+        factor = key_or_value
     elif FUSED_QKV.search(module):
-        factor = 3 / (1 + 2 / sharing)  # mean over rows of q (1), k and v (`sharing` each)
+        factor = (queries + 2 * key_or_value) / (queries + 2)  # mean over rows of q, k and v
     elif WRITES_BACK.search(module):
         factor = WRITE_BACK_FACTOR
     layer = _layer(module)
