@@ -14,7 +14,7 @@ from offline_quantize.method.recipes import Recipe
 from precalib_kernels.backends.registry import BackendChoice, BackendRegistry
 from precalib_kernels.errors import PrecalibError, ServingError, UnfitError
 from vllm_precalib.compat import vllm_names
-from vllm_precalib.encoder_pool import EncoderPool, Result
+from vllm_precalib.encoder_pool import EncoderPool, Result, own_copy
 from vllm_precalib.linear_method import PrecalibLinearMethod
 from vllm_precalib.online_plan import OnlineModule
 
@@ -29,10 +29,12 @@ class Encoded:
     """A weight of the checkpoint, packed.
 
     shard:   vLLM's id of the part of the layer that it is; None for all of it.
+    shards:  how many shards of the layer that is.
     tensors: taken out when they are loaded, so that their memory is released.
     """
 
     shard: Any
+    shards: int
     tensors: dict[str, Tensor]
 
 
@@ -42,7 +44,7 @@ class OnlineLinearMethod(PrecalibLinearMethod):
 
     A weight of the checkpoint is encoded as soon as it arrives, whole, in another thread. So every
     rank of several encodes all of it and takes its slice, as it would of a packed checkpoint. On
-    CPUs the thread of the layer's last weight also hands the layer to its backend.
+    CPUs the thread that is the last to encode a weight of the layer also hands it to its backend.
 
     The layer has a parameter "weight" without memory for vLLM's loader to find.
     """
@@ -60,8 +62,9 @@ class OnlineLinearMethod(PrecalibLinearMethod):
         self.recipe: Recipe = planned.recipe
         self.pool = pool
         self.arrived: set[int] = set()  # shards
-        self.encoding: list[Future[Encoded]] = []
-        self.preparing: Future[dict[str, Tensor]] | None = None
+        self.encoding: list[Future[None]] = []
+        self.encoded: list[Encoded] = []
+        self.prepared: dict[str, Tensor] | None = None
         self.loaded = False
 
     def create_weights(
@@ -99,12 +102,11 @@ class OnlineLinearMethod(PrecalibLinearMethod):
             super().process_weights_after_loading(layer)
             return
         self._check_whole()
-        encoded = [self._result(future) for future in self.encoding]
-        if self.preparing is None:
-            prepared = self._prepare(layer, encoded)
-        else:
-            prepared = self._result(self.preparing)
-        self.arrived, self.encoding, self.preparing, self.loaded = set(), [], None, True
+        for future in self.encoding:
+            self._result(future)
+        prepared = self._prepare(layer) if self.prepared is None else self.prepared
+        self.arrived, self.encoding, self.encoded, self.prepared = set(), [], [], None
+        self.loaded = True
         del layer.weight
         self._install(layer, prepared)
 
@@ -148,27 +150,27 @@ class OnlineLinearMethod(PrecalibLinearMethod):
             if not self.arrived.isdisjoint(shards):
                 raise ServingError(f"{where} is in the checkpoint twice; copy the checkpoint again")
             self.arrived.update(shards)
-            weight = loaded_weight.to("cpu", copy=True)  # its owner may use its memory again
-            task = self.pool.submit(self._encode, weight, loaded_shard_id, where)
-            self.encoding.append(task)
-            whole = len(self.arrived) == len(self.spec.shard_sizes)
-            if whole and self.spec.device == "cpu":
-                self.preparing = self.pool.submit(self._prepare_last, layer, self.encoding)
+            self.encoding.append(
+                self.pool.submit(
+                    self._encode, layer, own_copy(loaded_weight), loaded_shard_id, shards, where
+                )
+            )
 
         return MethodType(receive, layer)
 
-    def _encode(self, weight: Tensor, shard: Any, where: str) -> Encoded:
-        return Encoded(shard, encode(weight, self.recipe, where, histograms=False).tensors)
+    def _encode(
+        self, layer: torch.nn.Module, weight: Tensor, shard: Any, shards: Sequence[int], where: str
+    ) -> None:
+        tensors = encode(weight, self.recipe, where, histograms=False).tensors
+        with self.pool.lock:
+            self.encoded.append(Encoded(shard, len(shards), tensors))
+            last = sum(one.shards for one in self.encoded) == len(self.spec.shard_sizes)
+        if last and self.spec.device == "cpu":
+            self.prepared = self._prepare(layer)
 
-    def _prepare_last(
-        self, layer: torch.nn.Module, encoding: Sequence["Future[Encoded]"]
-    ) -> dict[str, Tensor]:
-        """`_prepare` when all weights are encoded."""
-        return self._prepare(layer, [future.result() for future in encoding])
-
-    def _prepare(self, layer: torch.nn.Module, encoded: Sequence[Encoded]) -> dict[str, Tensor]:
+    def _prepare(self, layer: torch.nn.Module) -> dict[str, Tensor]:
         """What the backend makes of this rank's slices; the packed tensors are released."""
-        for one in encoded:
+        for one in self.encoded:
             while one.tensors:
                 name, tensor = one.tensors.popitem()
                 param: Any = layer.get_parameter(name)

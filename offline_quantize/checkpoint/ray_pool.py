@@ -22,6 +22,7 @@ import torch
 
 from offline_quantize.checkpoint.worker_pool import Result
 from offline_quantize.method.input_statistics import InputStatistics
+from offline_quantize.memory import keep_freed_blocks
 from precalib_kernels.errors import OutputError, PrecalibError, UsageError
 
 ANY = "auto"  # the cluster of this machine
@@ -152,6 +153,7 @@ def carry_out(task: Callable[[], Result], wanted: str) -> Result | Failure:
 
     wanted: the `software` where the tasks come from.
     """
+    keep_freed_blocks()
     torch.set_num_threads(1)
     try:
         if (found := software()) != wanted:

@@ -7,6 +7,8 @@ from typing import Protocol, TypeVar
 
 import torch
 
+from offline_quantize.memory import keep_freed_blocks
+
 Result = TypeVar("Result")
 
 
@@ -62,6 +64,7 @@ def worker_pool(workers: int) -> Iterator[ThreadPool]:
 
     So results do not depend on the number of workers, and no core is asked for twice.
     """
+    keep_freed_blocks()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -11,7 +11,7 @@
 `prepare_matrix` and `prepare_rows` settle what groups share; `encode_groups` then codes any
 consecutive groups of the rows, one or all. With the Hessian of the inputs `encode_rows` takes its
 place: errors of earlier columns move the target of later ones. Rows are independent, so a matrix is
-taken in blocks of rows, on a CPU such that fit the second-level cache. Everything is computed where
+taken in blocks of rows, on a CPU such that fit its caches. Everything is computed where
 the weight lies.
 """
 
@@ -35,7 +35,7 @@ from offline_quantize.method.weight_statistics import Statistics
 from precalib_kernels.errors import SourceError, UnfitError
 from precalib_kernels.format.layout import Layout
 
-BLOCK_WEIGHTS = 1 << 18  # 1 MiB of float32
+BLOCK_WEIGHTS = 1 << 19  # 2 MiB of float32
 GPU_BLOCK_WEIGHTS = 1 << 24  # a search has a thread per group, and every stage starts many kernels
 SHRINKS = (1.0, 2 ** (-1 / 16), 2 ** (-2 / 16))  # of group scales, tried where the loss is known
 FEEDBACK_ROWS = 128  # at least so many at once: all of them read the factor of the Hessian

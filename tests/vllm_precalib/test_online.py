@@ -3,6 +3,7 @@
 import copy
 import os
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from precalib_kernels.format.checkpoint_config import CheckpointConfig
 from precalib_kernels.format.reference import dequantize
 from vllm_precalib import linear_method
 from vllm_precalib.config import PrecalibConfig
-from vllm_precalib.encoder_pool import EncoderPool, allowed_cores
+from vllm_precalib.encoder_pool import EncoderPool, allowed_cores, own_copy
 from vllm_precalib.online_linear_method import OnlineLinearMethod
 from vllm_precalib.online_plan import OnlinePlan
 from vllm_precalib.online_quantizer import OnlineQuantizer
@@ -181,7 +182,9 @@ def test_layers_are_prepared_while_others_are_read(ours):
         layer = attention(online())
         for part, rows in ROWS.items():
             load(layer, "weight", weight(rows), part)
-        assert layer.quant_method.preparing.result()["qweight"].shape == (256, 80)
+        for task in layer.quant_method.encoding:
+            task.result()
+        assert layer.quant_method.prepared["qweight"].shape == (256, 80)
         names = layer.quant_method.names
         assert not sum(layer.get_parameter(name).numel() for name in names)
         process(layer)
@@ -270,6 +273,30 @@ def test_the_pool_ends_with_its_last_result():
     assert not pool.result(pool.submit(torch.is_grad_enabled))
     assert isinstance(copy.deepcopy(pool), EncoderPool)
     assert isinstance(pickle.loads(pickle.dumps(pool)), EncoderPool)
+
+
+def test_the_threads_of_a_pool_compute_alone(monkeypatch):
+    """vLLM's worker for CPUs replaces torch.set_num_threads; other threads keep their number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    try:
+        pool = EncoderPool()
+        assert pool.result(pool.submit(torch.get_num_threads)) == 1
+        assert torch.get_num_threads() == 3
+        with ThreadPoolExecutor(1) as later:
+            assert later.submit(torch.get_num_threads).result() == 3
+    finally:
+        torch._C.set_num_threads(before)
+
+
+def test_a_copy_is_the_encoders_own():
+    owners = torch.randn(6, 8, dtype=torch.bfloat16).T  # a view that is not contiguous
+    expected = owners.clone()
+    copied = own_copy(owners)
+    owners.zero_()
+    assert torch.equal(copied, expected)
+    assert copied.is_contiguous()
 
 
 def test_all_cores_that_any_thread_may_use():

@@ -13,7 +13,7 @@ from offline_quantize.method.recipes import Recipe
 from precalib_kernels.backends.registry import BackendChoice, BackendRegistry
 from precalib_kernels.errors import PrecalibError, ServingError
 from vllm_precalib.compat import vllm_names
-from vllm_precalib.encoder_pool import EncoderPool
+from vllm_precalib.encoder_pool import EncoderPool, own_copy
 from vllm_precalib.experts.choice import choose_backends
 from vllm_precalib.experts.method import DenseExpertsMethod, PackedExpertsMethod
 from vllm_precalib.experts.packed_experts import PackedExperts
@@ -35,7 +35,7 @@ class OnlineExperts:
     """What makes a method for packed experts one for experts that are packed as they are loaded.
 
     A weight is encoded as soon as it arrives, whole, in another thread, unless it is of another
-    rank's expert; on CPUs the thread of the layer's last weight hands all to the backends.
+    rank's expert; on CPUs the thread that is the last to encode one hands all to the backends.
 
     The layer has parameters "w13_weight" and "w2_weight" without memory for vLLM's loader to find.
 
@@ -48,8 +48,9 @@ class OnlineExperts:
     def start(self, recipes: dict[str, Recipe], pool: EncoderPool) -> None:
         """Set what the packed method has no place for."""
         self.recipes, self.pool = recipes, pool
-        self.encoding: dict[Place, Future[dict[str, Tensor]]] = {}
-        self.preparing: Future[dict[str, Tensor]] | None = None
+        self.encoding: dict[Place, Future[None]] = {}
+        self.encoded: dict[Place, dict[str, Tensor]] = {}
+        self.prepared: dict[str, Tensor] | None = None
         self.loaded = False
 
     def create_weights(self, layer: Any, num_experts: int, *args: Any, **kwargs: Any) -> None:
@@ -83,11 +84,8 @@ class OnlineExperts:
                 raise ServingError(f"{label} was not in the checkpoint; copy the checkpoint again")
         for future in self.encoding.values():
             self._result(future)
-        if self.preparing is None:
-            prepared = self._prepare_last(layer, self.encoding)
-        else:
-            prepared = self._result(self.preparing)
-        self.encoding, self.preparing, self.loaded = {}, None, True
+        prepared = self._prepare(layer) if self.prepared is None else self.prepared
+        self.encoding, self.encoded, self.prepared, self.loaded = {}, {}, None, True
         for matrix in self.loader.matrices:
             delattr(layer, f"{matrix.name}_weight")
         self.install(layer, prepared)  # type: ignore[attr-defined]
@@ -137,23 +135,25 @@ class OnlineExperts:
                 )
             if place in self.encoding:
                 raise ServingError(f"{where} is in the checkpoint twice; copy the checkpoint again")
-            # its owner may use its memory again
-            weight = loaded_weight.to("cpu", copy=True).contiguous()
-            recipe = self.recipes[matrix.name]
-            self.encoding[place] = self.pool.submit(_encode, weight, recipe, where)
-            if len(self.encoding) == len(self._places()) and matrix.spec.device == "cpu":
-                self.preparing = self.pool.submit(self._prepare_last, layer, dict(self.encoding))
+            weight = own_copy(loaded_weight)
+            self.encoding[place] = self.pool.submit(self._encode, layer, weight, place, where)
             return True if return_success else None
 
         return MethodType(receive, layer)
 
-    def _prepare_last(
-        self, layer: Any, encoding: dict[Place, "Future[dict[str, Tensor]]"]
-    ) -> dict[str, Tensor]:
-        """What the backends make of all experts when all are encoded."""
+    def _encode(self, layer: Any, weight: Tensor, place: Place, where: str) -> None:
+        tensors = encode(weight, self.recipes[place[0]], where, histograms=False).tensors
+        with self.pool.lock:
+            self.encoded[place] = tensors
+            last = len(self.encoded) == len(self._places())
+        if last and self.loader.matrices[0].spec.device == "cpu":
+            self.prepared = self._prepare(layer)
+
+    def _prepare(self, layer: Any) -> dict[str, Tensor]:
+        """What the backends make of all experts; the packed tensors are released."""
         matrices = {matrix.name: matrix for matrix in self.loader.matrices}
-        for (name, expert, shard), future in encoding.items():
-            tensors, matrix = future.result(), matrices[name]
+        for (name, expert, shard), tensors in self.encoded.items():
+            matrix = matrices[name]
             while tensors:  # taken out so that their memory is released
                 tensor, data = tensors.popitem()
                 param = layer.get_parameter(matrix.parameter_name(tensor))
@@ -203,7 +203,3 @@ def online_experts_method(
         method = OnlinePackedExpertsMethod(*arguments, chosen.backends)
     method.start(dict(zip(("w13", "w2"), recipes, strict=True)), pool)
     return method
-
-
-def _encode(weight: Tensor, recipe: Recipe, where: str) -> dict[str, Tensor]:
-    return encode(weight, recipe, where, histograms=False).tensors
