@@ -114,7 +114,7 @@ class PrecalibConfig(QuantizationConfig):
         return find_packed_module(self.checkpoint, self.packed_modules_mapping, prefix)
 
     def get_checkpoint_weight_mapper(self) -> Any:  # type: ignore[override]
-        """vLLM's own, and names for packed experts that its gpt-oss would skip.
+        """vLLM's own, and names for experts that its gpt-oss would not hand to our parameters.
 
         It is asked for when all layers are made and before any weight is loaded.
 
@@ -123,6 +123,7 @@ class PrecalibConfig(QuantizationConfig):
         """
         if self.quantizer is not None:
             self.quantizer.check_used()
+            return super().get_checkpoint_weight_mapper() | self.quantizer.expert_names()
         heads = self._packed_heads()
         if heads and self.head_expected:
             raise ServingError(

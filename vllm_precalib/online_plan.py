@@ -6,6 +6,7 @@ from typing import Any
 
 from offline_quantize.method.recipes import Recipe
 from offline_quantize.planning import families, selection
+from offline_quantize.planning.expert_tensors import MODULES, WHOLE
 from offline_quantize.planning.options import Options as RecipeOptions
 from offline_quantize.planning.options import RecipeResolver
 from precalib_kernels.errors import PrecalibError, ServingError
@@ -60,6 +61,7 @@ class OnlinePlan:
                 'only; leave out "head"'
             )
         kinds = [config.get("model_type") for config in configs]
+        self.whole_experts = any(MODULES.get(str(kind)) == WHOLE for kind in kinds)
         if self.embeddings and families.EMBEDDING_MODELS.isdisjoint(kinds):
             raise ServingError(
                 f'additional_config: "embeddings": vLLM serves {kinds[0] if kinds else None} with '

@@ -1,16 +1,20 @@
 """An ordinary checkpoint, quantized while it is loaded: the method for each of its layers."""
 
 from collections.abc import Mapping, MutableMapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from precalib_kernels.backends.registry import BackendChoice, BackendRegistry
 from vllm_precalib.backends import Options
 from vllm_precalib.compat import vllm_names
 from vllm_precalib.encoder_pool import EncoderPool
+from vllm_precalib.experts.packed_experts import GATE_UP
 from vllm_precalib.online_linear_method import OnlineLinearMethod
 from vllm_precalib.online_plan import OnlineExpertPair, OnlinePlan
 from vllm_precalib.tied_head import TiedHeadMethod
 from vllm_precalib.undecided_linear_method import CheckedLinearMethod
+
+if TYPE_CHECKING:
+    from vllm.model_executor.models.utils import WeightsMapper
 
 with vllm_names():
     from vllm.config import get_current_vllm_config
@@ -37,6 +41,7 @@ class OnlineQuantizer:
         self.registry = registry
         self.choices = choices
         self.pool = EncoderPool()
+        self.whole_experts: list[str] = []  # layers that get a tensor of all experts
         config = get_current_vllm_config()
         options, model = Options.parse(config.additional_config), config.model_config
         configs: list[Mapping[str, Any]] = []
@@ -75,6 +80,16 @@ class OnlineQuantizer:
         if whole and config.model_config and config.model_config.runner_type != "draft":
             self.plan.check_used()
 
+    def expert_names(self) -> "WeightsMapper":
+        """New names for tensors that vLLM's loader would not hand to our parameters."""
+        from vllm.model_executor.models.utils import WeightsMapper
+
+        if not self.whole_experts:
+            return WeightsMapper()
+        from vllm_precalib.experts.online import whole_expert_names
+
+        return whole_expert_names(self.whole_experts)
+
     def _experts(self, layer: Any, prefix: str) -> QuantizeMethodBase | None:
         # imported here so that a vLLM without these names can still serve other models
         from vllm_precalib.experts.choice import stay_packed
@@ -82,21 +97,21 @@ class OnlineQuantizer:
 
         moe = layer.moe_config
         gate, up = layer.ckpt_gate_proj_name, layer.ckpt_up_proj_name
+        split = (gate,) if up is None else (gate, up)
         planned: OnlineExpertPair | str = self.plan.experts(
             prefix,
             moe.num_logical_experts,
             (moe.intermediate_size_per_partition * moe.tp_size, moe.hidden_dim),
-            (gate,) if up is None else (gate, up),
+            (GATE_UP,) if self.plan.whole_experts else split,
             layer.ckpt_down_proj_name,
         )
-        if not isinstance(planned, str):
-            if moe.has_bias:
-                planned = "experts with a bias are packed by precalib quantize only"
-            elif not stay_packed(layer, planned.packed, self.registry):
-                planned = "no backend here computes packed experts"
+        if not isinstance(planned, str) and not stay_packed(layer, planned.packed, self.registry):
+            planned = "no backend here computes packed experts"
         if isinstance(planned, str):
             self._log(prefix, planned)
             return None
+        if self.plan.whole_experts:
+            self.whole_experts.append(prefix)
         return online_experts_method(
             layer, planned.packed, planned.recipes, self.registry, self.choices, self.pool
         )

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 
 from offline_quantize.checkpoint.worker_pool import Result
-from offline_quantize.method.input_statistics import InputStatistics
 from offline_quantize.memory import keep_freed_blocks
+from offline_quantize.method.input_statistics import InputStatistics
 from precalib_kernels.errors import OutputError, PrecalibError, UsageError
 
 ANY = "auto"  # the cluster of this machine

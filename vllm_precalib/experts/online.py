@@ -1,9 +1,10 @@
 """Experts of an ordinary checkpoint, quantized while it is loaded."""
 
-from collections.abc import Callable, MutableMapping, Sequence
+import re
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from concurrent.futures import Future
 from types import MethodType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from vllm_precalib.compat import vllm_names
 from vllm_precalib.encoder_pool import EncoderPool, own_copy
 from vllm_precalib.experts.choice import choose_backends
 from vllm_precalib.experts.method import DenseExpertsMethod, PackedExpertsMethod
-from vllm_precalib.experts.packed_experts import PackedExperts
+from vllm_precalib.experts.packed_experts import GATE_UP, PackedExperts
 from vllm_precalib.experts.parameters import (
     SHARDS,
     ExpertLoader,
@@ -24,10 +25,14 @@ from vllm_precalib.experts.parameters import (
     global_numbers,
 )
 
+if TYPE_CHECKING:
+    from vllm.model_executor.models.utils import WeightsMapper
+
 with vllm_names():
     from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
     from vllm.model_executor.utils import set_weight_attrs
 
+WHOLE = "all_"  # begins the name of the parameter for a matrix of all experts
 Place = tuple[str, int, int]  # "w13" or "w2", number of an expert on this rank, shard
 
 
@@ -37,7 +42,8 @@ class OnlineExperts:
     A weight is encoded as soon as it arrives, whole, in another thread, unless it is of another
     rank's expert; on CPUs the thread that is the last to encode one hands all to the backends.
 
-    The layer has parameters "w13_weight" and "w2_weight" without memory for vLLM's loader to find.
+    The layer has parameters without memory for vLLM's loader to find: "w13_weight" and "w2_weight",
+    or, for a model whose loader would copy all experts of a tensor into these, `WHOLE` ones.
 
     recipes: of the matrices "w13" and "w2".
     """
@@ -48,6 +54,8 @@ class OnlineExperts:
     def start(self, recipes: dict[str, Recipe], pool: EncoderPool) -> None:
         """Set what the packed method has no place for."""
         self.recipes, self.pool = recipes, pool
+        self.whole = self.loader.packed.gate_up.shards == (GATE_UP,)
+        self.loader.by_name = False
         self.encoding: dict[Place, Future[None]] = {}
         self.encoded: dict[Place, dict[str, Tensor]] = {}
         self.prepared: dict[str, Tensor] | None = None
@@ -66,9 +74,12 @@ class OnlineExperts:
             shape = num_experts, matrix.spec.output_size, matrix.columns.width
             data = torch.empty(shape, dtype=matrix.spec.dtype, device="meta")
             weight = torch.nn.Parameter(data, requires_grad=False)
-            loader = self._receiver(layer, matrix, kwargs["weight_loader"])
+            if self.whole:
+                loader = self._whole_receiver(layer, matrix)
+            else:
+                loader = self._receiver(layer, matrix, kwargs["weight_loader"])
             set_weight_attrs(weight, {"weight_loader": loader})
-            layer.register_parameter(f"{matrix.name}_weight", weight)
+            layer.register_parameter(self._weight_name(matrix), weight)
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """As of packed experts, with what was encoded.
@@ -87,8 +98,11 @@ class OnlineExperts:
         prepared = self._prepare(layer) if self.prepared is None else self.prepared
         self.encoding, self.encoded, self.prepared, self.loaded = {}, {}, None, True
         for matrix in self.loader.matrices:
-            delattr(layer, f"{matrix.name}_weight")
+            delattr(layer, self._weight_name(matrix))
         self.install(layer, prepared)  # type: ignore[attr-defined]
+
+    def _weight_name(self, matrix: MatrixParameters) -> str:
+        return WHOLE + matrix.stored.shards[0] if self.whole else f"{matrix.name}_weight"
 
     def _places(self) -> list[Place]:
         return [
@@ -125,21 +139,32 @@ class OnlineExperts:
             local = layer._map_global_expert_id_to_local_expert_id(expert_id)
             if local == -1:
                 return False if return_success else None
-            place = matrix.name, local, SHARDS[shard_id]
-            where = self._label(*place)
-            if loaded_weight.dim() != 2:
-                raise ServingError(
-                    f"{where} comes in a tensor of {loaded_weight.dim()} dimensions, which "
-                    "precalib cannot quantize while it is loaded; leave experts unquantized: "
-                    r"""--additional-config '{"precalib": {"keep": ["\\.experts\\."]}}'"""
-                )
-            if place in self.encoding:
-                raise ServingError(f"{where} is in the checkpoint twice; copy the checkpoint again")
-            weight = own_copy(loaded_weight)
-            self.encoding[place] = self.pool.submit(self._encode, layer, weight, place, where)
+            if loaded_weight.dim() == 3:  # Llama 4: of all of this rank's experts
+                weights = dict(enumerate(loaded_weight))
+            else:
+                weights = {local: loaded_weight}
+            for number, weight in weights.items():
+                self._take(layer, weight, (matrix.name, number, SHARDS[shard_id]))
             return True if return_success else None
 
         return MethodType(receive, layer)
+
+    def _whole_receiver(self, layer: Any, matrix: MatrixParameters) -> Callable[..., Any]:
+        """What vLLM calls with a matrix of all experts, [experts, inputs, outputs]."""
+
+        def receive(layer: Any, param: Tensor, loaded_weight: Tensor) -> None:
+            del param
+            for local, number in self.numbers.items():
+                self._take(layer, loaded_weight[number].T, (matrix.name, local, 0))
+
+        return MethodType(receive, layer)
+
+    def _take(self, layer: Any, weight: Tensor, place: Place) -> None:
+        where = self._label(*place)
+        if place in self.encoding:
+            raise ServingError(f"{where} is in the checkpoint twice; copy the checkpoint again")
+        task = self._encode, layer, own_copy(weight), place, where
+        self.encoding[place] = self.pool.submit(*task)
 
     def _encode(self, layer: Any, weight: Tensor, place: Place, where: str) -> None:
         tensors = encode(weight, self.recipes[place[0]], where, histograms=False).tensors
@@ -203,3 +228,19 @@ def online_experts_method(
         method = OnlinePackedExpertsMethod(*arguments, chosen.backends)
     method.start(dict(zip(("w13", "w2"), recipes, strict=True)), pool)
     return method
+
+
+def whole_expert_names(prefixes: Iterable[str]) -> "WeightsMapper":
+    """New names for the tensors of all experts of the layers `prefixes`.
+
+    Their loader in vLLM copies a tensor of that name, whatever the parameter's own loader is; under
+    another name it asks that loader.
+    """
+    from vllm.model_executor.models.utils import WeightsMapper
+
+    return WeightsMapper(
+        orig_to_new_regex={
+            re.compile(rf"^{re.escape(prefix)}\.(\w+_proj)$"): rf"{prefix}.routed_experts.{WHOLE}\1"
+            for prefix in prefixes
+        }
+    )

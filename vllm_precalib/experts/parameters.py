@@ -113,7 +113,10 @@ class ExpertLoader:
 
     packed:   how they are stored.
     matrices: their two matrices.
+    by_name:  whether vLLM may look for tensors of a single expert by the checkpoint's names.
     """
+
+    by_name = True
 
     def __init__(self, packed: PackedExperts, matrices: Iterable[MatrixParameters]) -> None:
         self.packed = packed
@@ -128,7 +131,7 @@ class ExpertLoader:
             for tensor in matrix.tensors:
                 parameter = layer.get_parameter(matrix.parameter_name(tensor))
                 set_weight_attrs(parameter, {"weight_loader": self._loader(layer, matrix, tensor)})
-        if self.packed.gate_up.shards == (GATE_UP,):
+        if self.by_name and self.packed.gate_up.shards == (GATE_UP,):
             self._register_names(layer)
 
     def fill(

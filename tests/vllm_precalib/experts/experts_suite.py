@@ -4,8 +4,9 @@ As engines_suite.py, but checkpoints are quantized by the quantizer, and dequant
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -96,15 +97,17 @@ def build(
     seed: int = 0,
     edit: Callable[[Path], None] | None = None,
     layers: int = 2,
+    sizes: Mapping[str, int] = MappingProxyType({}),
     **options: Any,
 ) -> tiny.Checkpoint:
     """A random model of the family, packed and unpacked again.
 
-    edit: changes the folder of the unquantized one first. options: of `quantize_checkpoint`.
+    edit: changes the folder of the unquantized one first. sizes: beyond those of the family.
+    options: of `quantize_checkpoint`.
     """
     kind, fields = FAMILIES[name]
     torch.manual_seed(seed)
-    config = kind(**{**COMMON, **fields, "num_hidden_layers": layers})
+    config = kind(**{**COMMON, **fields, **sizes, "num_hidden_layers": layers})
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     for parameter_name, parameter in model.named_parameters():
         if parameter_name.endswith("bias"):  # transformers starts them at zero
@@ -246,6 +249,23 @@ def case_packed_at_load(folder: Path) -> dict[str, Any]:
     return {"first": (found[0], truths[0]), "reloaded": (found[1], truths[1])}
 
 
+def tensors_of_all_experts_packed_at_load(folder: Path, name: str) -> dict[str, Any]:
+    wide = {"intermediate_size": 128}  # a whole group
+    checkpoint = build(folder, name, sizes=wide, group_size=None)
+    llm = start(folder / "source", quantization="precalib", **recording(folder / "choices"))
+    choices = recorded(folder / "choices")
+    return {"choices": choices, "first": (answers(llm), answers(start(checkpoint.packed)))}
+
+
+def case_gpt_oss_packed_at_load(folder: Path) -> dict[str, Any]:
+    """Experts with biases."""
+    return tensors_of_all_experts_packed_at_load(folder, "gpt_oss")
+
+
+def case_llama4_packed_at_load(folder: Path) -> dict[str, Any]:
+    return tensors_of_all_experts_packed_at_load(folder, "llama4")
+
+
 def case_compiled(folder: Path) -> dict[str, Any]:
     checkpoint = build(folder, "qwen3_moe")
     llm = start(checkpoint.packed, enforce_eager=False)
@@ -278,6 +298,8 @@ engines.SUITES = {
         case_deepseek_v3,
         case_online,
         case_packed_at_load,
+        case_gpt_oss_packed_at_load,
+        case_llama4_packed_at_load,
     ],
     "experts_compiled": [case_compiled],
     "experts_parallel": [case_tensor_parallel, case_expert_parallel],

@@ -74,6 +74,14 @@ def test_packing_while_loading_is_packing_before(case, weights):
     assert_same(case("experts_families", "packed_at_load")[weights], tolerance=0)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gpt_oss", "llama4"])
+def test_tensors_of_all_experts_are_packed_while_they_are_loaded(case, family):
+    result = case("experts_families", f"{family}_packed_at_load")
+    assert sum(".experts." in choice["layer"] for choice in result["choices"]) == 4
+    assert_same(result["first"], tolerance=0)
+
+
 def test_torch_compile_calls_the_operator(case):
     result = case("experts_compiled", "compiled")
     assert result["mode"] == "DYNAMO_TRACE_ONCE"
