@@ -9,7 +9,7 @@ SHORT = "the memory is not enough; use fewer --jobs, or a machine with more"
 # of torch, CUDA, the safetensors library, and Python where a thread gets no stack
 _SAID = re.compile("out of memory|allocate memory|can't start new thread|bad_alloc", re.IGNORECASE)
 
-LARGEST_BLOCK = (1 << 25) - (1 << 16)  # what glibc learns from ends at 32 MiB
+KEPT_BLOCK = 1 << 23  # four of the blocks that an encoder works in; it keeps twice as much
 
 
 def keep_freed_blocks() -> None:
@@ -19,7 +19,7 @@ def keep_freed_blocks() -> None:
     has freed one as large: a third of an encoder's time, and more where several threads share the
     pages' lock. Elsewhere this does nothing.
     """
-    torch.empty(LARGEST_BLOCK, dtype=torch.uint8, device="cpu")
+    torch.empty(KEPT_BLOCK, dtype=torch.uint8, device="cpu")
 
 
 def is_short(error: BaseException) -> bool:

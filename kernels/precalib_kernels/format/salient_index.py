@@ -9,7 +9,8 @@ code there is, lets a group have fewer than m salient weights, and cannot name a
 The bits above the rank hold, for p_1, p_2, … in turn, the salient code without its low `bits`.
 
 Ranks can exceed 63 bits (16 of 128 need 67), so they are held as limbs of 56 bits: seven bytes
-each, and a sum of 33 limbs still fits an int64.
+each, and a sum of 33 limbs still fits an int64. Where a limb holds the whole number, as with all
+recipes that have bits above the rank, no stream of single bits is made.
 """
 
 import functools
@@ -36,6 +37,9 @@ def pack_salient(positions: Tensor, high: Tensor, layout: Layout) -> Tensor:
     """
     rank = _rank(positions, layout)  # [limbs, N, G]
     shifts = 8 * torch.arange(LIMB_BYTES, device=positions.device)
+    if layout.salient_bytes <= LIMB_BYTES:
+        number = rank[0] + (high.long() << _high_shifts(layout, high.device)).sum(-1)
+        return (number[..., None] >> shifts[: layout.salient_bytes]).to(torch.uint8).flatten(1)
     rank_bytes = (rank[..., None] >> shifts).to(torch.uint8).permute(1, 2, 0, 3).flatten(2)
     if not (extra := layout.salient_bits - layout.bits):
         return rank_bytes[..., : layout.salient_bytes].flatten(1)
@@ -58,14 +62,21 @@ def unpack_salient(
     rows, groups = packed.shape[0], layout.groups(input_size)
     grouped = packed.view(rows, groups, layout.salient_bytes)
     extra = layout.salient_bits - layout.bits
-    if extra:
+    if extra and layout.salient_bytes <= LIMB_BYTES:
+        shifts = 8 * torch.arange(layout.salient_bytes, device=packed.device)
+        number = (grouped.long() << shifts).sum(-1)
+        codes = number[..., None] >> _high_shifts(layout, packed.device)
+        high = (codes & (1 << extra) - 1).to(torch.uint8)
+        rank = (number & (1 << layout.rank_bits) - 1).view(1, -1)
+    elif extra:
         stream = unpack_bits(grouped, 1, 8 * layout.salient_bytes)
         high_stream = stream[..., layout.rank_bits :][..., : extra * layout.salient_count]
         high = unpack_bits(pack_bits(high_stream, 1), extra, layout.salient_count)
-        grouped = pack_bits(stream[..., : layout.rank_bits], 1)
+        rank = _limbs(pack_bits(stream[..., : layout.rank_bits], 1).flatten(0, 1), layout)
     else:
         high = grouped.new_zeros((rows, groups, layout.salient_count))
-    positions, valid = _positions(grouped.flatten(0, 1), layout)
+        rank = _limbs(grouped.flatten(0, 1), layout)
+    positions, valid = _positions(rank, layout)
     result = positions.view(rows, groups, layout.salient_count)
     last = input_size - (groups - 1) * layout.group_size
     if not valid or bool((result[:, -1] >= last).any()):
@@ -91,15 +102,24 @@ def _rank(positions: Tensor, layout: Layout) -> Tensor:
     return rank
 
 
-def _positions(rank_bytes: Tensor, layout: Layout) -> tuple[Tensor, bool]:
-    """Sets [R, m] (int16) of the ranks given as bytes [R, any], and whether all ranks name one."""
-    device, count = rank_bytes.device, layout.salient_count
-    binomials, offsets = _tables(layout, device)
-    limbs = binomials.shape[0]
-    padded = torch.nn.functional.pad(rank_bytes, (0, limbs * LIMB_BYTES - rank_bytes.shape[1]))
-    shifts = 8 * torch.arange(LIMB_BYTES, device=device)
-    rank = (padded.view(-1, limbs, LIMB_BYTES).long() << shifts).sum(-1).T.contiguous()
+def _high_shifts(layout: Layout, device: torch.device) -> Tensor:
+    """Where the high bits of each salient code begin, [m]."""
+    extra = layout.salient_bits - layout.bits
+    return layout.rank_bits + extra * torch.arange(layout.salient_count, device=device)
 
+
+def _limbs(rank_bytes: Tensor, layout: Layout) -> Tensor:
+    """Ranks given as bytes [R, any] as limbs [limbs, R], lowest first."""
+    limbs = _tables(layout, rank_bytes.device)[0].shape[0]
+    padded = torch.nn.functional.pad(rank_bytes, (0, limbs * LIMB_BYTES - rank_bytes.shape[1]))
+    shifts = 8 * torch.arange(LIMB_BYTES, device=rank_bytes.device)
+    return (padded.view(-1, limbs, LIMB_BYTES).long() << shifts).sum(-1).T.contiguous()
+
+
+def _positions(rank: Tensor, layout: Layout) -> tuple[Tensor, bool]:
+    """Sets [R, m] (int16) of ranks as limbs [limbs, R], and whether all ranks name one."""
+    device, count = rank.device, layout.salient_count
+    binomials, offsets = _tables(layout, device)
     valid = not bool(_at_least(rank, offsets[:, -1:]).any())
     used = torch.zeros_like(rank[0])
     for size in range(1, count + 1):
