@@ -1,5 +1,6 @@
 """Models of transformers: an original checkpoint, and a packed one."""
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -211,9 +212,10 @@ def _require_transformers() -> None:
         from transformers.utils import logging as module
     except ImportError as error:
         raise UsageError(INSTALL_REMEDY) from error
-    logging: Any = module  # it has no types
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    settings: Any = module  # it has no types
+    settings.set_verbosity_error()
+    settings.disable_progress_bar()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)  # it tells of parts that stay on disk
 
 
 def _line(error: Exception) -> str:
