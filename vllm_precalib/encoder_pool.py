@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from threading import Lock, Semaphore
+from threading import Condition, Lock
 from typing import Any, TypeVar
 
 import torch
@@ -13,14 +13,44 @@ from torch._C import set_num_threads  # vLLM makes that of the module torch do n
 
 from offline_quantize.memory import keep_freed_blocks
 
-WAITING = 1  # tasks per core that may wait beside those that are worked on
+WAITING = 1  # tasks per thread that may wait beside those that are worked on
+MOST_THREADS = 32  # each takes some hundred MB for a large weight
+MOST_BYTES = 4 << 30  # of weights that are worked on or wait
+QUOTA = Path("/sys/fs/cgroup/cpu.max")
 Result = TypeVar("Result")
 
 
-class EncoderPool:
-    """A thread for each core, while there is work.
+class Room:
+    """Makes those wait that bring more work than is wanted at once: tasks, or bytes of weights."""
 
-    So that not more than a few weights are in memory, `submit` blocks while enough tasks wait.
+    def __init__(self, tasks: int, nbytes: int) -> None:
+        self.free = (tasks, nbytes)
+        self.changed = Condition()
+        self.inside = 0
+
+    def enter(self, nbytes: int) -> None:
+        """Return once there is room for a task with so many bytes, or no other task is inside."""
+        with self.changed:
+            self.changed.wait_for(
+                lambda: not self.inside or (self.free[0] > 0 and self.free[1] >= nbytes)
+            )
+            self._take(1, nbytes)
+
+    def leave(self, nbytes: int) -> None:
+        """A task that has entered is done."""
+        with self.changed:
+            self._take(-1, -nbytes)
+            self.changed.notify_all()
+
+    def _take(self, tasks: int, nbytes: int) -> None:
+        self.inside += tasks
+        self.free = self.free[0] - tasks, self.free[1] - nbytes
+
+
+class EncoderPool:
+    """A thread for each core that the process may use, up to MOST_THREADS, while there is work.
+
+    So that only a few weights are in memory, `submit` blocks while enough tasks wait.
 
     lock: for what tasks of one layer share.
     """
@@ -28,7 +58,8 @@ class EncoderPool:
     def __init__(self) -> None:
         self.cores = allowed_cores()
         self.pool: ThreadPoolExecutor | None = None
-        self.room = Semaphore((1 + WAITING) * len(self.cores))
+        self.threads = min(len(self.cores), cpu_quota(), MOST_THREADS)
+        self.room = Room((1 + WAITING) * self.threads, MOST_BYTES)
         self.lock = Lock()
         self.unclaimed = 0  # tasks whose result nobody has taken
 
@@ -36,11 +67,12 @@ class EncoderPool:
         """What the task returns or raises, in the future."""
         if self.pool is None:
             keep_freed_blocks()
-            self.pool = ThreadPoolExecutor(len(self.cores), initializer=self._start_thread)
-        self.room.acquire()
+            self.pool = ThreadPoolExecutor(self.threads, initializer=self._start_thread)
+        nbytes = sum(value.nbytes for value in arguments if isinstance(value, Tensor))
+        self.room.enter(nbytes)
         self.unclaimed += 1
         future = self.pool.submit(_without_gradients, task, *arguments)
-        future.add_done_callback(lambda _: self.room.release())
+        future.add_done_callback(lambda _: self.room.leave(nbytes))
         return future
 
     def result(self, future: "Future[Result]") -> Result:
@@ -91,3 +123,12 @@ def own_copy(tensor: Tensor) -> Tensor:
     copy = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
     copy.view(torch.uint8).numpy()[...] = tensor.contiguous().view(torch.uint8).numpy()
     return copy
+
+
+def cpu_quota(file: Path = QUOTA) -> int:
+    """Cores' worth of time that the container may use, rounded up; that of all if none is set."""
+    try:
+        allowed, period = map(int, file.read_text().split())  # or "max" and a period
+    except (OSError, ValueError):
+        return os.cpu_count() or 1
+    return max(1, -(-allowed // period))

@@ -3,7 +3,9 @@
 import copy
 import os
 import pickle
+import time
 from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
 
 import pytest
 import torch
@@ -26,7 +28,7 @@ from precalib_kernels.format.checkpoint_config import CheckpointConfig
 from precalib_kernels.format.reference import dequantize
 from vllm_precalib import linear_method
 from vllm_precalib.config import PrecalibConfig
-from vllm_precalib.encoder_pool import EncoderPool, allowed_cores, own_copy
+from vllm_precalib.encoder_pool import EncoderPool, Room, allowed_cores, cpu_quota, own_copy
 from vllm_precalib.online_linear_method import OnlineLinearMethod
 from vllm_precalib.online_plan import OnlinePlan
 from vllm_precalib.online_quantizer import OnlineQuantizer
@@ -273,6 +275,49 @@ def test_the_pool_ends_with_its_last_result():
     assert not pool.result(pool.submit(torch.is_grad_enabled))
     assert isinstance(copy.deepcopy(pool), EncoderPool)
     assert isinstance(pickle.loads(pickle.dumps(pool)), EncoderPool)
+
+
+def test_few_weights_wait_at_once():
+    """By their number and by their bytes; one that is larger than all room goes alone."""
+    room, entered = Room(3, 100), []
+
+    def enter(nbytes):
+        room.enter(nbytes)
+        entered.append(nbytes)
+
+    for sizes, fitting in (([40, 40, 40], 2), ([1, 1, 1, 1], 3), ([1000, 1], 1)):
+        entered.clear()
+        with ThreadPoolExecutor(1) as bringing:
+            done = bringing.submit(lambda sizes=sizes: [enter(size) for size in sizes])
+            while len(entered) < fitting:
+                time.sleep(0.001)
+            with pytest.raises(FutureTimeout):
+                done.result(0.05)
+            assert entered == sizes[:fitting]
+            for number in range(len(sizes)):
+                while len(entered) <= number:
+                    time.sleep(0.001)
+                room.leave(sizes[number])
+            done.result(10)
+    assert (room.inside, room.free) == (0, (3, 100))
+
+
+def test_a_weight_counts_with_its_bytes():
+    pool = EncoderPool()
+    seen = []
+    pool.room.enter = seen.append
+    pool.result(pool.submit(torch.numel, torch.zeros(3, 5)))
+    assert seen == [60]
+
+
+@pytest.mark.parametrize(
+    ("text", "cores"),
+    [("max 100000\n", os.cpu_count()), ("250000 100000\n", 3), ("50000 100000\n", 1)],
+)
+def test_a_container_may_allow_less_time_than_cores(tmp_path, text, cores):
+    (tmp_path / "cpu.max").write_text(text)
+    assert cpu_quota(tmp_path / "cpu.max") == cores
+    assert cpu_quota(tmp_path / "none") == os.cpu_count()
 
 
 def test_the_threads_of_a_pool_compute_alone(monkeypatch):
