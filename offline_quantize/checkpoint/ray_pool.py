@@ -94,9 +94,9 @@ class RayPool:
 
     def _explained(self, error: Exception) -> Exception:
         """`error` of a task in words for the user, if it is Ray's and not one of ours."""
-        lost = self._ray.exceptions
-        kinds = (lost.WorkerCrashedError, lost.NodeDiedError, lost.OutOfMemoryError)
-        if isinstance(error, lost.RayTaskError) or not isinstance(error, lost.RayError):
+        errors = self._ray.exceptions
+        kinds = (errors.WorkerCrashedError, errors.NodeDiedError, errors.OutOfMemoryError)
+        if isinstance(error, errors.RayTaskError) or not isinstance(error, errors.RayError):
             return error
         if isinstance(error, kinds):
             return OutputError(

@@ -81,9 +81,15 @@ def empty_model(directory: Path) -> "PreTrainedModel":
     Raises SourceError when transformers has no such model, UsageError when it is missing.
     """
     _require_transformers()
-    from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
+    from transformers import (
+        CONFIG_MAPPING,
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+    )
 
-    auto_model: Any = AutoModelForCausalLM
     values = read_json(directory / CONFIG, SourceError, DOWNLOAD_REMEDY)
     _refuse_hub_kernels(directory, values)
     if values.get("auto_map") and values.get("model_type") not in CONFIG_MAPPING:
@@ -92,6 +98,10 @@ def empty_model(directory: Path) -> "PreTrainedModel":
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
+        auto_model: Any = AutoModelForCausalLM
+        kind = type(config)
+        if kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and kind not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            auto_model = AutoModelForImageTextToText
         with torch.device("meta"):
             model: PreTrainedModel = auto_model.from_config(config, trust_remote_code=False)
         return model

@@ -8,6 +8,7 @@ import torch
 import transformers
 from killed_runs import Disk, Killed
 from safetensors.torch import load_file, save_file
+from tiny_models import write_idefics3
 
 from offline_quantize.calibration import observation
 from offline_quantize.calibration.activations import input_statistics
@@ -78,6 +79,20 @@ def test_column_scales_follow_the_inputs(source, tmp_path):
         expected /= expected.log().mean().exp()
         torch.testing.assert_close(scale, expected, rtol=3e-3, atol=0)
         assert not torch.allclose(scale, plain, rtol=0.05)
+
+
+@pytest.mark.parametrize("feedback", [False, True])
+def test_a_vision_language_model_is_run_without_images(tmp_path, feedback):
+    """The inputs of every packed layer are known."""
+    write_idefics3(tmp_path / "source", 3)
+    run(tmp_path / "source", tmp_path / "with", feedback=feedback)
+    run(tmp_path / "source", tmp_path / "without", text="none")
+    ours, others = (
+        load_file(tmp_path / folder / "model.safetensors") for folder in ("with", "without")
+    )
+    scales = [name for name in ours if name.endswith("column_scale")]
+    assert len(scales) == 14
+    assert all(not torch.equal(ours[name], others[name]) for name in scales)
 
 
 @pytest.mark.parametrize("feedback", [False, True])
