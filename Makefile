@@ -129,7 +129,7 @@ load: $(STAMP) ## 200 clients, good and bad, on a served model and on its origin
 # Of which ISAs, all by default: make sanitize ISAS="avx2 amx"
 ISAS ?=
 sanitize: $(STAMP) ## tests of the compiled CPU kernels under AddressSanitizer and UBSan: make sanitize [ISAS="avx2 …"]
-	@OMP_NUM_THREADS=1 LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
+	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
 	  $(BIN)/python tests/kernels/backends/x86/rebuilt_suite.py --sanitize --software-tiles $(if $(ISAS),--isas $(ISAS))
 
 .PHONY: races soak nightly
@@ -176,8 +176,8 @@ fuzz: $(STAMP) ## damaged checkpoints, 100,000 cases or an hour; goes on where i
 	@OMP_NUM_THREADS=1 VLLM_LOGGING_LEVEL=ERROR $(BIN)/python tests/fuzz/fuzz.py --cases $(FUZZ_CASES) --minutes $(FUZZ_MINUTES)
 
 FUZZ_NATIVE_MINUTES ?= 20
-fuzz-native: $(STAMP) ## random tensors for the C++ code, under sanitizers, 20 minutes; goes on: make fuzz-native [FUZZ_NATIVE_MINUTES=…]
-	@$(BIN)/python tests/fuzz/native.py --minutes $(FUZZ_NATIVE_MINUTES)
+fuzz-native: $(STAMP) ## random tensors for the C++ code, under sanitizers, 20 minutes; goes on: make fuzz-native [FUZZ_NATIVE_MINUTES=… ISAS=…]
+	@$(BIN)/python tests/fuzz/native.py --minutes $(FUZZ_NATIVE_MINUTES) $(if $(ISAS),--isas $(ISAS))
 
 KILLS ?= 100
 KILL_MINUTES ?= 60

@@ -25,7 +25,7 @@ sys.path[:0] = [str(ROOT / "kernels"), str(ROOT / "tests" / "helpers")]
 
 from sanitized_objects import ADDRESS, DEBUG, UNDEFINED, compile_units  # noqa: E402
 
-from precalib_kernels.backends.x86.library import AMX, AVX512_BF16, ISAS, SOURCES  # noqa: E402
+from precalib_kernels.backends.x86.library import AMX, AVX2, AVX512_BF16, ISAS, SOURCES  # noqa: E402
 from precalib_kernels.toolchain import compile as toolchain  # noqa: E402
 from precalib_kernels.toolchain.compile import Unit  # noqa: E402
 
@@ -33,7 +33,7 @@ METHOD = ROOT / "offline_quantize" / "method" / "csrc"
 TILES = ROOT / "tests" / "kernels" / "backends" / "x86" / "software_tiles.h"
 LIBRARIES = "llvm-*/lib/clang/*/lib/linux/libclang_rt.fuzzer-x86_64.a"
 NAMES = [isa.name for isa in ISAS]
-FLAGS = (*DEBUG, "-fopenmp", "-std=c++20", "-w", "-mavx2", "-mfma", "-mf16c", *ADDRESS)
+FLAGS = (*DEBUG, *ADDRESS, "-fopenmp", "-std=c++20", "-w", "-Wno-psabi", *AVX2.flags)
 COVERAGE = ("-fsanitize-coverage=trace-pc",)
 
 
