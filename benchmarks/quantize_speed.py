@@ -5,9 +5,10 @@
 Without SOURCE it makes a random checkpoint of two layers with the shapes of Llama-3.2-1B (243 MB).
 
 Each method is a process of its own, timed inside without imports, from files to files:
-`precalib quantize` with rtn-4, balanced-4 and paper-4 (all cores), and llm-compressor's data-free
-`model_free_ptq` W4A16 with as many workers. auto-adpq works in memory and takes hours for a
-model: it gets one matrix of layer 0 (k_proj), beside paper-4's encoder on the same and one thread.
+`precalib quantize --activations none` with rtn-4, balanced-4 and paper-4 (all cores), and
+llm-compressor's data-free `model_free_ptq` W4A16 with as many workers. auto-adpq works in memory
+and takes hours for a model: it gets one matrix of layer 0 (k_proj), beside paper-4's encoder on the
+same and one thread.
 
 --peers-python names the interpreter that has `llmcompressor` and `auto-adpq` (their pins exclude
 ours); without it only precalib is timed. Prints a table of medians and of ratios to rtn-4.
@@ -120,7 +121,7 @@ def time_precalib(source: Path, recipe: str) -> float:
 
     with tempfile.TemporaryDirectory() as work:
         start = time.perf_counter()
-        quantize_checkpoint(source, Path(work) / "out", recipe)
+        quantize_checkpoint(source, Path(work) / "out", recipe, activations="none")
         return time.perf_counter() - start
 
 
