@@ -125,9 +125,11 @@ class Bench:
             folder = self.folder / label
             if not (folder / "precalib.json").exists():
                 option = next(o for o in bit_allocation.OPTIONS if o.label == label)
-                changes = {} if "--" not in label else {"alpha": option.recipe.alpha}
+                changes: dict[str, Any] = {}
+                if "--" in label:
+                    changes["alpha"] = option.recipe.alpha
                 if "--salient-bits" in label:
-                    changes["salient_bits"] = option.recipe.salient_bits
+                    changes["salient_bits"] = option.recipe.layout.salient_bits
                 recipe = label.split()[0]
                 quantize_checkpoint(
                     self.source, folder, recipe, activations=self.mode, jobs=1, **changes
