@@ -47,9 +47,8 @@ LIMITS = {
     "avx512_vnni": ("avx512", "AVX512_CORE_VNNI", "AVX512"),
     "avx512_bf16": ("avx512", "AVX512_CORE_BF16", "AVX512"),
 }
-CACHES, UNITS = Path("/sys/devices/system/cpu/cpu0/cache"), {"K": 10, "M": 20}
 VARIABLES = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
-
+CACHES, UNITS = Path("/sys/devices/system/cpu/cpu0/cache"), {"K": 10, "M": 20}
 
 Product = Callable[[Tensor], Tensor]
 
@@ -79,7 +78,7 @@ class Copies:
         product: Callable[..., Tensor],
         *weights: Tensor,
         dtype: torch.dtype = torch.bfloat16,
-        prepare: Callable[[Tensor], Any] = lambda weight: weight,
+        prepare: Callable[[Tensor], Any] = torch.clone,
     ) -> Operator:
         """Of `product(x, *weights)`; the first weight is the one that is large.
 
@@ -87,7 +86,7 @@ class Copies:
         """
         large, *others = weights
         count = max(2, -(-4 * self.cache // large.nbytes)) if self.cache else 1
-        turns = [(prepare(large.clone()), *map(torch.clone, others)) for _ in range(count)]
+        turns = [(prepare(large), *map(torch.clone, others)) for _ in range(count)]
         products = (self._product(product, turn) for turn in turns)
         return Operator(itertools.cycle(list(products)), dtype)
 
@@ -164,7 +163,7 @@ def unquantized_operators(size: int, copies: Copies) -> Operators:
         operators[ONEDNN] = copies.operator(
             lambda x, handler: ops.onednn_mm(handler, x, None),
             half,
-            prepare=lambda weight: ops.create_onednn_mm(weight.t(), 64),
+            prepare=lambda weight: ops.create_onednn_mm(weight.clone().t(), 64),
         )
     except Exception as error:  # no vLLM, or a build of it without this operator
         print(f"# {ONEDNN} is left out: {first_line(error)}")
@@ -202,7 +201,9 @@ def other_operators(size: int, limited: bool, copies: Copies, group: int = 64) -
     zeros = words(size // group, size // 8)
     blocked = words(size // 16, size * 16 // 8)
     operators["cpu_gemm_wna16"] = copies.operator(
-        lambda x, *weight: ops.cpu_gemm_wna16(*(x, *weight, None, 8, "amx" if amx else "vec")),
+        lambda x, weight, scales, zeros: ops.cpu_gemm_wna16(
+            x, weight, scales, zeros, None, 8, "amx" if amx else "vec"
+        ),
         blocked,
         scales,
         zeros,
@@ -212,7 +213,8 @@ def other_operators(size: int, limited: bool, copies: Copies, group: int = 64) -
             words(size, size // 8), zeros, scales, ops.CPUQuantAlgo.AWQ
         )
         operators["int4_scaled_mm_cpu (W4A8)"] = copies.operator(
-            lambda x, *weight: ops.int4_scaled_mm_cpu(*(x, *weight, None)), *eight
+            lambda x, weight, zeros, scales: ops.int4_scaled_mm_cpu(x, weight, zeros, scales, None),
+            *eight,
         )
     return operators
 

@@ -24,27 +24,22 @@ class Room:
     """Makes those wait that bring more work than is wanted at once: tasks, or bytes of weights."""
 
     def __init__(self, tasks: int, nbytes: int) -> None:
-        self.free = (tasks, nbytes)
+        self.all = self.free = (tasks, nbytes)
         self.changed = Condition()
-        self.inside = 0
 
     def enter(self, nbytes: int) -> None:
         """Return once there is room for a task with so many bytes, or no other task is inside."""
         with self.changed:
             self.changed.wait_for(
-                lambda: not self.inside or (self.free[0] > 0 and self.free[1] >= nbytes)
+                lambda: self.free == self.all or (self.free[0] > 0 and self.free[1] >= nbytes)
             )
-            self._take(1, nbytes)
+            self.free = self.free[0] - 1, self.free[1] - nbytes
 
     def leave(self, nbytes: int) -> None:
         """A task that has entered is done."""
         with self.changed:
-            self._take(-1, -nbytes)
+            self.free = self.free[0] + 1, self.free[1] + nbytes
             self.changed.notify_all()
-
-    def _take(self, tasks: int, nbytes: int) -> None:
-        self.inside += tasks
-        self.free = self.free[0] - tasks, self.free[1] - nbytes
 
 
 class EncoderPool:
