@@ -26,6 +26,7 @@ from offline_quantize.checkpoint.source import open_checkpoint
 from offline_quantize.evaluation.kl import compare, reference_distributions, text_windows
 from offline_quantize.evaluation.models import load_original, load_tokenizer
 from offline_quantize.planning import bit_allocation, selection
+from offline_quantize.planning.activation_options import ActivationOptions
 from offline_quantize.planning.options import Options
 from offline_quantize.planning.plan import make_plan
 from precalib_kernels.errors import SourceError
@@ -42,10 +43,11 @@ CASES: Mapping[str, Mapping[str, Any]] = {
         "WRITE_BACK_FACTOR": 1.0,
         "FIRST_FACTOR": 1.0,
         "LAST_FACTOR": 1.0,
-        "SHARING_EXPONENT": 0.0,
+        "SHARING_EXPONENTS": (0.0, 0.0),
     },
-    "keys, values: 1": {"SHARING_EXPONENT": 0.0},
-    "keys, values: root": {"SHARING_EXPONENT": 0.5},
+    "keys, values: 1": {"SHARING_EXPONENTS": (0.0, 0.0)},
+    "keys, values: root": {"SHARING_EXPONENTS": (0.5, 0.5)},
+    "keys, values: heads": {"SHARING_EXPONENTS": (1.0, 1.0)},
     "o, down: 1": {"WRITE_BACK_FACTOR": 1.0},
     "o, down: 2": {"WRITE_BACK_FACTOR": 2.0},
     "first two layers: 1": {"FIRST_FACTOR": 1.0},
@@ -59,7 +61,8 @@ class Bench:
     """A model, what it says on a text, and its weights by each option of a mix."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
-        self.source, self.mode = arguments.source, arguments.activations
+        self.source, self.mode = arguments.source, arguments.mode
+        self.known = None if self.mode == "none" else ActivationOptions()
         self.checkpoint = open_checkpoint(self.source)
         self.folder = arguments.work / self.source.name / self.mode
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -107,7 +110,7 @@ class Bench:
     def mix(self, size: float, changes: Mapping[str, Any]) -> dict[str, str]:
         """Label of each weight's option, with changed factors."""
         with mock.patch.multiple(bit_allocation, **changes) if changes else mock.MagicMock():
-            plan = make_plan(self.checkpoint, Options(target_bits=size))
+            plan = make_plan(self.checkpoint, Options(target_bits=size, activations=self.known))
         return {name: weight.label for name, weight in plan.weight_plans.items()}
 
     def kl(self, mix: Mapping[str, str]) -> float:
@@ -131,8 +134,16 @@ class Bench:
                 if "--salient-bits" in label:
                     changes["salient_bits"] = option.recipe.layout.salient_bits
                 recipe = label.split()[0]
+                feedback = self.mode == "feedback"
+                text = "self" if feedback else self.mode
                 quantize_checkpoint(
-                    self.source, folder, recipe, activations=self.mode, jobs=1, **changes
+                    self.source,
+                    folder,
+                    recipe,
+                    activations=text,
+                    feedback=feedback,
+                    jobs=1,
+                    **changes,
                 )
             self.made[label] = {
                 f"{module}.weight": open_packed(folder).weight(module).bfloat16()
@@ -196,7 +207,7 @@ def main() -> None:
     parser.add_argument("source", type=Path, help="folder of an unquantized checkpoint")
     parser.add_argument("--text", type=Path)
     parser.add_argument("--tokens", type=int, default=4096)
-    parser.add_argument("--activations", choices=("none", "random"), default="random")
+    parser.add_argument("--mode", choices=("none", "random", "feedback"), default="random")
     parser.add_argument("--sizes", type=float, nargs="+", default=SIZES)
     parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS))
     parser.add_argument("--cases", nargs="*", choices=CASES, default=list(CASES))

@@ -35,7 +35,7 @@ from offline_quantize.method.recipes import RECIPES
 POINTERS = {
     "weights": "fp32", "unit": "fp32", "low_bits": "i32", "importance": "fp32",
     "value_table": "i32", "rank_table": "i32", "survivors": "i32", "codes": "i32",
-    "entries": "fp32",
+    "entries": "fp32", "least_cost": "fp32",
 }  # fmt: skip
 FEEDBACK_POINTERS = {
     **dict.fromkeys(("target", "weight", "effects", "importance", "unit", "step"), "fp32"),
@@ -160,8 +160,9 @@ def count_encoding(recipe: str, rows: int, columns: int, in_torch: bool) -> Coun
     """Operators of encoding one weight; with `in_torch` those of the search in torch as well."""
     weight = torch.randn(rows, columns).bfloat16()
 
-    def elsewhere(weights: Tensor, _: Any, low_bits: Tensor, *_more: Any) -> tuple[Tensor, Tensor]:
-        return torch.empty_like(low_bits).zero_(), torch.empty_like(weights).zero_()
+    def elsewhere(weights: Tensor, unit: Tensor, low_bits: Tensor, *_: Any) -> trellis.Paths:
+        found = torch.zeros_like(low_bits), torch.zeros_like(weights), torch.zeros_like(unit[0])
+        return trellis.best_of(lambda _: found, unit, unit)  # all but the kernel
 
     kept = trellis.search, encode.BLOCK_WEIGHTS
     trellis.search = trellis.search_torch if in_torch else elsewhere  # type: ignore[assignment]
@@ -194,8 +195,9 @@ def report(recipe: str, rows: int, columns: int, in_torch: bool) -> None:
         if not in_torch:
             cost = search_cost(False, chip.target)
             times = chip.seconds(MODEL * cost.bits / 8, MODEL * cost.instructions, 0)
-            line += f" + search {max(times.values()):.2f} s "
-            line += f"({cost.instructions:.0f} instructions, {cost.bits / 8:.0f} bytes per weight)"
+            scales = len(encode.SHRINKS)
+            line += f" + search {scales * max(times.values()):.2f} s ({scales} times "
+            line += f"{cost.instructions:.0f} instructions, {cost.bits / 8:.0f} bytes per weight)"
         print(line, flush=True)
         if not in_torch:
             feedback = feedback_cost(chip.target)

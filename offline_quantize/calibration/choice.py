@@ -11,7 +11,7 @@ from offline_quantize.planning.activation_options import (
     TOKENS_WITH_FEEDBACK,
     ActivationOptions,
 )
-from offline_quantize.planning.plan import Plan
+from offline_quantize.planning.plan import Plan, make_plan
 from offline_quantize.planning.selection import within_decoder
 from precalib_kernels.errors import PrecalibError, UsageError
 
@@ -55,9 +55,8 @@ def choose_activations(
     if tokens is None:
         tokens = TOKENS_WITH_FEEDBACK if feedback else TOKENS
     activations = ActivationOptions(text, tokens, feedback)
-    return dataclasses.replace(
-        plan, options=dataclasses.replace(plan.options, activations=activations)
-    ), None
+    options = dataclasses.replace(plan.options, activations=activations)
+    return make_plan(plan.source, options), None  # --target-bits goes by what will be known
 
 
 def why_not(plan: Plan) -> str | None:

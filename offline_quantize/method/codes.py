@@ -5,6 +5,7 @@ reads them like any others.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from offline_quantize.method.arithmetic import reciprocal
 from offline_quantize.method.salience import SalientWeights
 from offline_quantize.method.salient_steps import SalientSteps
-from offline_quantize.method.scales import GroupScales, RowScales
+from offline_quantize.method.scales import GroupScales, RowScales, choose_scales
 from offline_quantize.method.trellis import FREE, trellis_search
 from precalib_kernels.format.layout import Layout
 from precalib_kernels.format.reference import salient_grid_values
@@ -51,17 +52,21 @@ def find_codes(
     target: Tensor,
     salient: SalientWeights,
     rows: RowScales,
-    groups: GroupScales,
+    candidates: Sequence[GroupScales],
     layout: Layout,
     *,
     padding: int = 0,
     objective: Objective = SQUARED_ERROR,
-) -> Codes:
+) -> tuple[Codes, GroupScales]:
     """The codes of a block of rows that come closest to `target`.
 
-    target:  float32 [R, G, group_size], what the codes are to stand for.
-    padding: number of columns at the end of the last group that are none.
+    target:     float32 [R, G, group_size], what the codes are to stand for.
+    candidates: scales that each group may have; several for a trellis alone. Of equally good ones
+                it gets the first.
+    padding:    number of columns at the end of the last group that are none.
+    returns:    the codes, and the scales that they are for.
     """
+    groups = candidates[0]
     wide = _salient_codes(target, salient, rows, layout)
     if layout.uniform:
         base, values = _uniform_codes(target, groups, layout)
@@ -70,7 +75,12 @@ def find_codes(
         if padding:
             low_bits[:, -1, -padding:] = 0
         salient.scatter(low_bits, wide & 1)
-        base, values = trellis_search(target, groups.scale, layout, low_bits, objective.importance)
+        scales = torch.stack([each.scale for each in candidates])
+        base, values, chosen = trellis_search(
+            target, scales, layout, low_bits, objective.importance
+        )
+        if len(candidates) > 1:
+            groups = choose_scales(candidates, chosen)
     else:
         base, values = _nearest_entries(target, groups.scale, layout)
     values = values.mul_(groups.step[..., None])
@@ -78,7 +88,7 @@ def find_codes(
         salient.scatter(base, wide & (2**layout.bits - 1))
         wide_values = salient_grid_values(wide.flatten(1), rows.tensors, layout)
         salient.scatter(values, wide_values.view(wide.shape))
-    return Codes(base, wide, values)
+    return Codes(base, wide, values), groups
 
 
 def _salient_codes(

@@ -37,7 +37,7 @@ from precalib_kernels.format.layout import Layout
 
 BLOCK_WEIGHTS = 1 << 19  # 2 MiB of float32
 GPU_BLOCK_WEIGHTS = 1 << 24  # a search has a thread per group, and every stage starts many kernels
-SHRINKS = (1.0, 2 ** (-1 / 16), 2 ** (-2 / 16))  # of group scales, tried where the loss is known
+SHRINKS = (1.0, 2 ** (-1 / 16), 2 ** (-2 / 16))  # of group scales; that of least loss is kept
 FEEDBACK_ROWS = 128  # at least so many at once: all of them read the factor of the Hessian
 
 
@@ -197,12 +197,12 @@ def encode_groups(
     rows: PreparedRows, recipe: Recipe, objective: Objective = SQUARED_ERROR
 ) -> EncodedGroups:
     """Find scales and codes of all groups of `rows`; see `PreparedRows.groups` for some of them."""
-    scales = group_scales(rows.target, rows.salient, rows.scales, recipe)
-    codes = find_codes(
+    shrinks = SHRINKS if recipe.layout.trellis else SHRINKS[:1]
+    codes, scales = find_codes(
         rows.target,
         rows.salient,
         rows.scales,
-        scales,
+        group_scales(rows.target, rows.salient, rows.scales, recipe, shrinks),
         recipe.layout,
         padding=rows.padding,
         objective=objective,
@@ -212,14 +212,11 @@ def encode_groups(
 
 def encode_rows(rows: PreparedRows, recipe: Recipe, factor: FeedbackFactor) -> EncodedGroups:
     """Find scales and codes of all groups of `rows` with error feedback."""
-    candidates = [
-        group_scales(rows.target, rows.salient, rows.scales, recipe, shrink) for shrink in SHRINKS
-    ]
     codes, scales = find_codes_with_feedback(
         rows.target,
         rows.salient,
         rows.scales,
-        candidates,
+        group_scales(rows.target, rows.salient, rows.scales, recipe, SHRINKS),
         recipe.layout,
         factor,
         padding=rows.padding,

@@ -30,10 +30,10 @@ def trained_codebook(bits: int, group_size: int, salient_count: int) -> tuple[in
     samples = normal / order.values[:, salient_count, None]
     coins = torch.randint(0, 2, normal.shape, generator=generator, device=CPU)
     low_bits = torch.where(non_salient > 0, FREE, coins).to(torch.uint8)
-    unit = torch.full((GROUPS,), 127.0, device=CPU)
+    unit = torch.full((1, GROUPS), 127.0, device=CPU)
     codebook = _start(2 ** (bits + 1))
     for _ in range(ITERATIONS):
-        _, chosen = search(samples, unit, low_bits, _layout(bits, group_size, codebook))
+        chosen = search(samples, unit, low_bits, _layout(bits, group_size, codebook)).entries
         mean = _centroids(codebook.round(), chosen, 127 * samples, non_salient)
         step = 2 * (mean - codebook)  # shorter steps get stuck on the whole numbers
         codebook = (codebook + step).clamp(-127, 127)

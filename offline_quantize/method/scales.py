@@ -64,22 +64,25 @@ def group_scales(
     salient: SalientWeights,
     rows: RowScales,
     recipe: Recipe,
-    shrink: float = 1.0,
-) -> GroupScales:
-    """Find scale and zero point of each group, given its row's.
+    shrinks: Sequence[float] = (1.0,),
+) -> list[GroupScales]:
+    """Find scale and zero point of each group, given its row's, once for each of `shrinks`.
 
-    shrink: share of the group's range that the codes span; weights beyond it get the end code.
+    shrinks: shares of the group's range that the codes span; weights beyond get the end code.
     """
     layout = recipe.layout
-    lowest, spans = _ranges(grouped, salient, recipe)
-    lowest, spans = None if lowest is None else lowest * shrink, spans * shrink
-    tensors = {"scales": spans.half() if layout.scale == "float16" else _log8(spans, rows)}
-    scale = stored_scales(tensors | rows.tensors, layout)
-    step = scale / layout.codebook_limit
-    if lowest is None:
-        return GroupScales(tensors, scale, step, None)
-    zero = (-lowest * reciprocal(step)).round_().clamp_(0, layout.codebook_limit)
-    return GroupScales(tensors | {"zeros": zero.to(torch.uint8)}, scale, step, zero)
+    least, whole = _ranges(grouped, salient, recipe)
+    found = []
+    for shrink in shrinks:
+        spans = whole * shrink
+        tensors = {"scales": spans.half() if layout.scale == "float16" else _log8(spans, rows)}
+        scale = stored_scales(tensors | rows.tensors, layout)
+        step, zero = scale / layout.codebook_limit, None
+        if least is not None:
+            zero = (-(least * shrink) * reciprocal(step)).round_().clamp_(0, layout.codebook_limit)
+            tensors["zeros"] = zero.to(torch.uint8)
+        found.append(GroupScales(tensors, scale, step, zero))
+    return found
 
 
 def choose_scales(candidates: Sequence[GroupScales], chosen: Tensor) -> GroupScales:

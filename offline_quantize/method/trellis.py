@@ -1,5 +1,7 @@
 """The path of least squared error through each group's trellis (Viterbi search).
 
+Where a group may have several scales, the one with which the error is least is taken.
+
 The state after weight k is (u[k], u[k-1]), the low bits of two codes. The index of its
 codebook entry modulo 4, its subset, is 2 * (u[k] ^ u[k-2]) + u[k-1]; within a subset the nearest
 entry is best.
@@ -14,11 +16,14 @@ set, and in the padding of a ragged group; FREE for all others.
 import ctypes
 import functools
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from offline_quantize.method.arithmetic import reciprocal
 from precalib_kernels.backends.triton.backend import has_triton
 from precalib_kernels.format.layout import Layout
 from precalib_kernels.toolchain import compile as build
@@ -29,24 +34,42 @@ FREE = 2  # a low bit that the search may choose; csrc/viterbi.cpp has the same 
 
 def trellis_search(
     target: Tensor,
-    scale: Tensor,
+    scales: Tensor,
     layout: Layout,
     low_bits: Tensor,
     importance: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Codes (uint8) and codebook entries (float32) of the best paths, [R, G, group_size].
 
-    target:     weights, float32 [R, G, group_size];  scale: as decoded, [R, G].
+    target:     weights, float32 [R, G, group_size].
+    scales:     those that each group may have, as decoded, [candidates, R, G].
     low_bits:   uint8 like `target`: 0, 1 or FREE.
     importance: factor of each weight's squared error, [R, G, group_size], or of each column's,
                 [G, group_size]; None for 1.
+    returns:    also the number of the scale that they are for, uint8 [R, G].
     """
-    unit = torch.where(scale > 0, layout.codebook_limit / scale, 0).flatten()
-    weights, given = (t.reshape(len(unit), -1).contiguous() for t in (target, low_bits))
+    unit = torch.where(scales > 0, layout.codebook_limit / scales, 0).flatten(1)
+    weights, given = (t.reshape(unit.shape[1], -1).contiguous() for t in (target, low_bits))
     if importance is not None:
         importance = importance.expand(target.shape).reshape(weights.shape).contiguous()
-    codes, entries = search(weights, unit, given, layout, importance)
-    return codes.view(target.shape), entries.view(target.shape)
+    found = search(weights, unit, given, layout, importance)
+    return (
+        found.codes.view(target.shape),
+        found.entries.view(target.shape),
+        found.chosen.view(target.shape[:2]),
+    )
+
+
+class Paths(NamedTuple):
+    """The best paths of n groups.
+
+    codes, entries: uint8 and float32 [n, group_size].
+    chosen:         which unit they are for, uint8 [n].
+    """
+
+    codes: Tensor
+    entries: Tensor
+    chosen: Tensor
 
 
 def search(
@@ -55,12 +78,13 @@ def search(
     low_bits: Tensor,
     layout: Layout,
     importance: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Codes and codebook entries [n, group_size] of n groups, by the fastest search there is.
+) -> Paths:
+    """The best paths of n groups, by the fastest search there is.
 
     weights, low_bits: [n, group_size].
-    unit:       [n], codebook units per weight unit. A product of weight and unit that is not a
-                number counts as zero, so any input gives codes that exist.
+    unit:       [candidates, n], codebook units per weight unit; of equally good ones a group gets
+                the first. A product of weight and unit that is not a number counts as zero, so any
+                input gives codes that exist.
     importance: [n, group_size], or None for 1.
     """
     native = _native() if weights.device.type == "cpu" else None
@@ -80,27 +104,53 @@ def search_native(
     layout: Layout,
     library: ctypes.CDLL,
     importance: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> Paths:
     """The compiled search, for tensors of the CPU; arguments and results as of `search`."""
     cpu = torch.device("cpu")
     codebook = torch.tensor(layout.codebook_values, dtype=torch.int32, device=cpu)
-    codes = torch.empty(weights.shape, dtype=torch.uint8, device=cpu)
-    entries = torch.empty(weights.shape, dtype=torch.float32, device=cpu)
+    found = Paths(
+        torch.empty(weights.shape, dtype=torch.uint8, device=cpu),
+        torch.empty(weights.shape, dtype=torch.float32, device=cpu),
+        torch.empty(len(weights), dtype=torch.uint8, device=cpu),
+    )
     unit, low_bits = unit.contiguous(), low_bits.contiguous()
+    step = reciprocal(unit)
     short = library.trellis_search(
-        *(ctypes.c_void_p(t.data_ptr()) for t in (weights, unit, low_bits)),
+        *(ctypes.c_void_p(t.data_ptr()) for t in (weights, unit, step)),
+        ctypes.c_int32(len(unit)),
+        ctypes.c_void_p(low_bits.data_ptr()),
         ctypes.c_void_p(None if importance is None else importance.data_ptr()),
         ctypes.c_void_p(codebook.data_ptr()),
         ctypes.c_int32(len(codebook)),
         ctypes.c_int32(layout.codebook_limit),
         ctypes.c_int64(weights.shape[0]),
         ctypes.c_int32(weights.shape[1]),
-        ctypes.c_void_p(codes.data_ptr()),
-        ctypes.c_void_p(entries.data_ptr()),
+        *(ctypes.c_void_p(t.data_ptr()) for t in found),
     )
     if short:
         raise MemoryError("for the trellis search")
-    return codes, entries
+    return found
+
+
+def best_of(
+    one: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]], unit: Tensor, step: Tensor
+) -> Paths:
+    """The best paths over all units, one search after the other.
+
+    one: codes, entries and least cost, in codebook units, of the groups with one unit each.
+    """
+    codes, entries, cost = one(unit[0])
+    least = cost * step[0] * step[0]
+    chosen = torch.zeros(len(least), dtype=torch.uint8, device=least.device)
+    for candidate in range(1, len(unit)):
+        more_codes, more_entries, cost = one(unit[candidate])
+        loss = cost * step[candidate] * step[candidate]
+        better = loss < least
+        least = torch.where(better, loss, least)
+        chosen.masked_fill_(better, candidate)
+        codes = torch.where(better[:, None], more_codes, codes)
+        entries = torch.where(better[:, None], more_entries, entries)
+    return Paths(codes, entries, chosen)
 
 
 def search_torch(
@@ -109,8 +159,23 @@ def search_torch(
     low_bits: Tensor,
     layout: Layout,
     importance: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> Paths:
     """The same search in torch, on any device, all groups at once."""
+
+    def one(unit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return _search_torch(weights, unit, low_bits, layout, importance)
+
+    return best_of(one, unit, reciprocal(unit))
+
+
+def _search_torch(
+    weights: Tensor,
+    unit: Tensor,
+    low_bits: Tensor,
+    layout: Layout,
+    importance: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, entries and least cost for one unit of each group, [n]."""
     count, size = weights.shape
     limit, device = layout.codebook_limit, weights.device
     codebook = torch.tensor(layout.codebook_values, device=device)
@@ -148,7 +213,8 @@ def search_torch(
     low, subset = _trace(cost, survivors)
     # index = 4 * rank + subset and code ^ u[k-2] = index >> 1, so the code is 2 * rank + u[k]
     codes = (2 * rank[subset, point.long()] + low).to(torch.uint8)
-    return codes.T.contiguous(), value[subset, point.long()].T.contiguous()
+    entries = value[subset, point.long()].T.contiguous()
+    return codes.T.contiguous(), entries, cost.view(4, -1).amin(0)
 
 
 def _trace(cost: Tensor, survivors: Tensor) -> tuple[Tensor, Tensor]:

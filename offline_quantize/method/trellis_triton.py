@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from offline_quantize.method.arithmetic import reciprocal
+from offline_quantize.method.trellis import Paths, best_of
 from precalib_kernels.format.layout import Layout
 
 GROUPS = 64  # of a program
@@ -21,23 +23,32 @@ def search_triton(
     low_bits: Tensor,
     layout: Layout,
     importance: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> Paths:
     """The search on a GPU or in Triton's interpreter; arguments and results as of `trellis.search`.
 
-    Its weights are read twice; besides, it takes half a byte per weight of memory.
+    Its weights are read twice for each candidate; besides, a search takes half a byte per weight of
+    memory.
     """
     count, size = weights.shape
+    weights, low_bits = weights.contiguous(), low_bits.contiguous().view(torch.int32)
+    factors = weights if importance is None else importance.contiguous()
     value, rank = entry_tables(layout, weights.device)
-    codes = torch.empty(weights.shape, dtype=torch.uint8, device=weights.device)
-    entries = torch.empty(weights.shape, dtype=torch.float32, device=weights.device)
     survivors = torch.empty((size // 8, count), dtype=torch.int32, device=weights.device)
-    search_kernel[(triton.cdiv(count, GROUPS),)](
-        weights.contiguous(), unit.contiguous(), low_bits.contiguous().view(torch.int32),
-        weights if importance is None else importance.contiguous(), value, rank, survivors,
-        codes.view(torch.int32), entries, count, SIZE=size, LIMIT=layout.codebook_limit,
-        WEIGHTED=importance is not None, GROUPS=GROUPS, num_warps=WARPS, enable_fp_fusion=False,
-    )  # fmt: skip
-    return codes, entries
+
+    def one(unit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        codes = torch.empty(weights.shape, dtype=torch.uint8, device=weights.device)
+        entries = torch.empty(weights.shape, dtype=torch.float32, device=weights.device)
+        cost = torch.empty(count, dtype=torch.float32, device=weights.device)
+        search_kernel[(triton.cdiv(count, GROUPS),)](
+            weights, unit, low_bits, factors, value, rank, survivors, codes.view(torch.int32),
+            entries, cost, count, SIZE=size, LIMIT=layout.codebook_limit,
+            WEIGHTED=importance is not None, GROUPS=GROUPS, num_warps=WARPS,
+            enable_fp_fusion=False,
+        )  # fmt: skip
+        return codes, entries, cost
+
+    unit = unit.contiguous()
+    return best_of(one, unit, reciprocal(unit))
 
 
 def entry_tables(layout: Layout, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -68,6 +79,7 @@ def search_kernel(
     survivors,  # workspace: int32 [SIZE / 8, groups]
     codes,  # out: int32 [groups, SIZE / 4], a byte per weight; meanwhile the points
     entries,  # out: float32 [groups, SIZE]
+    least_cost,  # out: float32 [groups], in codebook units
     groups,
     SIZE: tl.constexpr,
     LIMIT: tl.constexpr,
@@ -108,6 +120,7 @@ def search_kernel(
     for s in tl.static_range(1, 4):
         state = tl.where(cost[s] < least, s, state)
         least = tl.where(cost[s] < least, cost[s], least)
+    tl.store(least_cost + group, least, mask=inside)
     for turn in tl.range(0, SIZE // 8):
         eight = SIZE // 8 - 1 - turn
         kept = tl.load(survivors + eight * groups.to(tl.int64) + group, mask=inside, other=0)

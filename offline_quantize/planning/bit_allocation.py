@@ -47,24 +47,25 @@ def _option(name: str, alpha: float, error: float, salient_bits: int | None = No
 # By size. More salient weights, or groups of 64, buy less per bit than the next base code
 # (docs/method.md).
 OPTIONS = (
-    _option("balanced-2", 1 / 128, 0.0811, salient_bits=8),
-    _option("balanced-2", 2 / 128, 0.0733, salient_bits=7),
-    _option("balanced-2", 3 / 128, 0.0679),
-    _option("balanced-2", 4 / 128, 0.0639),
-    _option("balanced-3", 1 / 128, 0.0212),
-    _option("balanced-3", 2 / 128, 0.0189),
-    _option("balanced-3", 4 / 128, 0.0161),
-    _option("balanced-4", 1 / 128, 0.00539),
-    _option("balanced-4", 2 / 128, 0.00478),
-    _option("balanced-5", 1 / 128, 0.00134),
-    _option("balanced-5", 2 / 128, 0.00119),
+    _option("balanced-2", 1 / 128, 0.0786, salient_bits=8),
+    _option("balanced-2", 2 / 128, 0.0720, salient_bits=7),
+    _option("balanced-2", 3 / 128, 0.0670),
+    _option("balanced-2", 4 / 128, 0.0631),
+    _option("balanced-3", 1 / 128, 0.0204),
+    _option("balanced-3", 2 / 128, 0.0183),
+    _option("balanced-3", 4 / 128, 0.0158),
+    _option("balanced-4", 1 / 128, 0.00518),
+    _option("balanced-4", 2 / 128, 0.00463),
+    _option("balanced-5", 1 / 128, 0.00133),
+    _option("balanced-5", 2 / 128, 0.00118),
 )
 
 # Few and round: other values help one of two models and hurt the other (docs/method.md).
 WRITES_BACK = re.compile(r"\.(?:o_proj|out_proj|down_proj|w2|wo|c_proj|fc2|dense_4h_to_h)$")
 KEY_OR_VALUE = re.compile(r"\.(?:k_proj|v_proj)$")
 FUSED_QKV = re.compile(r"\.(?:qkv_proj|query_key_value|wqkv|c_attn)$", re.IGNORECASE)
-SHARING_EXPONENT = 1.0  # of the query heads that a key or value head serves
+# Of the query heads that a key or value head serves, without known inputs and with them.
+SHARING_EXPONENTS = (1.0, 0.5)
 WRITE_BACK_FACTOR = 1.5  # their error enters the residual stream as it is
 FIRST_LAYERS, FIRST_FACTOR = 2, 2.0
 LAST_FACTOR = 3.0
@@ -75,12 +76,14 @@ def allocate(
     target_bits: float,
     config: Mapping[str, Any],
     fixed: tuple[int, int] = (0, 0),
+    inputs_known: bool = False,
 ) -> dict[str, tuple[str, Recipe]]:
     """Label and recipe of every module, effective bits of all together at most `target_bits`.
 
     weights: shape of each module's weight.
     config:  of the language model: its numbers of layers and of attention heads are used.
     fixed:   number and stored bytes of weights that count towards the target but are decided.
+    inputs_known: whether weights will be quantized for the inputs of their layers.
 
     Raises RecipeError for a target that no allocation meets, or that all but the largest exceed.
     """
@@ -101,7 +104,7 @@ def allocate(
     depth = _depth(weights, config)
     expected_loss = {
         unit: sum(
-            rows * columns * sensitivity(module, depth, config)
+            rows * columns * sensitivity(module, depth, config, inputs_known)
             for module, (rows, columns) in zip(units[unit], shapes[unit], strict=True)
         )
         for unit in units
@@ -114,15 +117,17 @@ def allocate(
     }
 
 
-def sensitivity(module: str, depth: int, config: Mapping[str, Any]) -> float:
+def sensitivity(
+    module: str, depth: int, config: Mapping[str, Any], inputs_known: bool = False
+) -> float:
     """KL that a relative error of this weight causes, per weight, against that of a query's.
 
-    A key or value head that serves n query heads counts n times.
+    A key or value head that serves n query heads counts n times, or √n times if inputs are known.
     """
     heads = whole_number(config, "num_attention_heads")
     served = whole_number(config, "num_key_value_heads") or heads
     queries = heads / served if heads and served else 1.0  # of each key or value head
-    key_or_value = queries**SHARING_EXPONENT
+    key_or_value = queries ** SHARING_EXPONENTS[inputs_known]
     factor = 1.0
     if KEY_OR_VALUE.search(module):
         factor = key_or_value

@@ -67,6 +67,7 @@ class RecipeResolver:
             if isinstance(value, float) and not math.isfinite(value):
                 raise RecipeError(f"{_flag(name)} {value}: give a finite number")
         self.target_bits = options.target_bits
+        self.inputs_known = options.activations is not None
         if self.target_bits is not None and (options.recipe or options.flags):
             given = f"--recipe {options.recipe}" if options.recipe else options.flags[0]
             raise RecipeError(
@@ -109,8 +110,13 @@ class RecipeResolver:
                 number += rows * columns
                 nbytes += recipe.layout.stored_bytes(rows, columns)
         if free:
-            fixed = number, nbytes
-            self.allocated = allocate(free, self.target_bits, source.text_config, fixed)
+            self.allocated = allocate(
+                free,
+                self.target_bits,
+                source.text_config,
+                fixed=(number, nbytes),
+                inputs_known=self.inputs_known,
+            )
 
     def check_used(self, quantized: Iterable[str], unquantized: Iterable[str]) -> None:
         """Raise RecipeError for a pattern that matches no tensor of these names.

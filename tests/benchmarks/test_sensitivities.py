@@ -14,7 +14,7 @@ def test_mixes_are_measured_once(load, source, tmp_path, monkeypatch, capsys):
     text.write_text("One text decides. " * 20)
 
     def run(*words):
-        command = [source, "--text", text, "--work", work, "--activations", "none", *words]
+        command = [source, "--text", text, "--work", work, "--mode", "none", *words]
         monkeypatch.setattr(sys, "argv", ["sensitivities.py", *map(str, command)])
         sensitivities.main()
         return capsys.readouterr().out
@@ -42,7 +42,7 @@ def test_mixes_are_measured_once(load, source, tmp_path, monkeypatch, capsys):
 def test_factors_change_what_they_name(load, source):
     sensitivities = load("sensitivities")
     bench = sensitivities.Bench.__new__(sensitivities.Bench)
-    bench.checkpoint = sensitivities.open_checkpoint(source)
+    bench.checkpoint, bench.known = sensitivities.open_checkpoint(source), None
     mixes = {case: bench.mix(3.85, changes) for case, changes in sensitivities.CASES.items()}
     assert mixes["today"] == bench.mix(3.85, {})
     assert mixes["today"] != mixes["no factors"]

@@ -14,6 +14,8 @@ from offline_quantize.planning.options import Options
 from offline_quantize.planning.plan import make_plan
 from precalib_kernels.errors import InputError, SourceError, UsageError
 
+TARGETS = (3.6, 3.7, 3.8, 3.9, 4.0, 4.1, 4.2)
+
 
 @pytest.fixture(scope="module")
 def source(byte_llama):
@@ -31,6 +33,20 @@ def test_auto_is_a_pass_over_random_tokens_where_it_can_be(source):
     chosen, reason = choose_activations(plan(source), "auto", None, True)
     assert chosen.options.activations == ActivationOptions("self", 4096, True)
     assert reason is None
+
+
+def test_a_mix_of_widths_goes_by_what_will_be_known(byte_llama):
+    """Known inputs make keys and values count less, so that other weights get the wider codes."""
+    root = byte_llama(hidden_size=256, intermediate_size=256, num_key_value_heads=1)
+
+    def size_of_keys(target, text):
+        mixed = make_plan(open_checkpoint(root), Options(target_bits=target))
+        chosen, _ = choose_activations(mixed, text, None, False)
+        return chosen.weight_plans["model.layers.0.self_attn.k_proj.weight"].stored_bytes
+
+    sizes = [[size_of_keys(bits, text) for text in ("random", "none")] for bits in TARGETS]
+    assert all(known <= unknown for known, unknown in sizes)
+    assert any(known < unknown for known, unknown in sizes)
 
 
 def test_auto_is_nothing_for_recipes_that_gain_nothing(source):

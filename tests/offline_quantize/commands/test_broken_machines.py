@@ -102,7 +102,7 @@ SEARCH = """
 import resource, torch
 from offline_quantize.method import trellis
 from offline_quantize.method.recipes import RECIPES
-groups = torch.ones(1, 32768), torch.ones(1), torch.full((1, 32768), 2, dtype=torch.uint8)
+groups = torch.ones(1, 32768), torch.ones(1, 1), torch.full((1, 32768), 2, dtype=torch.uint8)
 arguments = (*groups, RECIPES["balanced-4"].layout, trellis._native())
 trellis.search_native(*arguments)
 taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()

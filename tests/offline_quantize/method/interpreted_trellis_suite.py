@@ -25,7 +25,7 @@ def layout(bits: int, group_size: int) -> Layout:
 def inputs(groups: int, size: int):
     weights = torch.randn(groups, size)
     low_bits = torch.randint(0, 20, weights.shape).clamp(max=FREE).to(torch.uint8)
-    return weights, 127 / weights.abs().amax(1), low_bits
+    return weights, (127 / weights.abs().amax(1))[None], low_bits
 
 
 def check(case, chosen: Layout, importance=None) -> None:
@@ -58,11 +58,18 @@ def test_importances():
     assert not torch.equal(plain[0], weighted[0])
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+def test_each_group_gets_the_scale_of_least_error(weighted):
+    weights, unit, low_bits = inputs(40, 64)
+    several = weights, torch.cat([unit, 1.1 * unit, 0.5 * unit]), low_bits
+    check(several, layout(3, 64), torch.randn(40, 64).exp() if weighted else None)
+
+
 def test_degenerate_groups():
     weights = torch.tensor([[0.0] * 32, [1e30] * 32, [-1e-30] * 32, [1.0, -1.0] * 16])
     weights = torch.cat([weights, torch.randn(4, 32)])
     weights[4, ::3], weights[5, 5], weights[6] = torch.nan, torch.inf, -torch.inf
-    unit = torch.tensor([0.0, 127e-30, 127e30, 127.0, 40.0, 40.0, 0.0, torch.nan])
+    unit = torch.tensor([[0.0, 127e-30, 127e30, 127.0, 40.0, 40.0, 0.0, torch.nan]])
     low_bits = torch.full((8, 32), FREE, dtype=torch.uint8)
     low_bits[3] = torch.arange(32) % 2
     check((weights, unit, low_bits), layout(4, 32))
@@ -72,7 +79,7 @@ def test_ties_are_broken_alike():
     """Halves between two integers, and weights that several paths reach at the same cost."""
     weights = torch.arange(-64, 64).repeat(2, 1).view(4, 64) / 2
     weights[2] = 0
-    check((weights, torch.ones(4), torch.full((4, 64), FREE, dtype=torch.uint8)), layout(2, 64))
+    check((weights, torch.ones(1, 4), torch.full((4, 64), FREE, dtype=torch.uint8)), layout(2, 64))
 
 
 def test_tensors_are_made_on_the_device_of_the_weights():

@@ -124,6 +124,9 @@ def test_sensitivities():
     assert sensitivity(middle + "q_proj", 12, config) == 1
     assert sensitivity(middle + "v_proj", 12, config) == 4
     assert sensitivity(middle + "qkv_proj", 12, config) == 2  # (8·1 + 2·4 + 2·4) / 12
+    assert sensitivity(middle + "v_proj", 12, config, inputs_known=True) == 2
+    assert sensitivity(middle + "qkv_proj", 12, config, inputs_known=True) == 16 / 12
+    assert sensitivity(middle + "o_proj", 12, config, inputs_known=True) == 1.5
     assert sensitivity(middle + "v_proj", 12, {}) == 1
     assert sensitivity(middle + "o_proj", 12, config) == 1.5
     assert sensitivity("model.layers.1.mlp.up_proj", 12, config) == 2
