@@ -2,7 +2,7 @@
 
 Blocks of weights are [R, G, group_size], column scale taken off, a ragged last group filled up with
 zeros. A scale follows from the largest non-salient weights of a group and is not fitted to the
-others (docs/method.md tells why). Where the loss is known, it is chosen among a few.
+others (docs/method.md tells why). A trellis search, or error feedback, chooses it among a few.
 """
 
 import dataclasses
