@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from output_hessians import output_hessians
-from scale_tuning import tune_factors
 from torch import Tensor, nn
 
+from offline_quantize.calibration.scale_tuning import tune_factors
 from offline_quantize.checkpoint.atomic_files import read_json, write_json
 from offline_quantize.evaluation.begin_token import begin_tokens
 from offline_quantize.evaluation.kl import (

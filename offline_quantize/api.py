@@ -21,6 +21,7 @@ from offline_quantize.checkpoint.source import open_checkpoint
 from offline_quantize.commands.dequantize import dequantize
 from offline_quantize.commands.quantize import Outcome, check_cluster, quantize
 from offline_quantize.commands.verify import verify
+from offline_quantize.device import check_device
 from offline_quantize.method import recipes
 from offline_quantize.method.encode import Encoded, encode
 from offline_quantize.method.recipes import DEFAULT, Recipe
@@ -167,6 +168,7 @@ def quantize_checkpoint(
         card=card,
     )
     check_cluster(ray, jobs, device)
+    check_device(device)
     root, target = hub.locate(str(source)), Path(target)
     if ray is not None:  # other machines know no paths relative to a folder of this one
         root, target = root.absolute(), target.absolute()
@@ -239,6 +241,7 @@ def evaluate_checkpoint(
     """
     from offline_quantize.evaluation.command import Request, evaluate
 
+    check_device(device)
     request = Request(
         [Path(file) for file in text],
         self_generated,

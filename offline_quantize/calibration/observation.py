@@ -15,11 +15,12 @@ from offline_quantize.calibration.model import free_memory, model_for_pass
 from offline_quantize.calibration.text import own_text, random_tokens, text_of_file
 from offline_quantize.checkpoint.progress import Progress
 from offline_quantize.checkpoint.source import Checkpoint
+from offline_quantize.evaluation.models import errors_of_the_model
 from offline_quantize.method.feedback_factor import feedback_bytes
 from offline_quantize.method.input_statistics import InputStatistics
 from offline_quantize.planning.activation_options import ActivationOptions
 from offline_quantize.planning.selection import LAYER
-from precalib_kernels.errors import PrecalibError, SourceError, UsageError
+from precalib_kernels.errors import SourceError, UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -67,7 +68,7 @@ class Observation:
         )
         with contextlib.closing(observed) as blocks:
             while True:
-                with _errors_of_the_model(self.root):
+                with errors_of_the_model(self.root, REMEDY):
                     block = next(blocks, None)
                 if block is None:
                     return
@@ -128,7 +129,7 @@ def observation(
         if options.file is None:  # windows are short: plain products are faster than fused ones
             model.set_attn_implementation("eager")
         progress.begin("text for the model")
-        with _errors_of_the_model(source.root):
+        with errors_of_the_model(source.root, REMEDY):
             windows = _text(model, source.root, options)
         known = layers.keys() | experts.keys()
         unknown = [name for name in shapes if name not in known and LAYER.search(name)]
@@ -150,18 +151,6 @@ def _check_memory(root: Path, shapes: Mapping[str, Sequence[int]], device: str) 
             f"which has {columns[name]:,} inputs, and {free / 1e9:.1f} GB are free; leave out "
             "--feedback"
         )
-
-
-@contextlib.contextmanager
-def _errors_of_the_model(root: Path) -> Iterator[None]:
-    """Whatever a model class raises, as one sentence."""
-    try:
-        yield
-    except PrecalibError:
-        raise
-    except Exception as error:  # of any model class: all the same here
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        raise SourceError(f"{root}: the model cannot be run ({reason}); {REMEDY}") from error
 
 
 def _text(model: "PreTrainedModel", root: Path, options: ActivationOptions) -> list[Tensor]:

@@ -33,6 +33,7 @@ class RunRecord(Record):
     embeddings: recipe of the input embeddings; None for none, and then not written.
     activations: `ActivationOptions.to_json` of what went through the model first, or None.
     transform: of weights before they are quantized; None for none, and then not written.
+    tuned:     "tokens" that scales were tuned on; None, and then not written, if they were not.
     source:    digest of config.json; size and digest of the header of every weight file.
     """
 
@@ -49,6 +50,7 @@ class RunRecord(Record):
     embeddings: str | None = None
     activations: dict[str, Any] | None = None
     transform: str | None = None
+    tuned: dict[str, int] | None = None
     source: dict[FileName, Any]
 
     @field_validator("activations")
@@ -63,11 +65,19 @@ class RunRecord(Record):
                 raise ValueError(f"text {value['text'][:40]!r} is of no known kind")
         return value
 
+    @field_validator("tuned")
+    @classmethod
+    def _has_tokens(cls, value: dict[str, int] | None) -> dict[str, int] | None:
+        """Refuse a record that does not say what `describe_tuning` tells people."""
+        if value is not None and "tokens" not in value:
+            raise ValueError("lacks tokens")
+        return value
+
     @model_serializer(mode="wrap")
     def _without_unused(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """The fields; of those that earlier writers did not know only the ones in use."""
         fields: dict[str, Any] = write(self)
-        later = "transform", "embeddings"
+        later = "transform", "embeddings", "tuned"
         return {k: v for k, v in fields.items() if k not in later or v is not None}
 
 

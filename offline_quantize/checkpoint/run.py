@@ -104,7 +104,7 @@ class Run:
         else, when another run began there and `resume` is off or that run differs (the differing
         key is named), or when the disk is too full.
         """
-        self._check_place()
+        check_place(self.target, self.source)
         names = {path.name for path in self.target.iterdir()} if self.target.is_dir() else set()
         state = State.NEW
         if JOB in names:
@@ -211,15 +211,6 @@ class Run:
         with contextlib.suppress(OSError):  # not empty, or a mount point
             self.target.rmdir()
 
-    def _check_place(self) -> None:
-        target = self.target
-        if self.source.resolve() in (target.resolve(), *target.resolve().parents):
-            raise OutputError(
-                f"{target}: lies in the source; give a directory outside of {self.source}"
-            )
-        if target.exists() and not target.is_dir():
-            raise OutputError(f"{target}: is a file; give another output directory")
-
     def _check_same(self, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
         if difference := _difference(there, here):
             key, found, wanted = difference
@@ -240,6 +231,14 @@ class Run:
                 f"{target}: {needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free; "
                 "make room or choose another disk"
             )
+
+
+def check_place(target: Path, source: Path) -> None:
+    """Raise OutputError for a target that is a file, or the source or inside of it."""
+    if source.resolve() in (target.resolve(), *target.resolve().parents):
+        raise OutputError(f"{target}: lies in the source; give a directory outside of {source}")
+    if target.exists() and not target.is_dir():
+        raise OutputError(f"{target}: is a file; give another output directory")
 
 
 def _copy(origin: Path, path: Path) -> None:

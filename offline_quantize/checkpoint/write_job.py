@@ -92,6 +92,8 @@ class WriteTask:
                 tensors, report = self.job.make()
                 for name in self.job.outputs:
                     data = tensor_bytes(tensors[name])
+                    # of another size they would lie on the next tensor
+                    assert len(data) == self.places[name].nbytes, name
                     write_at(descriptor, data, self.places[name].begin)
                     sha256.update(data)
         finally:

@@ -6,7 +6,7 @@ from offline_quantize.checkpoint.atomic_files import CARD, MANIFEST
 from offline_quantize.checkpoint.manifest import Manifest
 from offline_quantize.checkpoint.packed import PackedCheckpoint, model_size
 from offline_quantize.cli import console
-from offline_quantize.planning.activation_options import describe
+from offline_quantize.planning.activation_options import describe, describe_tuning
 from offline_quantize.units import natural
 
 
@@ -15,6 +15,7 @@ def show(packed: PackedCheckpoint, manifest: Manifest) -> None:
     console.show_tensors(manifest)
     console.show_unquantized(manifest.unquantized, manifest.skipped_files)
     known = describe(manifest.run.activations) if manifest.run.activations else "no forward pass"
+    known += describe_tuning(manifest.run.tuned)
     console.out.print(
         f"Recipe {packed.config.recipe}, {known}, made by precalib {manifest.precalib}."
     )

@@ -22,15 +22,15 @@ from offline_quantize.checkpoint.manifest import read_manifest
 from offline_quantize.checkpoint.packed import open_packed
 from offline_quantize.checkpoint.run import State
 from offline_quantize.checkpoint.source import open_checkpoint
-from offline_quantize.cli import console, evaluation_tables, inspection, serving, sharing
+from offline_quantize.cli import console, evaluation_tables, inspection, serving, sharing, tuning
 from offline_quantize.cli import doctor as diagnosis
-from offline_quantize.cli.device import check_device
 from offline_quantize.commands.dequantize import dequantize as run_dequantize
 from offline_quantize.commands.dequantize import workload as dequantize_workload
 from offline_quantize.commands.quantize import check_cluster, run_of
 from offline_quantize.commands.quantize import quantize as run_quantize
 from offline_quantize.commands.verify import verify as run_verify
 from offline_quantize.commands.verify import workload
+from offline_quantize.device import check_device
 from offline_quantize.evaluation import command as evaluation
 from offline_quantize.method.recipes import DEFAULT, RECIPES
 from offline_quantize.planning.activation_options import TOKENS, TOKENS_WITH_FEEDBACK
@@ -275,6 +275,9 @@ def dequantize(
     with _resumable("run it again to continue"), console.progress_bar(total) as progress:
         size = run_dequantize(directory, target, getattr(torch, dtype.value), jobs, progress)
     console.out.print(f"{target}: {console.size(size)} of {dtype.value} weights.")
+
+
+app.command()(tuning.tune)
 
 
 @app.command("eval")

@@ -1,7 +1,8 @@
 """Models of transformers: an original checkpoint, and a packed one."""
 
+import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -111,6 +112,18 @@ def empty_model(directory: Path) -> "PreTrainedModel":
         if "custom code" in str(error):
             raise _own_code(directory, values) from error
         raise SourceError(f"{directory}: transformers cannot load it ({_line(error)})") from error
+
+
+@contextlib.contextmanager
+def errors_of_the_model(root: Path, remedy: str) -> Iterator[None]:
+    """Whatever a model class raises while it computes, as one sentence: a SourceError."""
+    try:
+        yield
+    except PrecalibError:
+        raise
+    except Exception as error:  # of any model class: all the same here
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise SourceError(f"{root}: the model cannot be run ({reason}); {remedy}") from error
 
 
 def input_device(model: "PreTrainedModel") -> torch.device:

@@ -66,3 +66,8 @@ def describe(activations: Mapping[str, Any]) -> str:
         "file": f"at most {tokens} tokens of {activations.get('file')}",
     }[activations["text"]]
     return f"{text} and error feedback" if activations["feedback"] else text
+
+
+def describe_tuning(tuned: Mapping[str, int] | None) -> str:
+    """What follows `describe` for a run whose scales were tuned; nothing for others."""
+    return f"; scales tuned on {tuned['tokens']:,} tokens that the model wrote" if tuned else ""

@@ -21,7 +21,7 @@ from offline_quantize.checkpoint.hub import REPOSITORY
 from offline_quantize.checkpoint.manifest import REQUANTIZE_REMEDY, Manifest, read_manifest
 from offline_quantize.checkpoint.source import CONFIG, architecture
 from offline_quantize.evaluation.result import EvaluationResult, Interval
-from offline_quantize.planning.activation_options import describe
+from offline_quantize.planning.activation_options import describe, describe_tuning
 from offline_quantize.report.card_metadata import (
     Provenance,
     is_ours,
@@ -144,7 +144,8 @@ def _contents(manifest: Manifest) -> dict[str, Any]:
         "recipe": _code(f"{run.recipe}{head}{embeddings}{transform}"),
         "options": _code(" ".join(f"{option} {shlex.quote(value)}" for option, value in given)),
         "inputs": _plain(
-            f"known from {describe(run.activations)}" if run.activations else "not used"
+            (f"known from {describe(run.activations)}" if run.activations else "not used")
+            + describe_tuning(run.tuned)
         ),
         "weights": f"{totals.weights:,} weights in {len(manifest.tensors):,} matrices",
         "packed_size": size(totals.stored_bytes),

@@ -24,7 +24,9 @@ struct Entry {
   Floats value;
 };
 
-// The entries of each subset that are nearest to the integers from -limit to limit.
+// The entries of each subset that are nearest to the integers from -limit to limit. The search
+// needs those of all four subsets at each weight, so a word holds their values and one look-up
+// finds them; nearest_entries.h, for error feedback, finds one entry at a time.
 class SubsetEntries {
  public:
   SubsetEntries(const int32_t* codebook, int count, int limit)

@@ -8,7 +8,7 @@ original wrote itself, the KL is what the two models differ by as writers of tex
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -40,6 +40,16 @@ class ScaledLinear(nn.Module):
         self.row = nn.Parameter(torch.ones(rows, device=frozen.weight.device))
         self.column = nn.Parameter(torch.ones(columns, device=frozen.weight.device))
 
+    @property
+    def weight(self) -> Tensor:
+        """Of the layer; some models look at its type."""
+        return self.frozen.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """Of the layer."""
+        return self.frozen.bias
+
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] to [..., N]; the factors are applied in float32."""
         y = nn.functional.linear((x * self.column).to(x.dtype), self.frozen.weight)
@@ -53,33 +63,49 @@ def tune_factors(
     modules: Sequence[str],
     windows: Sequence[Tensor],
     *,
-    epochs: int,
-    rate: float = RATE,
+    epochs: int = 1,
+    rows_alone: Collection[str] = (),
+    batch: int = 1,
+    rate: float | Mapping[str, float] = RATE,
     seed: int = 0,
     report: Report = lambda _done, _steps, _kl: None,
 ) -> dict[str, Factors]:
     """The factors of the modules at the end of training, by name.
 
     quantized: has the dequantized weights; it is as before at the end.
-    windows:   text, int64 [T] each; one is one step, in a new order in each epoch.
+    windows:   text, int64 [T] each, all of one length; in a new order in each epoch.
+    rows_alone: modules whose columns keep a factor of 1.
+    batch:     windows of one step.
+    rate:      of Adam at its largest, for all modules or for each.
     report:    is told of every step.
     """
     generator = torch.Generator().manual_seed(seed)
-    steps = epochs * len(windows)
+    text = torch.stack(list(windows))
+    steps = epochs * math.ceil(len(text) / batch)
     with _frozen(original, quantized), _scaled(quantized, modules) as layers:
-        parameters = [p for layer in layers.values() for p in (layer.row, layer.column)]
-        optimizer = torch.optim.Adam(parameters, lr=rate, betas=(0.9, 0.99))
+        for name in rows_alone:
+            layers[name].column.requires_grad_(False)
+        groups = [
+            {
+                "params": [layer.row, layer.column],
+                "lr": rate[name] if isinstance(rate, Mapping) else rate,
+            }
+            for name, layer in layers.items()
+        ]
+        optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
-        for epoch in range(epochs):
-            for i, index in enumerate(torch.randperm(len(windows), generator=generator).tolist()):
-                tokens = windows[index][None].to(quantized.device)
+        done = 0
+        for _ in range(epochs):
+            for chosen in torch.randperm(len(text), generator=generator).split(batch):
+                tokens = text[chosen].to(quantized.device)
                 with torch.enable_grad():
                     loss = divergence(original, quantized, tokens)
                     optimizer.zero_grad()
                     loss.backward()
                 optimizer.step()
                 schedule.step()
-                report(epoch * len(windows) + i + 1, steps, float(loss.detach()))
+                done += 1
+                report(done, steps, float(loss.detach()))
         return {
             name: Factors(layer.row.detach(), layer.column.detach())
             for name, layer in layers.items()

@@ -1,17 +1,15 @@
 """Tuned scales: what is trained is the divergence, and known factors are found again."""
 
 import copy
+import itertools
 
 import pytest
 import torch
 from tiny_models import random_llama
 
+from offline_quantize.calibration import scale_tuning
+
 SIZES = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 48}
-
-
-@pytest.fixture
-def scale_tuning(load):
-    return load("scale_tuning")
 
 
 @pytest.fixture
@@ -32,7 +30,7 @@ def text(count, length=16, seed=0):
     return list(torch.randint(SIZES["vocab_size"], (count, length), generator=generator))
 
 
-def mean_divergence(scale_tuning, one, other, windows):
+def mean_divergence(one, other, windows):
     with torch.no_grad():
         return float(
             sum(scale_tuning.divergence(one, other, window[None]) for window in windows)
@@ -40,7 +38,7 @@ def mean_divergence(scale_tuning, one, other, windows):
         )
 
 
-def test_divergence_is_the_mean_over_predicted_tokens(scale_tuning, model):
+def test_divergence_is_the_mean_over_predicted_tokens(model):
     other = random_llama(seed=1, **SIZES).eval()
     tokens = torch.stack(text(3, 5))
     total = 0.0
@@ -53,7 +51,7 @@ def test_divergence_is_the_mean_over_predicted_tokens(scale_tuning, model):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_scaled_layer_is_the_layer_of_the_scaled_weight(scale_tuning, bias):
+def test_scaled_layer_is_the_layer_of_the_scaled_weight(bias):
     layer = scale_tuning.ScaledLinear(torch.nn.Linear(5, 7, bias=bias))
     layer.row.data, layer.column.data = torch.rand(7), torch.rand(5)
     weight = layer.row[:, None] * layer.frozen.weight * layer.column
@@ -62,7 +60,7 @@ def test_scaled_layer_is_the_layer_of_the_scaled_weight(scale_tuning, bias):
     torch.testing.assert_close(layer(x), expected)
 
 
-def test_factors_that_were_taken_off_are_found_again(scale_tuning, model):
+def test_factors_that_were_taken_off_are_found_again(model):
     quantized, names = copy.deepcopy(model), linear_layers(model)
     with torch.no_grad():
         for name in names:
@@ -70,19 +68,17 @@ def test_factors_that_were_taken_off_are_found_again(scale_tuning, model):
             weight *= 1 + 0.1 * torch.randn(len(weight), 1)
             weight *= 1 + 0.1 * torch.randn(weight.shape[1])
     held_out = text(4, seed=1)
-    before = mean_divergence(scale_tuning, model, quantized, held_out)
+    before = mean_divergence(model, quantized, held_out)
     factors = scale_tuning.tune_factors(model, quantized, names, text(64), epochs=8, rate=0.01)
-    assert (
-        mean_divergence(scale_tuning, model, quantized, held_out) == before
-    )  # nothing was changed
+    assert mean_divergence(model, quantized, held_out) == before  # nothing was changed
     with torch.no_grad():
         for name in names:
             weight = quantized.get_submodule(name).weight
             weight *= factors[name].row[:, None] * factors[name].column
-    assert mean_divergence(scale_tuning, model, quantized, held_out) < before / 5
+    assert mean_divergence(model, quantized, held_out) < before / 5
 
 
-def test_models_stay_as_they_were_and_every_step_is_reported(scale_tuning, model):
+def test_models_stay_as_they_were_and_every_step_is_reported(model):
     quantized = random_llama(seed=1, **SIZES).eval()
     quantized.model.norm.weight.requires_grad_(False)
     steps, names = [], linear_layers(model)
@@ -92,7 +88,7 @@ def test_models_stay_as_they_were_and_every_step_is_reported(scale_tuning, model
         model, quantized, names, windows, epochs=2, report=lambda *step: steps.append(step)
     )
     assert [step[:2] for step in steps] == [(done + 1, 6) for done in range(6)]
-    first = [mean_divergence(scale_tuning, model, quantized, [window]) for window in windows]
+    first = [mean_divergence(model, quantized, [window]) for window in windows]
     assert any(steps[0][2] == pytest.approx(kl, rel=1e-4) for kl in first)
     after = dict(quantized.named_parameters())
     assert after.keys() == before.keys()
@@ -103,7 +99,7 @@ def test_models_stay_as_they_were_and_every_step_is_reported(scale_tuning, model
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
 
 
-def test_a_seed_gives_the_same_factors(scale_tuning, model):
+def test_a_seed_gives_the_same_factors(model):
     quantized, names = random_llama(seed=1, **SIZES).eval(), linear_layers(model)[:2]
 
     def factors(seed):
@@ -112,3 +108,30 @@ def test_a_seed_gives_the_same_factors(scale_tuning, model):
 
     assert torch.equal(factors(0), factors(0))
     assert not torch.equal(factors(0), factors(1))
+
+
+def test_windows_may_be_taken_several_at_a_time(model):
+    quantized, names = random_llama(seed=1, **SIZES).eval(), linear_layers(model)[:2]
+    steps, windows = [], text(5)
+    scale_tuning.tune_factors(
+        model, quantized, names, windows, batch=2, report=lambda *step: steps.append(step)
+    )
+    assert [step[:2] for step in steps] == [(1, 3), (2, 3), (3, 3)]
+    pairs = [mean_divergence(model, quantized, pair) for pair in itertools.combinations(windows, 2)]
+    assert any(steps[0][2] == pytest.approx(kl, rel=1e-4) for kl in pairs)
+
+
+def test_each_module_may_have_a_rate_of_its_own(model):
+    quantized, names = random_llama(seed=1, **SIZES).eval(), linear_layers(model)[:2]
+    found = scale_tuning.tune_factors(
+        model, quantized, names, text(4), rate=dict(zip(names, (0.0, 0.01), strict=True))
+    )
+    assert torch.equal(found[names[0]].row, torch.ones_like(found[names[0]].row))
+    assert not torch.equal(found[names[1]].row, torch.ones_like(found[names[1]].row))
+
+
+def test_columns_may_be_left_out(model):
+    quantized, names = random_llama(seed=1, **SIZES).eval(), linear_layers(model)[:2]
+    found = scale_tuning.tune_factors(model, quantized, names, text(4), rows_alone=names[:1])
+    moved = [[bool((part != 1).any()) for part in (f.row, f.column)] for f in found.values()]
+    assert moved == [[True, False], [True, True]]
