@@ -139,7 +139,7 @@ def test_a_clock_that_jumps(source, quantize, contents, monkeypatch, tmp_path, j
 def test_a_verify_that_is_broken_off_changes_nothing(
     checkpoint, quantize, precalib, contents, kill
 ):
-    tensors = {"model.layers.0.mlp.up_proj.weight": torch.randn(2048, 4096) * 0.02}
+    tensors = {"model.layers.0.mlp.up_proj.weight": torch.randn(8192, 4096) * 0.02}
     source = checkpoint(tensors=tensors)
     packed = quantize(source, "--recipe", "rtn-4", target="packed")
     before = contents(packed)
