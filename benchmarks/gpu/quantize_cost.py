@@ -162,7 +162,7 @@ def count_encoding(recipe: str, rows: int, columns: int, in_torch: bool) -> Coun
 
     def elsewhere(weights: Tensor, unit: Tensor, low_bits: Tensor, *_: Any) -> trellis.Paths:
         found = torch.zeros_like(low_bits), torch.zeros_like(weights), torch.zeros_like(unit[0])
-        return trellis.best_of(lambda _: found, unit, unit)  # all but the kernel
+        return trellis.best_of(lambda _: found, unit)  # all but the kernel
 
     kept = trellis.search, encode.BLOCK_WEIGHTS
     trellis.search = trellis.search_torch if in_torch else elsewhere  # type: ignore[assignment]

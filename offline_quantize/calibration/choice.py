@@ -56,7 +56,9 @@ def choose_activations(
         tokens = TOKENS_WITH_FEEDBACK if feedback else TOKENS
     activations = ActivationOptions(text, tokens, feedback)
     options = dataclasses.replace(plan.options, activations=activations)
-    return make_plan(plan.source, options), None  # --target-bits goes by what will be known
+    if options.target_bits is not None:  # a mix goes by what will be known
+        return make_plan(plan.source, options), None
+    return dataclasses.replace(plan, options=options), None
 
 
 def why_not(plan: Plan) -> str | None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from offline_quantize.calibration.activations import linear_layers
 from offline_quantize.calibration.model import free_memory
 from offline_quantize.calibration.scale_tuning import Factors, divergence, tune_factors
+from offline_quantize.calibration.text import longest_window
 from offline_quantize.checkpoint.packed import PackedCheckpoint
 from offline_quantize.checkpoint.progress import Progress
 from offline_quantize.checkpoint.source import Checkpoint
@@ -111,8 +112,7 @@ def dequantized(packed: PackedCheckpoint, module: str, tensors: Mapping[str, Ten
 
 def _text(original: "PreTrainedModel", tokens: int) -> tuple[list[Tensor], list[Tensor]]:
     """Windows that the model writes, to measure on and to learn from, all of one length."""
-    longest = getattr(original.config.get_text_config(), "max_position_embeddings", None)
-    window = min(WINDOW, longest or WINDOW)
+    window = min(WINDOW, longest_window(original, tokens))
     try:
         windows = generate_text(original, tokens + HELD_OUT, window, SEED)
     except UsageError as error:

@@ -24,7 +24,7 @@ OWN_WINDOW = 32
 def random_tokens(model: "PreTrainedModel", count: int, seed: int = SEED) -> list[Tensor]:
     """About `count` token ids, each as likely as any other, in windows that begin as texts do."""
     config = model.config.get_text_config()
-    window = min(RANDOM_WINDOW, _window(model, count))
+    window = min(RANDOM_WINDOW, longest_window(model, count))
     shape = max(1, round(count / window)), window
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(config.vocab_size, shape, generator=generator)
@@ -40,7 +40,7 @@ def own_text(model: "PreTrainedModel", count: int, seed: int = SEED) -> list[Ten
     Raises UsageError when the model names no token to begin with.
     """
     try:
-        return generate_text(model, count, min(OWN_WINDOW, _window(model, count)), seed)
+        return generate_text(model, count, min(OWN_WINDOW, longest_window(model, count)), seed)
     except UsageError as error:
         raise UsageError(
             "the model has neither bos_token_id nor eos_token_id to begin a text with; give one "
@@ -55,7 +55,7 @@ def text_of_file(model: "PreTrainedModel", source: Path, file: Path, count: int)
 
     Raises InputError for a file that is no text or is too short, SourceError without a tokenizer.
     """
-    window = _window(model, count)
+    window = longest_window(model, count)
     windows = text_windows(load_tokenizer(source), [file], count, window)
     whole = [piece for piece in windows if len(piece) == len(windows[0])]
     if len(whole[0]) < min(window, 32):
@@ -63,6 +63,7 @@ def text_of_file(model: "PreTrainedModel", source: Path, file: Path, count: int)
     return whole
 
 
-def _window(model: "PreTrainedModel", count: int) -> int:
+def longest_window(model: "PreTrainedModel", count: int) -> int:
+    """Tokens of the longest window that a model takes, of a text of `count` tokens."""
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or WINDOW
     return max(2, min(WINDOW, count, longest))

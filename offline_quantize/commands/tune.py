@@ -42,15 +42,10 @@ from offline_quantize.checkpoint.source import (
 from offline_quantize.checkpoint.worker_pool import worker_pool
 from offline_quantize.checkpoint.write_job import WriteJob
 from offline_quantize.checkpoint.writer import by_file, write_shards
-from offline_quantize.commands.verify import faults_of_files
+from offline_quantize.commands.verify import check_files
 from offline_quantize.method.weight_statistics import Statistics, errors_agree, relative_error
 from offline_quantize.report.card_metadata import is_ours
-from precalib_kernels.errors import (
-    FormatError,
-    OutputError,
-    SourceError,
-    UsageError,
-)
+from precalib_kernels.errors import OutputError, SourceError, UsageError
 
 if TYPE_CHECKING:
     from offline_quantize.calibration.scale_tuning import Factors
@@ -105,8 +100,7 @@ def tune(
     _begin_anew(run)
     empty_model(source.root)  # raises if transformers is missing or has no such model
     learning.check_memory(source, device)
-    for fault in faults_of_files(packed, manifest, progress):
-        raise FormatError(f"{fault}; nothing was written ('precalib verify' shows all faults)")
+    check_files(packed, manifest, progress)
     _check_values(packed, manifest, originals, progress)
     with run.begin():
         try:

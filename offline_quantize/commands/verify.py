@@ -24,7 +24,7 @@ from offline_quantize.checkpoint.transforms import Original, Transforms
 from offline_quantize.method.encode import expected_if_ruined
 from offline_quantize.method.recipes import Recipe
 from offline_quantize.method.weight_statistics import errors_agree, relative_error
-from precalib_kernels.errors import PrecalibError
+from precalib_kernels.errors import FormatError, PrecalibError
 
 
 def workload(directory: Path, against: Path | None) -> int:
@@ -81,6 +81,12 @@ def verify(directory: Path, against: Path | None, progress: Progress) -> Iterato
         progress.advance(originals[name].entry.nbytes)
     if source is not None:
         yield from _unquantized_faults(packed, originals, transforms, progress)
+
+
+def check_files(packed: PackedCheckpoint, manifest: Manifest, progress: Progress) -> None:
+    """Raise FormatError for the first of `faults_of_files`, before anything is made of them."""
+    for fault in faults_of_files(packed, manifest, progress):
+        raise FormatError(f"{fault}; nothing was written ('precalib verify' shows all faults)")
 
 
 def faults_of_files(

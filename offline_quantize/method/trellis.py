@@ -132,13 +132,12 @@ def search_native(
     return found
 
 
-def best_of(
-    one: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]], unit: Tensor, step: Tensor
-) -> Paths:
+def best_of(one: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]], unit: Tensor) -> Paths:
     """The best paths over all units, one search after the other.
 
     one: codes, entries and least cost, in codebook units, of the groups with one unit each.
     """
+    step = reciprocal(unit)
     codes, entries, cost = one(unit[0])
     least = cost * step[0] * step[0]
     chosen = torch.zeros(len(least), dtype=torch.uint8, device=least.device)
@@ -165,7 +164,7 @@ def search_torch(
     def one(unit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return _search_torch(weights, unit, low_bits, layout, importance)
 
-    return best_of(one, unit, reciprocal(unit))
+    return best_of(one, unit)
 
 
 def _search_torch(

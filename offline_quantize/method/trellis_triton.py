@@ -9,7 +9,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from offline_quantize.method.arithmetic import reciprocal
 from offline_quantize.method.trellis import Paths, best_of
 from precalib_kernels.format.layout import Layout
 
@@ -47,8 +46,7 @@ def search_triton(
         )  # fmt: skip
         return codes, entries, cost
 
-    unit = unit.contiguous()
-    return best_of(one, unit, reciprocal(unit))
+    return best_of(one, unit.contiguous())
 
 
 def entry_tables(layout: Layout, device: torch.device) -> tuple[Tensor, Tensor]:

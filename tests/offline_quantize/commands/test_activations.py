@@ -8,6 +8,7 @@ import torch
 import transformers
 from killed_runs import Disk, Killed
 from safetensors.torch import load_file, save_file
+from several_files import split_weight_file
 from tiny_models import write_idefics3
 
 from offline_quantize.calibration import observation
@@ -36,16 +37,7 @@ def shards(source, tmp_path):
     """The same model in three files, whose tensors are in no order of the layers."""
     root = tmp_path / "shards"
     shutil.copytree(source, root)
-    tensors = load_file(root / "model.safetensors")
-    (root / "model.safetensors").unlink()
-    weight_map = {}
-    for i in range(3):
-        name = f"model-{i + 1:05}-of-00003.safetensors"
-        part = {key: tensors[key] for key in sorted(tensors)[i::3]}
-        save_file(part, root / name, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(part, name)
-    text = {"metadata": {}, "weight_map": weight_map}
-    (root / "model.safetensors.index.json").write_text(json.dumps(text))
+    split_weight_file(root, 3)
     return root
 
 

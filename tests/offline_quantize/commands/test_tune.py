@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from several_files import split_weight_file
 
 from offline_quantize import quantize_checkpoint, verify_checkpoint
 from offline_quantize.calibration import own_text_tuning
@@ -221,17 +221,7 @@ def test_files_that_came_later_are_not_taken_along(source, pack, tmp_path):
 def test_packed_embeddings_and_several_files(byte_llama, tmp_path):
     """Embeddings that the head shares stay as they are; an index goes along."""
     root = byte_llama(hidden_size=128, intermediate_size=160, tie_word_embeddings=True)
-    tensors = load_file(root / "model.safetensors")
-    (root / "model.safetensors").unlink()
-    weight_map = {}
-    for i in range(2):
-        name = f"model-{i + 1:05}-of-00002.safetensors"
-        part = {key: tensors[key] for key in sorted(tensors)[i::2]}
-        save_file(part, root / name, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(part, name)
-    (root / "model.safetensors.index.json").write_text(
-        json.dumps({"metadata": {}, "weight_map": weight_map})
-    )
+    split_weight_file(root, 2)
     packed, tuned = tmp_path / "packed", tmp_path / "tuned"
     quantize_checkpoint(root, packed, "balanced-2", embeddings="balanced-5", activations="none")
     tune_checkpoint(packed, tuned, root, tokens=1024)
